@@ -1,0 +1,340 @@
+// Cartesian-product router on the CPU.
+//
+// The K best of the R × C sums x[row] + y[col], without forming the grid: sort the best K of each
+// axis, then merge. The sums x[i] + y[0], x[i] + y[1], … of each sorted row i descend, so a heap
+// with one head per opened row gives them in order; row i + 1 opens when row i's first sum is
+// taken. O(R + C + K log K) a token. fp addition is monotone, so the K largest values are found
+// exactly; only among sums equal to the K-th may a pair outside the merge have the smaller id (two
+// different logits can round to one sum), and those ties are settled by a scan of the rows that
+// hold them.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "activation.h"
+#include "omni_moe/cpu.h"
+
+namespace omni_moe::cpu::OMNI_MOE_CPU_CAPABILITY {
+
+namespace {
+
+// ---- sort keys: unsigned integers in the order of the values ----
+
+template <typename Acc>
+using Key = std::conditional_t<std::is_same_v<Acc, double>, uint64_t, uint32_t>;
+template <typename Acc>
+using KeyAndId = std::conditional_t<std::is_same_v<Acc, double>, unsigned __int128, uint64_t>;
+
+// NaN above everything, all NaN equal; -0 equal to +0.
+template <typename Acc>
+inline Key<Acc> to_key(Acc value) {
+  constexpr auto kSign = Key<Acc>(1) << (8 * sizeof(Acc) - 1);
+  const auto bits = bit_cast<Key<Acc>>(value + Acc(0));
+  const Key<Acc> ordered = bits & kSign ? ~bits : bits | kSign;
+  return value != value ? std::numeric_limits<Key<Acc>>::max() : ordered;
+}
+
+template <typename Acc>
+inline Acc from_key(Key<Acc> key) {
+  constexpr auto kSign = Key<Acc>(1) << (8 * sizeof(Acc) - 1);
+  if (key == std::numeric_limits<Key<Acc>>::max()) return std::numeric_limits<Acc>::quiet_NaN();
+  return bit_cast<Acc>(key & kSign ? key ^ kSign : ~key);
+}
+
+// Larger is better: by key, then by the smaller id.
+template <typename Acc>
+inline KeyAndId<Acc> pack(Key<Acc> key, int32_t id) {
+  return (KeyAndId<Acc>(key) << 32) | (0xffffffffu - static_cast<uint32_t>(id));
+}
+template <typename Acc>
+inline Key<Acc> key_of(KeyAndId<Acc> packed) {
+  return static_cast<Key<Acc>>(packed >> 32);
+}
+template <typename Acc>
+inline int32_t id_of(KeyAndId<Acc> packed) {
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(packed));
+}
+
+template <typename Acc>
+void sort_descending(KeyAndId<Acc>* begin, KeyAndId<Acc>* end) {
+  std::sort(begin, end, [](const auto& a, const auto& b) { return a > b; });
+}
+
+// ---- one axis ----
+
+template <typename Acc>
+struct Axis {
+  std::vector<Acc> logits;            // [n] in the given order
+  std::vector<Key<Acc>> keys;         // [n]
+  std::vector<KeyAndId<Acc>> packed;  // the best m, sorted
+  std::vector<Acc> best;              // [m] their values
+  std::vector<int32_t> ids;           // [m] their positions
+  Acc smallest;
+
+  explicit Axis(int64_t n, int64_t m) : logits(n), keys(n), packed(m), best(m), ids(m) {}
+};
+
+template <typename Acc>
+int64_t count_at_least(const std::vector<Key<Acc>>& keys, Key<Acc> threshold) {
+  int32_t count = 0;
+  for (const auto key : keys) count += key >= threshold;
+  return count;
+}
+
+// Sorts the best m of the axis: bisect the key space for the m-th largest key (each probe is one
+// vectorised count, cheaper than a selection with its mispredicted branches), then sort those.
+template <typename T>
+void sort_best(const T* source, Axis<acc_t<T>>& axis) {
+  using Acc = acc_t<T>;
+  const int64_t n = axis.logits.size(), m = axis.best.size();
+  widen(source, axis.logits.data(), n);
+  auto low = std::numeric_limits<Key<Acc>>::max(), high = Key<Acc>(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const Key<Acc> key = to_key(axis.logits[i]);
+    axis.keys[i] = key;
+    low = std::min(low, key);
+    high = std::max(high, key);
+  }
+  axis.smallest = from_key<Acc>(low);
+  int64_t count = n;  // keys >= low
+  while (low < high && count != m) {
+    const Key<Acc> middle = low + (high - low) / 2 + 1;
+    const int64_t above = count_at_least<Acc>(axis.keys, middle);
+    if (above >= m) {
+      low = middle;
+      count = above;
+    } else {
+      high = middle - 1;
+    }
+  }
+
+  // Of the keys equal to `low`, as many belong to the best m as the greater ones leave room for.
+  int64_t ties = count == m ? m : m - count_at_least<Acc>(axis.keys, low + 1);
+  int64_t filled = 0;
+  for (int64_t i = 0; filled < m; ++i) {
+    const Key<Acc> key = axis.keys[i];
+    if (key > low || (key == low && ties-- > 0)) {
+      axis.packed[filled++] = pack<Acc>(key, static_cast<int32_t>(i));
+    }
+  }
+  sort_descending<Acc>(axis.packed.data(), axis.packed.data() + m);
+  for (int64_t i = 0; i < m; ++i) {
+    axis.best[i] = from_key<Acc>(key_of<Acc>(axis.packed[i]));
+    axis.ids[i] = id_of<Acc>(axis.packed[i]);
+  }
+}
+
+// log Σ exp(logits), NaN where log_softmax is NaN: a NaN or +inf logit, or all logits -inf.
+template <typename Acc>
+Acc log_sum_exp(const std::vector<Acc>& logits, Acc largest) {
+  if (!(std::abs(largest) <= std::numeric_limits<Acc>::max())) {
+    return std::numeric_limits<Acc>::quiet_NaN();
+  }
+  const int64_t n = logits.size();
+  Vec<Acc> sum = {};
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) sum += exp_of(load(logits.data() + i) - largest);
+  Acc total = sum_of_lanes<Acc>(sum);
+  for (; i < n; ++i) total += std::exp(logits[i] - largest);
+  return largest + std::log(total);
+}
+
+// ---- one token ----
+
+// The head of sorted row `row`: its sum with sorted column `col`.
+template <typename Acc>
+struct Head {
+  KeyAndId<Acc> packed;
+  int32_t row, col;
+};
+
+template <typename Acc>
+class TokenRouter {
+ public:
+  TokenRouter(int64_t num_rows, int64_t num_cols, int64_t k)
+      : x(num_rows, std::min(k, num_rows)), y(num_cols, std::min(k, num_cols)), chosen(k) {}
+
+  Axis<Acc> x, y;
+  std::vector<KeyAndId<Acc>> chosen;  // [K] sums and ids, best first
+
+  // Fills `chosen` from the sorted axes.
+  void choose() {
+    if (sums_to_nan_by_infinities()) return choose_from_grid();
+    merge();
+    settle_ties();
+  }
+
+ private:
+  KeyAndId<Acc> sum_at(int32_t row, int32_t col) const {
+    const auto id = static_cast<int32_t>(x.ids[row] * num_cols() + y.ids[col]);
+    return pack<Acc>(to_key(x.best[row] + y.best[col]), id);
+  }
+  int64_t num_cols() const { return y.logits.size(); }
+
+  // inf - inf is NaN, which sorts first though its terms do not: the one case in which sums do not
+  // descend along a sorted axis.
+  bool sums_to_nan_by_infinities() const {
+    constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
+    const auto has_positive = [&](const Axis<Acc>& axis) {
+      return std::find(axis.logits.begin(), axis.logits.end(), kInf) != axis.logits.end();
+    };
+    return (x.smallest == -kInf && has_positive(y)) || (y.smallest == -kInf && has_positive(x));
+  }
+
+  void choose_from_grid() {
+    std::vector<KeyAndId<Acc>> grid;
+    grid.reserve(x.logits.size() * y.logits.size());
+    for (const Acc row : x.logits) {
+      for (const Acc col : y.logits) {
+        grid.push_back(pack<Acc>(to_key(row + col), static_cast<int32_t>(grid.size())));
+      }
+    }
+    std::partial_sort_copy(grid.begin(), grid.end(), chosen.begin(), chosen.end(),
+                           [](const auto& a, const auto& b) { return a > b; });
+  }
+
+  // The first sum of each opened row waits in `heap_`, a binary max-heap; taking it moves the row
+  // on.
+  void merge() {
+    heap_.clear();
+    heap_.push_back({sum_at(0, 0), 0, 0});
+    for (auto& taken : chosen) {
+      const Head<Acc> head = heap_.front();
+      taken = head.packed;
+      if (head.col + 1 < static_cast<int32_t>(y.best.size())) {
+        heap_.front() = {sum_at(head.row, head.col + 1), head.row, head.col + 1};
+      } else {
+        heap_.front() = heap_.back();
+        heap_.pop_back();
+      }
+      sift_down();
+      if (head.col == 0 && head.row + 1 < static_cast<int32_t>(x.best.size())) {
+        heap_.push_back({sum_at(head.row + 1, 0), head.row + 1, 0});
+        std::push_heap(heap_.begin(), heap_.end(), worse_);
+      }
+    }
+  }
+
+  void sift_down() {
+    if (heap_.empty()) return;
+    const Head<Acc> moved = heap_.front();
+    const size_t size = heap_.size();
+    size_t hole = 0;
+    for (size_t child = 1; child < size; child = 2 * hole + 1) {
+      if (child + 1 < size && heap_[child].packed < heap_[child + 1].packed) ++child;
+      if (heap_[child].packed <= moved.packed) break;
+      heap_[hole] = heap_[child];
+      hole = child;
+    }
+    heap_[hole] = moved;
+  }
+
+  // Sums equal in key left the heap in an order of the logits; put them in the order of their ids.
+  void settle_ties() {
+    const Key<Acc> last = key_of<Acc>(chosen.back());
+    auto begin = chosen.begin();
+    while (begin != chosen.end()) {
+      const Key<Acc> key = key_of<Acc>(*begin);
+      auto end = begin + 1;
+      while (end != chosen.end() && key_of<Acc>(*end) == key) ++end;
+      if (key == last && tie_outside(last)) {
+        take_smallest_ids(last, begin);
+      } else if (end - begin > 1) {
+        sort_descending<Acc>(&*begin, &*begin + (end - begin));
+      }
+      begin = end;
+    }
+  }
+
+  // Whether a pair that was not taken has the K-th sum too. Every such pair is in a row whose head
+  // is in the heap, or beyond the K best of an axis.
+  bool tie_outside(Key<Acc> last) const {
+    if (!heap_.empty() && key_of<Acc>(heap_.front().packed) == last) return true;
+    const auto k = static_cast<int64_t>(chosen.size());
+    const bool cut_x = k < static_cast<int64_t>(x.logits.size());
+    const bool cut_y = k < num_cols();
+    return (cut_x && to_key(x.best.back() + y.best.front()) == last) ||
+           (cut_y && to_key(x.best.front() + y.best.back()) == last);
+  }
+
+  // [begin, chosen.end()) = the smallest ids of the whole grid whose sum has this key.
+  void take_smallest_ids(Key<Acc> key, typename std::vector<KeyAndId<Acc>>::iterator begin) {
+    for (size_t row = 0; begin != chosen.end(); ++row) {
+      const Acc value = x.logits[row];
+      if (to_key(value + y.best.front()) < key) continue;
+      for (int64_t col = 0; col < num_cols() && begin != chosen.end(); ++col) {
+        if (to_key(value + y.logits[col]) == key) {
+          *begin++ = pack<Acc>(key, static_cast<int32_t>(row * num_cols() + col));
+        }
+      }
+    }
+  }
+
+  static constexpr auto worse_ = [](const Head<Acc>& a, const Head<Acc>& b) {
+    return a.packed < b.packed;
+  };
+  std::vector<Head<Acc>> heap_;
+};
+
+template <typename Acc, typename T>
+void write_token(const RouterForwardParams& p, const TokenRouter<Acc>& router, Acc log_sum,
+                 T* weights, int32_t* indices) {
+  const int64_t k = p.num_experts_per_token;
+  if (p.score != RouterScore::kLogit && log_sum != log_sum) {
+    for (int64_t i = 0; i < k; ++i) {
+      store_scalar(weights + i, log_sum);
+      indices[i] = static_cast<int32_t>(i);
+    }
+    return;
+  }
+  Acc normalizer = Acc(0);
+  const Acc shift = p.score == RouterScore::kSoftmaxTopK
+                        ? from_key<Acc>(key_of<Acc>(router.chosen.front()))
+                        : log_sum;
+  if (p.score == RouterScore::kSoftmaxTopK) {
+    for (const auto packed : router.chosen) {
+      normalizer += std::exp(from_key<Acc>(key_of<Acc>(packed)) - shift);
+    }
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    const Acc sum = from_key<Acc>(key_of<Acc>(router.chosen[i]));
+    const Acc weight = p.score == RouterScore::kLogit         ? sum
+                       : p.score == RouterScore::kSoftmaxTopK ? std::exp(sum - shift) / normalizer
+                                                              : std::exp(sum - shift);
+    store_scalar(weights + i, weight);
+    indices[i] = id_of<Acc>(router.chosen[i]);
+  }
+}
+
+template <typename T>
+void router_forward_tokens(const RouterForwardParams& p, int64_t begin, int64_t end) {
+  using Acc = acc_t<T>;
+  const int64_t k = p.num_experts_per_token;
+  TokenRouter<Acc> router(p.num_rows, p.num_cols, k);
+  for (int64_t t = begin; t < end; ++t) {
+    sort_best(static_cast<const T*>(p.logits_x) + t * p.num_rows, router.x);
+    sort_best(static_cast<const T*>(p.logits_y) + t * p.num_cols, router.y);
+    Acc log_sum = 0;
+    if (p.score != RouterScore::kLogit) {
+      log_sum = log_sum_exp(router.x.logits, router.x.best.front()) +
+                log_sum_exp(router.y.logits, router.y.best.front());
+    }
+    if (log_sum == log_sum) router.choose();
+    write_token(p, router, log_sum, static_cast<T*>(p.weights) + t * k, p.indices + t * k);
+  }
+}
+
+}  // namespace
+
+void router_forward(const RouterForwardParams& params, const Executor& executor) {
+  if (params.num_experts_per_token == 0) return;
+  // Below about 16 tokens a thread takes longer to wake than to route them.
+  constexpr int64_t kGrain = 16;
+  dispatch_dtype(params.dtype, [&](auto value) {
+    executor.parallel_for(0, params.num_tokens, kGrain, [&](int64_t begin, int64_t end) {
+      router_forward_tokens<typename decltype(value)::type>(params, begin, end);
+    });
+  });
+}
+
+}  // namespace omni_moe::cpu::OMNI_MOE_CPU_CAPABILITY

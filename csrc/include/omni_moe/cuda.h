@@ -1,0 +1,31 @@
+// Entry points of the CUDA backend. Pointers are device memory of the current device; every call
+// only enqueues on `stream` (no synchronisation, no allocation) and returns the launch status.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "omni_moe/expert.h"
+#include "omni_moe/mlp.h"
+#include "omni_moe/router.h"
+#include "omni_moe/schedule.h"
+
+namespace omni_moe::cuda {
+
+cudaError_t router_forward(const RouterForwardParams& params, cudaStream_t stream);
+cudaError_t router_backward(const RouterBackwardParams& params, cudaStream_t stream);
+cudaError_t expert_forward(const ExpertForwardParams& params, cudaStream_t stream);
+cudaError_t expert_backward(const ExpertBackwardParams& params, cudaStream_t stream);
+cudaError_t gated_activation_forward(const GatedActivationForwardParams& params,
+                                     cudaStream_t stream);
+cudaError_t gated_activation_backward(const GatedActivationBackwardParams& params,
+                                      cudaStream_t stream);
+
+// Bytes of workspace (aligned to 256), from the shapes and the current device's properties alone.
+size_t router_forward_workspace_size(const RouterForwardParams& params);
+size_t router_backward_workspace_size(const RouterBackwardParams& params);
+size_t expert_forward_workspace_size(const ExpertForwardParams& params);
+size_t expert_backward_workspace_size(const ExpertBackwardParams& params);
+
+}  // namespace omni_moe::cuda

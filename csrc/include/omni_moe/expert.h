@@ -1,0 +1,53 @@
+// Atomic experts: out[t] = Σ_k act(hidden[t] · up[idx[t,k]]) * routing[t,k] * down[idx[t,k]].
+#pragma once
+
+#include <cstddef>
+
+#include "omni_moe/types.h"
+
+namespace omni_moe {
+
+// Indices must lie in [0, E); the torch boundary (CPU) or the kernel (CUDA) sees to it.
+struct ExpertForwardParams {
+  const void* hidden_states;    // [T, H]
+  const void* up_weights;       // [E, H]
+  const void* down_weights;     // [E, H]
+  const void* routing_weights;  // [T, K]
+  const void* indices;          // [T, K], of index_type
+  void* expert_states;          // [T, H]
+  int64_t num_tokens;
+  int64_t hidden_size;
+  int64_t num_experts;
+  int64_t num_experts_per_token;
+  DType dtype;
+  IndexType index_type;
+  Activation activation;
+  void* workspace;  // CUDA: expert_forward_workspace_size(params) bytes; CPU: unused
+};
+
+// With s = hidden[t] · up[i], g = grad[t] · down[i] for each pair (t, k), i = idx[t,k]:
+//   grad_routing[t,k] = act(s) g          grad_hidden[t] += routing act'(s) g  up[i]
+//   grad_down[i] += routing act(s) grad[t]     grad_up[i] += routing act'(s) g  hidden[t]
+// Every row of the dense weight gradients is written once, those of idle experts with zeros.
+struct ExpertBackwardParams {
+  const void* grad_expert_states;  // [T, H]
+  const void* hidden_states;       // [T, H]
+  const void* up_weights;          // [E, H]
+  const void* down_weights;        // [E, H]
+  const void* routing_weights;     // [T, K]
+  const void* indices;             // [T, K], of index_type
+  void* grad_hidden_states;        // [T, H], or null: not wanted
+  void* grad_up_weights;           // [E, H], or null: not wanted
+  void* grad_down_weights;         // [E, H], or null: not wanted
+  void* grad_routing_weights;      // [T, K], or null: not wanted
+  int64_t num_tokens;
+  int64_t hidden_size;
+  int64_t num_experts;
+  int64_t num_experts_per_token;
+  DType dtype;
+  IndexType index_type;
+  Activation activation;
+  void* workspace;  // expert_backward_workspace_size(params) bytes
+};
+
+}  // namespace omni_moe

@@ -1,0 +1,42 @@
+// The elementwise half of the shared MLP: act(gate) * up. Its matrix products are GEMMs of the
+// caller's (ATen in csrc/torch/mlp.cpp).
+#pragma once
+
+#include "omni_moe/types.h"
+
+namespace omni_moe {
+
+// gate and up may be the two halves of one [T, 2I] product, hence the row strides (in elements).
+struct GatedActivationForwardParams {
+  const void* gate;  // [T, I], rows gate_stride apart
+  const void* up;    // [T, I], rows up_stride apart
+  void* activated;   // [T, I] act(gate) * up
+  int64_t num_tokens;
+  int64_t intermediate_size;
+  int64_t gate_stride;
+  int64_t up_stride;
+  DType dtype;
+  Activation activation;
+};
+
+// grad_gate = grad * up * act'(gate), grad_up = grad * act(gate).
+// grad_activated may alias grad_gate or grad_up or activated: each element is read before it is
+// written.
+struct GatedActivationBackwardParams {
+  const void* grad_activated;  // [T, I]
+  const void* gate;            // [T, I], rows gate_stride apart
+  const void* up;              // [T, I], rows up_stride apart
+  void* grad_gate;             // [T, I], rows grad_gate_stride apart
+  void* grad_up;               // [T, I], rows grad_up_stride apart
+  void* activated;             // [T, I] act(gate) * up again, or null: not wanted
+  int64_t num_tokens;
+  int64_t intermediate_size;
+  int64_t gate_stride;
+  int64_t up_stride;
+  int64_t grad_gate_stride;
+  int64_t grad_up_stride;
+  DType dtype;
+  Activation activation;
+};
+
+}  // namespace omni_moe

@@ -1,0 +1,65 @@
+// Autocast: experts and MLP run in the autocast dtype, as matrix products do; the routers, which
+// compute in fp32 inside, only bring their two vectors to one dtype.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace omni_moe::torch_api {
+
+namespace {
+
+template <c10::DeviceType kDevice>
+struct Autocast {
+  // Casts below run once, outside autocast.
+  static c10::impl::ExcludeDispatchKeyGuard exclude() {
+    return c10::impl::ExcludeDispatchKeyGuard(
+        c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice)));
+  }
+  static Tensor cast(const Tensor& t) {
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(kDevice), t, kDevice);
+  }
+  static Tensor cast(const Tensor& t, at::ScalarType dtype) {
+    return at::autocast::cached_cast(dtype, t, kDevice);
+  }
+
+  static std::tuple<Tensor, Tensor> omni_router(const Tensor& x, const Tensor& y, c10::SymInt k) {
+    const auto guard = exclude();
+    const auto dtype = at::promote_types(x.scalar_type(), y.scalar_type());
+    return torch_api::omni_router(cast(x, dtype), cast(y, dtype), std::move(k));
+  }
+  static std::tuple<Tensor, Tensor> omni_softmax_router(const Tensor& x, const Tensor& y,
+                                                        c10::SymInt k, bool norm_topk_prob) {
+    const auto guard = exclude();
+    const auto dtype = at::promote_types(x.scalar_type(), y.scalar_type());
+    return torch_api::omni_softmax_router(cast(x, dtype), cast(y, dtype), std::move(k),
+                                          norm_topk_prob);
+  }
+  static Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
+                            const Tensor& down_weights, const Tensor& routing_weights,
+                            const Tensor& indices, std::string_view activation) {
+    const auto guard = exclude();
+    return torch_api::omni_expert(cast(hidden_states), cast(up_weights), cast(down_weights),
+                                  cast(routing_weights), indices, activation);
+  }
+  static Tensor omni_mlp(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+                         const Tensor& down_weight, std::string_view activation, bool recompute) {
+    const auto guard = exclude();
+    return torch_api::omni_mlp(cast(x), cast(gate_weight), cast(up_weight), cast(down_weight),
+                               activation, recompute);
+  }
+
+  static void register_kernels(torch::Library& m) {
+    m.impl("omni_router", omni_router);
+    m.impl("omni_softmax_router", omni_softmax_router);
+    m.impl("omni_expert", omni_expert);
+    m.impl("omni_mlp", omni_mlp);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(omni_moe, AutocastCPU, m) { Autocast<c10::kCPU>::register_kernels(m); }
+TORCH_LIBRARY_IMPL(omni_moe, AutocastCUDA, m) { Autocast<c10::kCUDA>::register_kernels(m); }
+
+}  // namespace omni_moe::torch_api

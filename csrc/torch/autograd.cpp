@@ -1,0 +1,176 @@
+// Gradients. Each op has a torch::autograd::Function that saves its inputs and calls the registered
+// backward op; no Python runs in backward. The backward ops have no gradient of their own: torch's
+// fallback raises a clear error if one is asked for.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace omni_moe::torch_api {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// A gradient that was not asked for came back empty: hand autograd an undefined tensor instead.
+Tensor if_wanted(bool wanted, const Tensor& grad) { return wanted ? grad : Tensor(); }
+
+class RouterFunction : public Function<RouterFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& router_logits_x,
+                               const Tensor& router_logits_y, const c10::SymInt& k) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [scores, indices] = omni_router(router_logits_x, router_logits_y, k);
+    ctx->save_for_backward({indices});
+    ctx->mark_non_differentiable({indices});
+    ctx->saved_data["num_rows"] = router_logits_x.sym_size(1);
+    ctx->saved_data["num_cols"] = router_logits_y.sym_size(1);
+    return {scores, indices};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    auto [grad_x, grad_y] =
+        omni_router_backward(grads[0], saved[0], ctx->saved_data["num_rows"].toSymInt(),
+                             ctx->saved_data["num_cols"].toSymInt());
+    return {grad_x, grad_y, Tensor()};
+  }
+};
+
+class SoftmaxRouterFunction : public Function<SoftmaxRouterFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& router_logits_x,
+                               const Tensor& router_logits_y, const c10::SymInt& k,
+                               bool norm_topk_prob) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [weights, indices] =
+        omni_softmax_router(router_logits_x, router_logits_y, k, norm_topk_prob);
+    ctx->save_for_backward({router_logits_x, router_logits_y, indices});
+    ctx->mark_non_differentiable({indices});
+    ctx->saved_data["norm_topk_prob"] = norm_topk_prob;
+    return {weights, indices};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    auto [grad_x, grad_y] = omni_softmax_router_backward(
+        grads[0], saved[0], saved[1], saved[2], ctx->saved_data["norm_topk_prob"].toBool());
+    return {grad_x, grad_y, Tensor(), Tensor()};
+  }
+};
+
+class ExpertFunction : public Function<ExpertFunction> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden_states, const Tensor& up_weights,
+                        const Tensor& down_weights, const Tensor& routing_weights,
+                        const Tensor& indices, std::string_view activation) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({hidden_states, up_weights, down_weights, routing_weights, indices});
+    ctx->saved_data["activation"] = std::string(activation);
+    return omni_expert(hidden_states, up_weights, down_weights, routing_weights, indices,
+                       activation);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
+    auto [grad_hidden, grad_up, grad_down, grad_routing] =
+        omni_expert_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                             ctx->saved_data["activation"].toStringRef(), mask);
+    return {if_wanted(mask[0], grad_hidden),
+            if_wanted(mask[1], grad_up),
+            if_wanted(mask[2], grad_down),
+            if_wanted(mask[3], grad_routing),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+class MlpFunction : public Function<MlpFunction> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& gate_weight,
+                        const Tensor& up_weight, const Tensor& down_weight,
+                        std::string_view activation, bool recompute) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["activation"] = std::string(activation);
+    if (recompute) {
+      ctx->save_for_backward({x, gate_weight, up_weight, down_weight});
+      return omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute);
+    }
+    auto [output, gate, up] =
+        omni_mlp_save_gates(x, gate_weight, up_weight, down_weight, activation);
+    ctx->save_for_backward({x, gate_weight, up_weight, down_weight, gate, up});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const bool has_gates = saved.size() == 6;
+    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
+    auto [grad_x, grad_gate, grad_up, grad_down] =
+        omni_mlp_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
+                          has_gates ? std::optional(saved[4]) : std::nullopt,
+                          has_gates ? std::optional(saved[5]) : std::nullopt,
+                          ctx->saved_data["activation"].toStringRef(), mask);
+    return {if_wanted(mask[0], grad_x),
+            if_wanted(mask[1], grad_gate),
+            if_wanted(mask[2], grad_up),
+            if_wanted(mask[3], grad_down),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> omni_router_autograd(const Tensor& router_logits_x,
+                                                const Tensor& router_logits_y, c10::SymInt k) {
+  const auto outputs = RouterFunction::apply(router_logits_x, router_logits_y, k);
+  return {outputs[0], outputs[1]};
+}
+
+std::tuple<Tensor, Tensor> omni_softmax_router_autograd(const Tensor& router_logits_x,
+                                                        const Tensor& router_logits_y,
+                                                        c10::SymInt k, bool norm_topk_prob) {
+  const auto outputs =
+      SoftmaxRouterFunction::apply(router_logits_x, router_logits_y, k, norm_topk_prob);
+  return {outputs[0], outputs[1]};
+}
+
+Tensor omni_expert_autograd(const Tensor& hidden_states, const Tensor& up_weights,
+                            const Tensor& down_weights, const Tensor& routing_weights,
+                            const Tensor& indices, std::string_view activation) {
+  return ExpertFunction::apply(hidden_states, up_weights, down_weights, routing_weights, indices,
+                               activation);
+}
+
+Tensor omni_mlp_autograd(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+                         const Tensor& down_weight, std::string_view activation, bool recompute) {
+  // Without a gradient to come, the two products need not be kept.
+  const bool needs_grad =
+      at::GradMode::is_enabled() && (x.requires_grad() || gate_weight.requires_grad() ||
+                                     up_weight.requires_grad() || down_weight.requires_grad());
+  if (!needs_grad) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute);
+  }
+  return MlpFunction::apply(x, gate_weight, up_weight, down_weight, activation, recompute);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
+  m.impl("omni_router", omni_router_autograd);
+  m.impl("omni_softmax_router", omni_softmax_router_autograd);
+  m.impl("omni_expert", omni_expert_autograd);
+  m.impl("omni_mlp", omni_mlp_autograd);
+  for (const char* op : {"omni_router_backward", "omni_softmax_router_backward",
+                         "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+}  // namespace omni_moe::torch_api

@@ -1,0 +1,21 @@
+// Hands a Params struct to the backend of a device: the one place that knows which backends exist.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "omni_moe/expert.h"
+#include "omni_moe/mlp.h"
+#include "omni_moe/router.h"
+
+namespace omni_moe::torch_api {
+
+// Each allocates the backend's workspace, runs on the current stream (CUDA) or at::parallel_for's
+// threads (CPU), and raises if the launch fails.
+void launch(RouterForwardParams params, at::Device device);
+void launch(RouterBackwardParams params, at::Device device);
+void launch(ExpertForwardParams params, at::Device device);
+void launch(ExpertBackwardParams params, at::Device device);
+void launch(GatedActivationForwardParams params, at::Device device);
+void launch(GatedActivationBackwardParams params, at::Device device);
+
+}  // namespace omni_moe::torch_api

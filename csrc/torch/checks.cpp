@@ -1,0 +1,209 @@
+#include "checks.h"
+
+#include <atomic>
+#include <limits>
+
+#include "omni_moe/cpu.h"
+
+namespace omni_moe::torch_api {
+
+void check_rank(const Argument& argument, int64_t rank) {
+  TORCH_CHECK_VALUE(argument.tensor.dim() == rank, argument.op, ": expected ", argument.name,
+                    " to have ", rank, " dimensions, but got shape ", argument.tensor.sym_sizes());
+}
+
+void check_size(const Argument& argument, int64_t dim, const c10::SymInt& expected,
+                const char* meaning) {
+  TORCH_CHECK_VALUE(argument.tensor.sym_size(dim) == expected, argument.op, ": expected ",
+                    argument.name, ".size(", dim, ") to equal the ", meaning, " (", expected,
+                    "), but got shape ", argument.tensor.sym_sizes());
+}
+
+void check_floating(const Argument& argument) {
+  const auto dtype = argument.tensor.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
+                        (dtype == at::kDouble && !argument.tensor.is_cuda()),
+                    argument.op, ": expected ", argument.name,
+                    " to be float32, float16 or bfloat16 (float64 on the CPU), but got ", dtype,
+                    " on ", argument.tensor.device());
+}
+
+void check_integer(const Argument& argument) {
+  const auto dtype = argument.tensor.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kInt || dtype == at::kLong, argument.op, ": expected ",
+                    argument.name, " to be int32 or int64, but got ", dtype);
+}
+
+void check_like(const Argument& argument, const Argument& first, bool same_dtype) {
+  TORCH_CHECK_VALUE(argument.tensor.device() == first.tensor.device(), argument.op, ": expected ",
+                    argument.name, " on the device of ", first.name, " (", first.tensor.device(),
+                    "), but got ", argument.tensor.device());
+  TORCH_CHECK_VALUE(!same_dtype || argument.tensor.scalar_type() == first.tensor.scalar_type(),
+                    argument.op, ": expected ", argument.name, " in the dtype of ", first.name,
+                    " (", first.tensor.scalar_type(), "), but got ", argument.tensor.scalar_type());
+}
+
+void check_router_logits(const char* op, const at::Tensor& router_logits_x,
+                         const at::Tensor& router_logits_y,
+                         const c10::SymInt& num_experts_per_token) {
+  const Argument x{op, "router_logits_x", router_logits_x};
+  const Argument y{op, "router_logits_y", router_logits_y};
+  check_rank(x, 2);
+  check_rank(y, 2);
+  check_floating(x);
+  check_like(y, x);
+  check_size(y, 0, router_logits_x.sym_size(0), "number of tokens of router_logits_x");
+  const c10::SymInt num_rows = router_logits_x.sym_size(1), num_cols = router_logits_y.sym_size(1);
+  TORCH_CHECK_VALUE(num_rows * num_cols <= std::numeric_limits<int32_t>::max(), op,
+                    ": expected at most 2^31 - 1 experts, but the grid is ", num_rows, " x ",
+                    num_cols);
+  TORCH_CHECK_VALUE(num_experts_per_token >= 0 && num_experts_per_token <= num_rows * num_cols, op,
+                    ": expected num_experts_per_token between 0 and the ", num_rows * num_cols,
+                    " experts of the grid, but got ", num_experts_per_token);
+}
+
+void check_router_choice(const char* op, const Argument& grad, const Argument& indices) {
+  check_rank(grad, 2);
+  check_rank(indices, 2);
+  check_floating(grad);
+  TORCH_CHECK_VALUE(indices.tensor.scalar_type() == at::kInt, op, ": expected ", indices.name,
+                    " to be int32, but got ", indices.tensor.scalar_type());
+  check_like(indices, grad, /*same_dtype=*/false);
+  check_size(indices, 0, grad.tensor.sym_size(0), "number of tokens of the gradient");
+  check_size(indices, 1, grad.tensor.sym_size(1), "experts per token of the gradient");
+}
+
+void check_softmax_router_backward(const char* op, const at::Tensor& grad_routing_weights,
+                                   const at::Tensor& router_logits_x,
+                                   const at::Tensor& router_logits_y, const at::Tensor& indices) {
+  const Argument x{op, "router_logits_x", router_logits_x};
+  const Argument grad{op, "grad_routing_weights", grad_routing_weights};
+  check_router_choice(op, grad, {op, "indices", indices});
+  check_router_logits(op, router_logits_x, router_logits_y, indices.sym_size(1));
+  check_like(grad, x);
+  check_size(grad, 0, router_logits_x.sym_size(0), "number of tokens of router_logits_x");
+}
+
+void check_expert(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_weights,
+                  const at::Tensor& down_weights, const at::Tensor& routing_weights,
+                  const at::Tensor& indices) {
+  const Argument hidden{op, "hidden_states", hidden_states};
+  const Argument up{op, "up_weights", up_weights};
+  const Argument down{op, "down_weights", down_weights};
+  const Argument routing{op, "routing_weights", routing_weights};
+  const Argument ids{op, "indices", indices};
+  for (const auto& argument : {hidden, up, down, routing, ids}) check_rank(argument, 2);
+  check_floating(hidden);
+  for (const auto& argument : {up, down, routing}) check_like(argument, hidden);
+  check_integer(ids);
+  check_like(ids, hidden, /*same_dtype=*/false);
+  check_size(up, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
+  check_size(down, 0, up_weights.sym_size(0), "number of experts of up_weights");
+  check_size(down, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
+  check_size(ids, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
+  check_size(routing, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
+  check_size(routing, 1, indices.sym_size(1), "experts per token of indices");
+}
+
+void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
+                           const at::Tensor& hidden_states, const at::Tensor& up_weights,
+                           const at::Tensor& down_weights, const at::Tensor& routing_weights,
+                           const at::Tensor& indices) {
+  check_expert(op, hidden_states, up_weights, down_weights, routing_weights, indices);
+  const Argument grad{op, "grad_expert_states", grad_expert_states};
+  check_rank(grad, 2);
+  check_like(grad, {op, "hidden_states", hidden_states});
+  check_size(grad, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
+  check_size(grad, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
+}
+
+void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weight,
+               const at::Tensor& up_weight, const at::Tensor& down_weight) {
+  const Argument input{op, "x", x};
+  const Argument gate{op, "gate_weight", gate_weight};
+  const Argument up{op, "up_weight", up_weight};
+  const Argument down{op, "down_weight", down_weight};
+  TORCH_CHECK_VALUE(x.dim() >= 1, op,
+                    ": expected x to have at least 1 dimension, but got a scalar");
+  check_floating(input);
+  for (const auto& argument : {gate, up, down}) {
+    check_rank(argument, 2);
+    check_like(argument, input);
+  }
+  check_size(gate, 1, x.sym_size(-1), "hidden_size of x");
+  check_size(up, 0, gate_weight.sym_size(0), "intermediate_size of gate_weight");
+  check_size(up, 1, x.sym_size(-1), "hidden_size of x");
+  check_size(down, 0, x.sym_size(-1), "hidden_size of x");
+  check_size(down, 1, gate_weight.sym_size(0), "intermediate_size of gate_weight");
+}
+
+void check_mlp_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& x,
+                        const at::Tensor& gate_weight, const at::Tensor& up_weight,
+                        const at::Tensor& down_weight, const std::optional<at::Tensor>& gate,
+                        const std::optional<at::Tensor>& up) {
+  check_mlp(op, x, gate_weight, up_weight, down_weight);
+  const auto check_leading = [&](const Argument& argument, const c10::SymInt& last,
+                                 const char* meaning) {
+    check_rank(argument, x.dim());
+    check_like(argument, {op, "x", x});
+    for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) {
+      check_size(argument, dim, x.sym_size(dim), "same size of x");
+    }
+    check_size(argument, x.dim() - 1, last, meaning);
+  };
+  check_leading({op, "grad_output", grad_output}, x.sym_size(-1), "hidden_size of x");
+  TORCH_CHECK_VALUE(gate.has_value() == up.has_value(), op,
+                    ": expected gate and up both or neither, but got only ", gate ? "gate" : "up");
+  if (!gate) return;
+  check_leading({op, "gate", *gate}, gate_weight.sym_size(0), "intermediate_size of gate_weight");
+  check_leading({op, "up", *up}, gate_weight.sym_size(0), "intermediate_size of gate_weight");
+}
+
+namespace {
+std::atomic<bool> check_cuda_indices{false};
+}
+
+void set_check_indices(bool enabled) { check_cuda_indices = enabled; }
+
+void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts) {
+  if (!indices.is_cpu() && !check_cuda_indices) return;
+  const at::Tensor host = indices.cpu().contiguous();
+  const int64_t position = cpu::find_invalid_index(host.const_data_ptr(), to_index_type(host),
+                                                   host.numel(), num_experts);
+  if (position < 0) return;
+  const int64_t k = host.size(1);
+  TORCH_CHECK_INDEX(false, op, ": expected indices in [0, ", num_experts, "), but got ",
+                    host.flatten()[position].item<int64_t>(), " at indices[", position / k, ", ",
+                    position % k, "]");
+}
+
+Activation parse_activation(const char* op, std::string_view name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "identity") return Activation::kIdentity;
+  TORCH_CHECK_VALUE(false, op, ": expected activation to be one of silu, gelu, gelu_tanh, relu, ",
+                    "identity, but got '", name, "'");
+}
+
+DType to_dtype(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kDouble:
+      return DType::kFloat64;
+    default:
+      TORCH_CHECK_VALUE(false, "omni_moe: unsupported dtype ", tensor.scalar_type());
+  }
+}
+
+IndexType to_index_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kInt ? IndexType::kInt32 : IndexType::kInt64;
+}
+
+}  // namespace omni_moe::torch_api

@@ -1,0 +1,71 @@
+// Argument checks shared by the real kernels, the meta kernels and every backend. Each names the
+// argument, what was expected and what came, before anything is allocated or launched.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <string_view>
+
+#include "omni_moe/types.h"
+
+namespace omni_moe::torch_api {
+
+// A named argument of an op, for messages.
+struct Argument {
+  const char* op;
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+void check_rank(const Argument& argument, int64_t rank);
+
+// `meaning` says what the size stands for: "hidden_size of hidden_states".
+void check_size(const Argument& argument, int64_t dim, const c10::SymInt& expected,
+                const char* meaning);
+
+// fp32, fp16, bf16; fp64 on the CPU.
+void check_floating(const Argument& argument);
+void check_integer(const Argument& argument);
+
+// Same dtype (where `same_dtype`) and device as `first`.
+void check_like(const Argument& argument, const Argument& first, bool same_dtype = true);
+
+void check_router_logits(const char* op, const at::Tensor& router_logits_x,
+                         const at::Tensor& router_logits_y,
+                         const c10::SymInt& num_experts_per_token);
+
+// What a router's backward gets of its choice: gradient (T, K) and indices (T, K) int32.
+void check_router_choice(const char* op, const Argument& grad, const Argument& indices);
+
+void check_softmax_router_backward(const char* op, const at::Tensor& grad_routing_weights,
+                                   const at::Tensor& router_logits_x,
+                                   const at::Tensor& router_logits_y, const at::Tensor& indices);
+
+void check_expert(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_weights,
+                  const at::Tensor& down_weights, const at::Tensor& routing_weights,
+                  const at::Tensor& indices);
+
+void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
+                           const at::Tensor& hidden_states, const at::Tensor& up_weights,
+                           const at::Tensor& down_weights, const at::Tensor& routing_weights,
+                           const at::Tensor& indices);
+
+void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weight,
+               const at::Tensor& up_weight, const at::Tensor& down_weight);
+
+void check_mlp_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& x,
+                        const at::Tensor& gate_weight, const at::Tensor& up_weight,
+                        const at::Tensor& down_weight, const std::optional<at::Tensor>& gate,
+                        const std::optional<at::Tensor>& up);
+
+// Raises IndexError naming the first id outside [0, num_experts). Reads the ids on the host: always
+// for CPU tensors; for CUDA tensors only while set_check_indices(true) holds, since it
+// synchronises.
+void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts);
+void set_check_indices(bool enabled);
+
+Activation parse_activation(const char* op, std::string_view name);
+DType to_dtype(const at::Tensor& tensor);
+IndexType to_index_type(const at::Tensor& tensor);
+
+}  // namespace omni_moe::torch_api

@@ -1,0 +1,120 @@
+// Shapes and dtypes without data, for fake tensors and torch.compile. Sizes stay symbolic.
+#include <torch/library.h>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace omni_moe::torch_api {
+
+namespace {
+
+Tensor empty_like_contiguous(const Tensor& t) {
+  return at::empty_symint(t.sym_sizes(), t.options());
+}
+
+Tensor if_wanted(bool wanted, const Tensor& like) {
+  return wanted ? empty_like_contiguous(like) : at::empty({0}, like.options());
+}
+
+std::tuple<Tensor, Tensor> choice(const Tensor& logits, const c10::SymInt& k) {
+  return {at::empty_symint({logits.sym_size(0), k}, logits.options()),
+          at::empty_symint({logits.sym_size(0), k}, logits.options().dtype(at::kInt))};
+}
+
+std::tuple<Tensor, Tensor> omni_router_meta(const Tensor& router_logits_x,
+                                            const Tensor& router_logits_y, c10::SymInt k) {
+  check_router_logits("omni_router", router_logits_x, router_logits_y, k);
+  return choice(router_logits_x, k);
+}
+
+std::tuple<Tensor, Tensor> omni_softmax_router_meta(const Tensor& router_logits_x,
+                                                    const Tensor& router_logits_y, c10::SymInt k,
+                                                    bool /*norm_topk_prob*/) {
+  check_router_logits("omni_softmax_router", router_logits_x, router_logits_y, k);
+  return choice(router_logits_x, k);
+}
+
+std::tuple<Tensor, Tensor> omni_router_backward_meta(const Tensor& grad_scores,
+                                                     const Tensor& indices, c10::SymInt num_rows,
+                                                     c10::SymInt num_cols) {
+  constexpr auto kOp = "omni_router_backward";
+  check_router_choice(kOp, {kOp, "grad_scores", grad_scores}, {kOp, "indices", indices});
+  return {at::empty_symint({grad_scores.sym_size(0), num_rows}, grad_scores.options()),
+          at::empty_symint({grad_scores.sym_size(0), num_cols}, grad_scores.options())};
+}
+
+std::tuple<Tensor, Tensor> omni_softmax_router_backward_meta(const Tensor& grad_routing_weights,
+                                                             const Tensor& router_logits_x,
+                                                             const Tensor& router_logits_y,
+                                                             const Tensor& indices,
+                                                             bool /*norm_topk_prob*/) {
+  check_softmax_router_backward("omni_softmax_router_backward", grad_routing_weights,
+                                router_logits_x, router_logits_y, indices);
+  return {empty_like_contiguous(router_logits_x), empty_like_contiguous(router_logits_y)};
+}
+
+Tensor omni_expert_meta(const Tensor& hidden_states, const Tensor& up_weights,
+                        const Tensor& down_weights, const Tensor& routing_weights,
+                        const Tensor& indices, std::string_view activation) {
+  parse_activation("omni_expert", activation);
+  check_expert("omni_expert", hidden_states, up_weights, down_weights, routing_weights, indices);
+  return empty_like_contiguous(hidden_states);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_meta(
+    const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
+    const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
+    std::string_view activation, std::array<bool, 4> output_mask) {
+  parse_activation("omni_expert_backward", activation);
+  check_expert_backward("omni_expert_backward", grad_expert_states, hidden_states, up_weights,
+                        down_weights, routing_weights, indices);
+  return {if_wanted(output_mask[0], hidden_states), if_wanted(output_mask[1], up_weights),
+          if_wanted(output_mask[2], down_weights), if_wanted(output_mask[3], routing_weights)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates_meta(const Tensor& x,
+                                                            const Tensor& gate_weight,
+                                                            const Tensor& up_weight,
+                                                            const Tensor& down_weight,
+                                                            std::string_view activation) {
+  parse_activation("omni_mlp", activation);
+  check_mlp("omni_mlp", x, gate_weight, up_weight, down_weight);
+  auto gate_shape = x.sym_sizes().vec();
+  gate_shape.back() = gate_weight.sym_size(0);
+  return {empty_like_contiguous(x), at::empty_symint(gate_shape, x.options()),
+          at::empty_symint(gate_shape, x.options())};
+}
+
+Tensor omni_mlp_meta(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+                     const Tensor& down_weight, std::string_view activation, bool /*recompute*/) {
+  parse_activation("omni_mlp", activation);
+  check_mlp("omni_mlp", x, gate_weight, up_weight, down_weight);
+  return empty_like_contiguous(x);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_meta(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
+    std::string_view activation, std::array<bool, 4> output_mask) {
+  parse_activation("omni_mlp_backward", activation);
+  check_mlp_backward("omni_mlp_backward", grad_output, x, gate_weight, up_weight, down_weight, gate,
+                     up);
+  return {if_wanted(output_mask[0], x), if_wanted(output_mask[1], gate_weight),
+          if_wanted(output_mask[2], up_weight), if_wanted(output_mask[3], down_weight)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
+  m.impl("omni_router", omni_router_meta);
+  m.impl("omni_router_backward", omni_router_backward_meta);
+  m.impl("omni_softmax_router", omni_softmax_router_meta);
+  m.impl("omni_softmax_router_backward", omni_softmax_router_backward_meta);
+  m.impl("omni_expert", omni_expert_meta);
+  m.impl("omni_expert_backward", omni_expert_backward_meta);
+  m.impl("omni_mlp", omni_mlp_meta);
+  m.impl("omni_mlp_save_gates", omni_mlp_save_gates_meta);
+  m.impl("omni_mlp_backward", omni_mlp_backward_meta);
+}
+
+}  // namespace omni_moe::torch_api

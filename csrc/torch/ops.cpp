@@ -1,0 +1,94 @@
+#include "ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+namespace omni_moe::torch_api {
+
+namespace {
+
+// Looks the op up once per call site, then calls it with the signature of `function`.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name, Signature* /*function*/) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> omni_router(const Tensor& router_logits_x, const Tensor& router_logits_y,
+                                       c10::SymInt num_experts_per_token) {
+  static const auto op = find_op("omni_moe::omni_router", omni_router);
+  return op.call(router_logits_x, router_logits_y, std::move(num_experts_per_token));
+}
+
+std::tuple<Tensor, Tensor> omni_router_backward(const Tensor& grad_scores, const Tensor& indices,
+                                                c10::SymInt num_rows, c10::SymInt num_cols) {
+  static const auto op = find_op("omni_moe::omni_router_backward", omni_router_backward);
+  return op.call(grad_scores, indices, std::move(num_rows), std::move(num_cols));
+}
+
+std::tuple<Tensor, Tensor> omni_softmax_router(const Tensor& router_logits_x,
+                                               const Tensor& router_logits_y,
+                                               c10::SymInt num_experts_per_token,
+                                               bool norm_topk_prob) {
+  static const auto op = find_op("omni_moe::omni_softmax_router", omni_softmax_router);
+  return op.call(router_logits_x, router_logits_y, std::move(num_experts_per_token),
+                 norm_topk_prob);
+}
+
+std::tuple<Tensor, Tensor> omni_softmax_router_backward(const Tensor& grad_routing_weights,
+                                                        const Tensor& router_logits_x,
+                                                        const Tensor& router_logits_y,
+                                                        const Tensor& indices,
+                                                        bool norm_topk_prob) {
+  static const auto op =
+      find_op("omni_moe::omni_softmax_router_backward", omni_softmax_router_backward);
+  return op.call(grad_routing_weights, router_logits_x, router_logits_y, indices, norm_topk_prob);
+}
+
+Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
+                   const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
+                   std::string_view activation) {
+  static const auto op = find_op("omni_moe::omni_expert", omni_expert);
+  return op.call(hidden_states, up_weights, down_weights, routing_weights, indices, activation);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(
+    const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
+    const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
+    std::string_view activation, std::array<bool, 4> output_mask) {
+  static const auto op = find_op("omni_moe::omni_expert_backward", omni_expert_backward);
+  return op.call(grad_expert_states, hidden_states, up_weights, down_weights, routing_weights,
+                 indices, activation, output_mask);
+}
+
+Tensor flash_expert(const Tensor& hidden_states, const Tensor& down_weights,
+                    const Tensor& up_weights, const Tensor& indices, const Tensor& routing_weights,
+                    std::string_view activation) {
+  static const auto op = find_op("omni_moe::flash_expert", flash_expert);
+  return op.call(hidden_states, down_weights, up_weights, indices, routing_weights, activation);
+}
+
+Tensor omni_mlp(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+                const Tensor& down_weight, std::string_view activation, bool recompute) {
+  static const auto op = find_op("omni_moe::omni_mlp", omni_mlp);
+  return op.call(x, gate_weight, up_weight, down_weight, activation, recompute);
+}
+
+std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates(const Tensor& x, const Tensor& gate_weight,
+                                                       const Tensor& up_weight,
+                                                       const Tensor& down_weight,
+                                                       std::string_view activation) {
+  static const auto op = find_op("omni_moe::omni_mlp_save_gates", omni_mlp_save_gates);
+  return op.call(x, gate_weight, up_weight, down_weight, activation);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
+    std::string_view activation, std::array<bool, 4> output_mask) {
+  static const auto op = find_op("omni_moe::omni_mlp_backward", omni_mlp_backward);
+  return op.call(grad_output, x, gate_weight, up_weight, down_weight, gate, up, activation,
+                 output_mask);
+}
+
+}  // namespace omni_moe::torch_api

@@ -1,0 +1,52 @@
+// C++ entry points of the ops: what a libtorch program calls. They go through the dispatcher, so
+// autograd, autocast and meta tensors work as from Python.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <string_view>
+#include <tuple>
+
+namespace omni_moe::torch_api {
+
+using Tensor = at::Tensor;
+
+std::tuple<Tensor, Tensor> omni_router(const Tensor& router_logits_x, const Tensor& router_logits_y,
+                                       c10::SymInt num_experts_per_token);
+std::tuple<Tensor, Tensor> omni_router_backward(const Tensor& grad_scores, const Tensor& indices,
+                                                c10::SymInt num_rows, c10::SymInt num_cols);
+
+std::tuple<Tensor, Tensor> omni_softmax_router(const Tensor& router_logits_x,
+                                               const Tensor& router_logits_y,
+                                               c10::SymInt num_experts_per_token,
+                                               bool norm_topk_prob);
+std::tuple<Tensor, Tensor> omni_softmax_router_backward(const Tensor& grad_routing_weights,
+                                                        const Tensor& router_logits_x,
+                                                        const Tensor& router_logits_y,
+                                                        const Tensor& indices, bool norm_topk_prob);
+
+Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
+                   const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
+                   std::string_view activation = "silu");
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(
+    const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
+    const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
+    std::string_view activation, std::array<bool, 4> output_mask);
+Tensor flash_expert(const Tensor& hidden_states, const Tensor& down_weights,
+                    const Tensor& up_weights, const Tensor& indices, const Tensor& routing_weights,
+                    std::string_view activation = "silu");
+
+Tensor omni_mlp(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+                const Tensor& down_weight, std::string_view activation = "silu",
+                bool recompute = false);
+std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates(const Tensor& x, const Tensor& gate_weight,
+                                                       const Tensor& up_weight,
+                                                       const Tensor& down_weight,
+                                                       std::string_view activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
+    std::string_view activation, std::array<bool, 4> output_mask);
+
+}  // namespace omni_moe::torch_api

@@ -1,0 +1,50 @@
+// Schemas of every op. Shapes and meanings: docs/, one page per op.
+#include <torch/library.h>
+
+TORCH_LIBRARY(omni_moe, m) {
+  // Cartesian-product router: x (T, R), y (T, C) -> (T, K), (T, K) int32.
+  m.def(
+      "omni_router(Tensor router_logits_x, Tensor router_logits_y, SymInt num_experts_per_token) "
+      "-> (Tensor scores, Tensor indices)");
+  m.def(
+      "omni_router_backward(Tensor grad_scores, Tensor indices, SymInt num_rows, SymInt num_cols) "
+      "-> (Tensor grad_router_logits_x, Tensor grad_router_logits_y)");
+
+  // The same behind log_softmax and exp: what the layer uses.
+  m.def(
+      "omni_softmax_router(Tensor router_logits_x, Tensor router_logits_y, "
+      "SymInt num_experts_per_token, bool norm_topk_prob=False) "
+      "-> (Tensor routing_weights, Tensor indices)");
+  m.def(
+      "omni_softmax_router_backward(Tensor grad_routing_weights, Tensor router_logits_x, "
+      "Tensor router_logits_y, Tensor indices, bool norm_topk_prob) "
+      "-> (Tensor grad_router_logits_x, Tensor grad_router_logits_y)");
+
+  // Atomic experts: hidden (T, H), up and down (E, H), routing and indices (T, K) -> (T, H).
+  // A gradient that output_mask does not ask for comes back empty.
+  m.def(
+      "omni_expert(Tensor hidden_states, Tensor up_weights, Tensor down_weights, "
+      "Tensor routing_weights, Tensor indices, str activation=\"silu\") -> Tensor");
+  m.def(
+      "omni_expert_backward(Tensor grad_expert_states, Tensor hidden_states, Tensor up_weights, "
+      "Tensor down_weights, Tensor routing_weights, Tensor indices, str activation, "
+      "bool[4] output_mask) -> (Tensor grad_hidden_states, Tensor grad_up_weights, "
+      "Tensor grad_down_weights, Tensor grad_routing_weights)");
+  m.def(
+      "flash_expert(Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor indices, "
+      "Tensor routing_weights, str activation=\"silu\") -> Tensor");
+
+  // Shared MLP: x (…, H), gate and up (I, H), down (H, I) -> (…, H). omni_mlp_save_gates also
+  // returns the two products (…, I) that the backward can use instead of computing them again.
+  m.def(
+      "omni_mlp(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, "
+      "str activation=\"silu\", bool recompute=False) -> Tensor");
+  m.def(
+      "omni_mlp_save_gates(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, "
+      "str activation) -> (Tensor output, Tensor gate, Tensor up)");
+  m.def(
+      "omni_mlp_backward(Tensor grad_output, Tensor x, Tensor gate_weight, Tensor up_weight, "
+      "Tensor down_weight, Tensor? gate, Tensor? up, str activation, bool[4] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_gate_weight, Tensor grad_up_weight, "
+      "Tensor grad_down_weight)");
+}

@@ -1,0 +1,16 @@
+"""Mixture-of-Experts layers of atomic experts behind a Cartesian-product router.
+
+Importing the package loads ``libomni_moe.so``, which registers ``torch.ops.omni_moe.*`` (typed
+wrappers in :mod:`omni_moe.ops`). Method: "OmniMoE: An Efficient MoE by Orchestrating Atomic Experts
+at Scale" (arXiv 2602.05711).
+"""
+
+from omni_moe._library import build_info, check_indices
+
+from omni_moe import ops, reference  # isort: skip  (need the ops that _library loads)
+from omni_moe.config import OmniMoEConfig
+from omni_moe.modules.omni_moe import OmniMoE
+
+__version__ = build_info()["version"]
+
+__all__ = ["OmniMoE", "OmniMoEConfig", "build_info", "check_indices", "ops", "reference"]

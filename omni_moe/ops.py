@@ -1,0 +1,177 @@
+"""Typed functions over `torch.ops.omni_moe`, the operators that the C++ library registers.
+
+Letters: T tokens, H hidden size, I intermediate size, R x C the expert grid, E = R * C experts,
+K experts per token. All functions support autograd (first order), autocast, torch.compile, fake
+tensors and CUDA graphs; shapes, dtypes and devices are checked in C++ before any launch, and
+non-contiguous inputs are accepted. "The paper" is arXiv 2602.05711.
+"""
+
+import torch
+from torch import Tensor
+
+
+def omni_router(
+    router_logits_x: Tensor,
+    router_logits_y: Tensor,
+    num_expert_sqrt: int,
+    num_experts_per_token: int,
+) -> tuple[Tensor, Tensor]:
+    """The K best experts of a square grid by `score(row, col) = x[row] + y[col]`.
+
+    The Cartesian-product router of the paper (`S_ij = p_r[i] + p_c[j]`). Sums are taken and
+    compared in fp32 (fp64 for fp64 logits); equal sums come in ascending id order, NaN sorts first
+    as in `torch.topk`. The operator `torch.ops.omni_moe.omni_router` also takes R != C.
+
+    Args:
+        router_logits_x: (T, R) logits of the grid's rows; fp32, fp16, bf16 (fp64 on CPU).
+        router_logits_y: (T, C) logits of its columns, same dtype.
+        num_expert_sqrt: side of the grid; must equal both R and C.
+        num_experts_per_token: K, 0 <= K <= R * C.
+
+    Returns:
+        scores: (T, K) in the dtype of the logits, descending; differentiable.
+        indices: (T, K) int32, `id = row * C + col`.
+
+    Raises:
+        ValueError: `num_expert_sqrt` is not the width of both logit tensors.
+        RuntimeError: ranks, row counts, dtypes or devices disagree, or K is out of range.
+    """
+    for name, logits in (("x", router_logits_x), ("y", router_logits_y)):
+        if logits.shape[-1:] != (num_expert_sqrt,):
+            raise ValueError(
+                f"router_logits_{name}: expected shape (T, num_expert_sqrt) = "
+                f"(T, {num_expert_sqrt}), got {tuple(logits.shape)}"
+            )
+    return torch.ops.omni_moe.omni_router(router_logits_x, router_logits_y, num_experts_per_token)
+
+
+def omni_softmax_router(
+    router_logits_x: Tensor,
+    router_logits_y: Tensor,
+    num_experts_per_token: int,
+    norm_topk_prob: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The K most probable experts and their routing weights, from the two logit vectors.
+
+    `weight(row, col) = exp(log_softmax(x)[row] + log_softmax(y)[col])`, divided by the sum of the
+    K chosen when `norm_topk_prob` (Eq. 2 of the paper). Experts are selected on the fp32 sums of
+    the logits themselves, which a token's log_softmax only shifts by a constant, in the order of
+    `omni_router`. Where a log_softmax is NaN (a NaN or +inf logit, or all of them -inf) all weights
+    of that token are NaN and its ids are 0 ... K-1.
+
+    Args:
+        router_logits_x: (T, R) logits of the grid's rows; fp32, fp16, bf16 (fp64 on CPU).
+        router_logits_y: (T, C) logits of its columns, same dtype.
+        num_experts_per_token: K, 0 <= K <= R * C.
+        norm_topk_prob: make the weights of each token sum to 1.
+
+    Returns:
+        routing_weights: (T, K) in the dtype of the logits, descending; differentiable.
+        indices: (T, K) int32, `id = row * C + col`.
+
+    Raises:
+        RuntimeError: ranks, row counts, dtypes or devices disagree, or K is out of range.
+    """
+    return torch.ops.omni_moe.omni_softmax_router(
+        router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob
+    )
+
+
+def omni_expert(
+    hidden_states: Tensor,
+    up_weights: Tensor,
+    down_weights: Tensor,
+    routing_weights: Tensor,
+    indices: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """Weighted sum of each token's K atomic experts `E_i(x) = act(x . up_i) * down_i`.
+
+    `out[t] = sum_k act(hidden[t] . up[idx[t,k]]) * routing[t,k] * down[idx[t,k]]`, the routed term
+    `(g * act(x W[I]^T)) V[I]` of the paper's layer. An expert chosen twice counts twice. Products
+    and sums are accumulated in fp32 (fp64 for fp64) and rounded once; results are bitwise the same
+    on every run, forward and backward.
+
+    Args:
+        hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
+        up_weights: (E, H), same dtype.
+        down_weights: (E, H), same dtype.
+        routing_weights: (T, K), same dtype.
+        indices: (T, K) int32 or int64, each in [0, E).
+        activation: silu, gelu, gelu_tanh, relu or identity.
+
+    Returns:
+        expert_states: (T, H) in the dtype of `hidden_states`; differentiable with respect to all
+        floating-point arguments.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree, or the activation is unknown.
+        IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
+    """
+    return torch.ops.omni_moe.omni_expert(
+        hidden_states, up_weights, down_weights, routing_weights, indices, activation
+    )
+
+
+def flash_expert(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """`omni_expert` under the older naming: `down_weights` scores, `up_weights` projects back.
+
+    `out[t] = sum_k act(hidden[t] . down[idx[t,k]]) * routing[t,k] * up[idx[t,k]]`.
+
+    Args:
+        hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
+        down_weights: (E, H), same dtype; multiplied with the hidden states.
+        up_weights: (E, H), same dtype; summed into the output.
+        indices: (T, K) int32 or int64, each in [0, E).
+        routing_weights: (T, K), same dtype as `hidden_states`.
+        activation: silu, gelu, gelu_tanh, relu or identity.
+
+    Returns:
+        expert_states: (T, H) in the dtype of `hidden_states`; differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree, or the activation is unknown.
+        IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
+    """
+    return torch.ops.omni_moe.flash_expert(
+        hidden_states, down_weights, up_weights, indices, routing_weights, activation
+    )
+
+
+def omni_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    activation: str = "silu",
+    recompute: bool = False,
+) -> Tensor:
+    """The shared dense MLP: `(act(x gate_weight^T) * (x up_weight^T)) down_weight^T`.
+
+    The `MLP(x)` term of the paper's layer.
+
+    Args:
+        x: (..., H); fp32, fp16, bf16 (fp64 on CPU).
+        gate_weight: (I, H), same dtype.
+        up_weight: (I, H), same dtype.
+        down_weight: (H, I), same dtype.
+        activation: silu, gelu, gelu_tanh, relu or identity.
+        recompute: keep only the inputs for the backward pass and compute the (T, I) products
+            again there: less memory, more time, the same result.
+
+    Returns:
+        (..., H) in the dtype of `x`; differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree, or the activation is unknown.
+    """
+    return torch.ops.omni_moe.omni_mlp(
+        x, gate_weight, up_weight, down_weight, activation, recompute
+    )

@@ -1,0 +1,264 @@
+"""Every function of the library in plain PyTorch: what is right, and what stock operators cost.
+
+The first half is the oracle of the tests: written for clarity, differentiable by autograd, on any
+device and in any floating-point dtype. fp16 and bf16 inputs are computed in fp32 and rounded once,
+at the output; fp64 inputs in fp64. Argument orders are those of the operators in
+`torch.ops.omni_moe`. The second half, `eager_*`, is the baseline of the benchmarks: the same layer
+as one would write it with stock operators, computing in the dtype of the inputs.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from omni_moe.modules.omni_moe import OmniMoE
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp64 stays, everything else becomes fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _best_pairs(logits_x: Tensor, logits_y: Tensor, num_pairs: int) -> Tensor:
+    """Ids (T, K) int64 of the best sums: descending, equal sums by ascending id, NaN first."""
+    sums = (logits_x.unsqueeze(-1) + logits_y.unsqueeze(-2)).detach().flatten(-2)
+    return sums.sort(dim=-1, descending=True, stable=True).indices[..., :num_pairs]
+
+
+def _pair_sums(values_x: Tensor, values_y: Tensor, indices: Tensor) -> Tensor:
+    """(T, K): `values_x[row] + values_y[col]` of the given ids, differentiable."""
+    num_cols = values_y.shape[-1]
+    rows = indices.div(num_cols, rounding_mode="floor")
+    return values_x.gather(-1, rows) + values_y.gather(-1, indices % num_cols)
+
+
+def omni_router(
+    router_logits_x: Tensor, router_logits_y: Tensor, num_experts_per_token: int
+) -> tuple[Tensor, Tensor]:
+    """Top-K of the full R x C grid of sums `x[row] + y[col]`; the grid need not be square.
+
+    Args:
+        router_logits_x: (T, R).
+        router_logits_y: (T, C).
+        num_experts_per_token: K, 0 <= K <= R * C.
+
+    Returns:
+        scores: (T, K) in the dtype of the logits, descending, equal scores by ascending id.
+        indices: (T, K) int32, `id = row * C + col`.
+    """
+    logits_x, logits_y = _wide(router_logits_x), _wide(router_logits_y)
+    indices = _best_pairs(logits_x, logits_y, num_experts_per_token)
+    scores = _pair_sums(logits_x, logits_y, indices)
+    return scores.to(router_logits_x.dtype), indices.int()
+
+
+def omni_softmax_router(
+    router_logits_x: Tensor,
+    router_logits_y: Tensor,
+    num_experts_per_token: int,
+    norm_topk_prob: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`omni_router` with weights `exp(log_softmax(x)[row] + log_softmax(y)[col])`.
+
+    Args:
+        router_logits_x: (T, R).
+        router_logits_y: (T, C).
+        num_experts_per_token: K, 0 <= K <= R * C.
+        norm_topk_prob: divide the K weights of a token by their sum.
+
+    Returns:
+        routing_weights: (T, K) in the dtype of the logits.
+        indices: (T, K) int32, chosen on the sums of the logits. Where a log_softmax is NaN the
+            token's weights are NaN and its ids 0 ... K-1.
+    """
+    logits_x, logits_y = _wide(router_logits_x), _wide(router_logits_y)
+    log_probs_x, log_probs_y = logits_x.log_softmax(-1), logits_y.log_softmax(-1)
+
+    indices = _best_pairs(logits_x, logits_y, num_experts_per_token)
+    undefined = (log_probs_x.isnan().any(-1) | log_probs_y.isnan().any(-1)).unsqueeze(-1)
+    first_ids = torch.arange(num_experts_per_token, device=indices.device)
+    indices = torch.where(undefined, first_ids, indices)
+
+    weights = _pair_sums(log_probs_x, log_probs_y, indices).exp()
+    if norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(router_logits_x.dtype), indices.int()
+
+
+def omni_expert(
+    hidden_states: Tensor,
+    up_weights: Tensor,
+    down_weights: Tensor,
+    routing_weights: Tensor,
+    indices: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """`out[t] = sum_k act(hidden[t] . up[idx[t,k]]) * routing[t,k] * down[idx[t,k]]`.
+
+    Args:
+        hidden_states: (T, H).
+        up_weights: (E, H).
+        down_weights: (E, H).
+        routing_weights: (T, K).
+        indices: (T, K) int32 or int64 in [0, E).
+        activation: a key of `ACTIVATION_FUNCTIONS`.
+
+    Returns:
+        expert_states: (T, H) in the dtype of `hidden_states`.
+    """
+    up = F.embedding(indices, _wide(up_weights))  # (T, K, H)
+    down = F.embedding(indices, _wide(down_weights))  # (T, K, H)
+    scores = torch.einsum("th,tkh->tk", _wide(hidden_states), up)
+    gates = ACTIVATION_FUNCTIONS[activation](scores) * _wide(routing_weights)
+    return torch.einsum("tk,tkh->th", gates, down).to(hidden_states.dtype)
+
+
+def flash_expert(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """`omni_expert` under the older naming: `down_weights` scores, `up_weights` projects back."""
+    return omni_expert(
+        hidden_states, down_weights, up_weights, routing_weights, indices, activation
+    )
+
+
+def omni_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """`(act(x gate_weight^T) * (x up_weight^T)) down_weight^T`.
+
+    Args:
+        x: (..., H).
+        gate_weight: (I, H).
+        up_weight: (I, H).
+        down_weight: (H, I).
+        activation: a key of `ACTIVATION_FUNCTIONS`.
+
+    Returns:
+        (..., H) in the dtype of `x`.
+    """
+    gate = F.linear(_wide(x), _wide(gate_weight))
+    up = F.linear(_wide(x), _wide(up_weight))
+    activated = ACTIVATION_FUNCTIONS[activation](gate) * up
+    return F.linear(activated, _wide(down_weight)).to(x.dtype)
+
+
+def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
+    """Forward of an `OmniMoE` layer by the functions above, with the layer's own parameters.
+
+    BatchNorm is called as in the layer: in training mode it updates its running statistics.
+
+    Args:
+        module: the layer.
+        hidden_states: (..., H).
+
+    Returns:
+        (..., H) in the dtype of `hidden_states`.
+    """
+    return _layer(module, hidden_states, omni_softmax_router, omni_expert, omni_mlp)
+
+
+def eager_router(
+    router_logits_x: Tensor,
+    router_logits_y: Tensor,
+    num_experts_per_token: int,
+    norm_topk_prob: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Product-key routing with stock operators: top-K of each axis, then of their K x K sums.
+
+    Shapes as `omni_softmax_router`, but `indices` are int64 and equal sums come in any order.
+    """
+    num_rows, num_cols = router_logits_x.shape[-1], router_logits_y.shape[-1]
+    log_probs_x, log_probs_y = router_logits_x.log_softmax(-1), router_logits_y.log_softmax(-1)
+    best_x, rows = log_probs_x.topk(min(num_experts_per_token, num_rows), dim=-1)
+    best_y, cols = log_probs_y.topk(min(num_experts_per_token, num_cols), dim=-1)
+    sums = (best_x.unsqueeze(-1) + best_y.unsqueeze(-2)).flatten(-2)
+    ids = (rows.unsqueeze(-1) * num_cols + cols.unsqueeze(-2)).flatten(-2)
+    scores, positions = sums.topk(num_experts_per_token, dim=-1)
+    weights = scores.exp()
+    if norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, ids.gather(-1, positions)
+
+
+def eager_expert(
+    hidden_states: Tensor,
+    up_weights: Tensor,
+    down_weights: Tensor,
+    routing_weights: Tensor,
+    indices: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """The expert pass as gather and batched matmul: two (T, K, H) copies. As `omni_expert`."""
+    up = F.embedding(indices, up_weights)
+    down = F.embedding(indices, down_weights)
+    scores = torch.matmul(up, hidden_states.unsqueeze(-1)).squeeze(-1)
+    gates = ACTIVATION_FUNCTIONS[activation](scores) * routing_weights
+    return torch.matmul(gates.unsqueeze(-2), down).squeeze(-2)
+
+
+def eager_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """The shared MLP as three linear calls and an elementwise product. As `omni_mlp`."""
+    gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+    return F.linear(ACTIVATION_FUNCTIONS[activation](gate) * up, down_weight)
+
+
+def eager_omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
+    """Forward of an `OmniMoE` layer with stock operators. As `omni_moe`."""
+    return _layer(module, hidden_states, eager_router, eager_expert, eager_mlp)
+
+
+def _layer(
+    module: "OmniMoE", hidden_states: Tensor, router: Callable, expert: Callable, mlp: Callable
+) -> Tensor:
+    config = module.config
+    tokens = hidden_states.flatten(0, -2)
+    routing_weights, indices = router(
+        module.router_norm_x(module.router_gate_x(tokens)),
+        module.router_norm_y(module.router_gate_y(tokens)),
+        config.num_experts_per_token,
+        config.norm_topk_prob,
+    )
+    expert_states = expert(
+        tokens,
+        module.up_embed.weight,
+        module.down_embed.weight,
+        routing_weights,
+        indices,
+        config.hidden_act,
+    )
+    shared_states = mlp(
+        tokens,
+        module.gate_proj.weight,
+        module.up_proj.weight,
+        module.down_proj.weight,
+        config.hidden_act,
+    )
+    return (expert_states + shared_states).view_as(hidden_states)

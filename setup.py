@@ -1,0 +1,41 @@
+"""Drives CMake, the one build description, for pip; metadata lives in pyproject.toml."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD_DIR = ROOT / "build" / "cmake"
+
+
+class CMakeExtension(Extension):
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sources=[])
+
+
+class BuildWithCMake(build_ext):
+    """Configures, builds and installs libomni_moe.so and _C beside the package's Python files.
+
+    The environment's CMAKE_ARGS are passed on, e.g. CMAKE_ARGS="-DOMNI_MOE_CUDA=OFF".
+    """
+
+    def build_extension(self, extension: Extension) -> None:
+        package_dir = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.run(configure, check=True)
+        jobs = str(self.parallel or os.cpu_count() or 1)
+        subprocess.run(["cmake", "--build", str(BUILD_DIR), "--parallel", jobs], check=True)
+        install = ["cmake", "--install", str(BUILD_DIR), "--prefix", str(package_dir)]
+        subprocess.run(install, check=True)
+
+
+setup(ext_modules=[CMakeExtension("omni_moe._C")], cmdclass={"build_ext": BuildWithCMake})
