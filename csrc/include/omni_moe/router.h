@@ -26,7 +26,8 @@ struct RouterForwardParams {
   int64_t num_experts_per_token;  // 0 <= K <= R * C < 2^31
   DType dtype;
   RouterScore score;
-  void* workspace;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
+  void*
+      workspace;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
 };
 
 // kLogit: grad_x[row] = Σ grad_weights over the chosen pairs in that row, grad_y likewise.
@@ -44,7 +45,8 @@ struct RouterBackwardParams {
   int64_t num_experts_per_token;
   DType dtype;
   RouterScore score;
-  void* workspace;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
+  void*
+      workspace;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
 };
 
 }  // namespace omni_moe

@@ -1,4 +1,5 @@
-// Element types and activations shared by every kernel: what a `void*` in a Params struct points to.
+// Element types and activations shared by every kernel: what a `void*` in a Params struct points
+// to.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,74 @@
+// act(x) and act'(x) in fp32 for every Activation, with the limits of torch.nn.functional:
+// NaN stays NaN (relu too), relu'(0) = 0.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "omni_moe/types.h"
+
+namespace omni_moe::cuda {
+
+struct ActivationResult {
+  float value;       // act(x)
+  float derivative;  // act'(x)
+};
+
+// One template; what is not asked for is dead code.
+template <Activation kActivation>
+__device__ __forceinline__ ActivationResult activate_with_derivative(float x) {
+  if constexpr (kActivation == Activation::kSilu) {
+    const float sigmoid = 1.0f / (1.0f + expf(-x));
+    // x / (1 + e^-x), not x * sigmoid: one rounding fewer, and what the reference divides.
+    return {x / (1.0f + expf(-x)), sigmoid * (1.0f + x * (1.0f - sigmoid))};
+  } else if constexpr (kActivation == Activation::kGelu) {
+    constexpr float kSqrtHalf = 0.70710678118654752440f;
+    constexpr float kInvSqrtTwoPi = 0.39894228040143267794f;
+    const float cdf = 0.5f * (1.0f + erff(x * kSqrtHalf));
+    return {x * cdf, cdf + x * kInvSqrtTwoPi * expf(-0.5f * x * x)};
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    constexpr float kSqrtTwoOverPi = 0.79788456080286535588f;
+    constexpr float kCubic = 0.044715f;
+    const float tanh_inner = tanhf(kSqrtTwoOverPi * (x + kCubic * x * x * x));
+    const float inner_derivative = kSqrtTwoOverPi * (1.0f + 3.0f * kCubic * x * x);
+    return {0.5f * x * (1.0f + tanh_inner),
+            0.5f * (1.0f + tanh_inner) +
+                0.5f * x * (1.0f - tanh_inner * tanh_inner) * inner_derivative};
+  } else if constexpr (kActivation == Activation::kRelu) {
+    return x <= 0.0f ? ActivationResult{0.0f, 0.0f} : ActivationResult{x, 1.0f};
+  } else {
+    static_assert(kActivation == Activation::kIdentity, "an activation without a definition");
+    return {x, 1.0f};
+  }
+}
+
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float x) {
+  return activate_with_derivative<kActivation>(x).value;
+}
+
+// Chosen at run time, for kernels that evaluate it once per row: a uniform branch there costs less
+// than five copies of the kernel.
+__device__ __forceinline__ ActivationResult activate_with_derivative(Activation activation,
+                                                                     float x) {
+  switch (activation) {
+    case Activation::kSilu: return activate_with_derivative<Activation::kSilu>(x);
+    case Activation::kGelu: return activate_with_derivative<Activation::kGelu>(x);
+    case Activation::kGeluTanh: return activate_with_derivative<Activation::kGeluTanh>(x);
+    case Activation::kRelu: return activate_with_derivative<Activation::kRelu>(x);
+    case Activation::kIdentity: return activate_with_derivative<Activation::kIdentity>(x);
+  }
+  __builtin_unreachable();  // launchers reject other values
+}
+
+__device__ __forceinline__ float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kSilu: return activate<Activation::kSilu>(x);
+    case Activation::kGelu: return activate<Activation::kGelu>(x);
+    case Activation::kGeluTanh: return activate<Activation::kGeluTanh>(x);
+    case Activation::kRelu: return activate<Activation::kRelu>(x);
+    case Activation::kIdentity: return activate<Activation::kIdentity>(x);
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace omni_moe::cuda

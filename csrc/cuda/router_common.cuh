@@ -1,0 +1,171 @@
+// What the router kernels share: order-preserving integer keys, the warp sort, and the map from a
+// chosen sum to the weight that is written.
+//
+// A pair is an entry: its sum's key in the upper 32 bits, the complement of its id in the lower, so
+// that one unsigned comparison means "larger sum, then smaller id". Axis elements are packed the
+// same way, 16-bit logits into 32 bits.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
+#include "omni_moe/router.h"
+
+namespace omni_moe::cuda {
+
+// ---- keys of fp32 values: unsigned integers in the order of torch.topk, NaN greatest ----
+
+inline constexpr uint32_t kKeyOfNegativeInf = 0x007fffffu;
+inline constexpr uint32_t kKeyOfNaN = 0xffc00000u;  // the quiet NaN; no key exceeds it
+
+__device__ __forceinline__ uint32_t ordered_key(float value) {
+  // Adding +0 turns -0 into +0, so that the two compare equal.
+  const uint32_t bits = __float_as_uint(value + 0.0f);
+  const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return value != value ? kKeyOfNaN : key;
+}
+
+__device__ __forceinline__ float value_of_key(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// ---- entries: a pair's sum and id ----
+
+__device__ __forceinline__ uint64_t make_entry(uint32_t key, uint32_t id) {
+  return static_cast<uint64_t>(key) << 32 | ~id;
+}
+__device__ __forceinline__ uint32_t key_of_entry(uint64_t entry) {
+  return static_cast<uint32_t>(entry >> 32);
+}
+__device__ __forceinline__ uint32_t id_of_entry(uint64_t entry) {
+  return ~static_cast<uint32_t>(entry);
+}
+
+// ---- axis elements: a logit and its position. 0 is no element. ----
+
+// Of T in Packed. Equal logits rank by ascending position. (-0 ranks below +0 where Packed is 32
+// bits; any order that is consistent with the sums serves.)
+template <class T, class Packed>
+struct AxisElement {
+  static_assert(sizeof(Packed) == 8);
+  __device__ static Packed pack(T logit, uint32_t position) {
+    return make_entry(ordered_key(to_float(logit)), position);
+  }
+  __device__ static float value(Packed packed) { return value_of_key(key_of_entry(packed)); }
+  __device__ static uint32_t position(Packed packed) { return id_of_entry(packed); }
+};
+
+template <class T>
+struct AxisElement<T, uint32_t> {
+  static_assert(sizeof(T) == 2);
+  static constexpr uint32_t kMaxPosition = 0xffff;
+
+  __device__ static uint32_t pack(T logit, uint32_t position) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, &logit, sizeof(bits));
+    const bool nan = (bits & 0x7fffu) > kInfinityBits;
+    const uint32_t key = bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
+    return (nan ? 0xffffu : key) << 16 | (kMaxPosition - position);
+  }
+  __device__ static float value(uint32_t packed) {
+    const uint32_t key = packed >> 16;
+    const auto bits = static_cast<uint16_t>(key & 0x8000u ? key ^ 0x8000u : ~key);
+    T logit;
+    __builtin_memcpy(&logit, &bits, sizeof(bits));
+    return to_float(logit);
+  }
+  __device__ static uint32_t position(uint32_t packed) {
+    return kMaxPosition - (packed & kMaxPosition);
+  }
+
+ private:
+  static constexpr uint32_t kInfinityBits = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
+};
+
+// ---- the warp's sort ----
+
+// Sorts 32 * kItems keys, descending; key number lane * kItems + i is keys[i] of that lane, before
+// and after.
+template <int kItems, class Key>
+__device__ __forceinline__ void warp_sort_descending(Key (&keys)[kItems]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int size = 2; size <= kWarpSize * kItems; size *= 2) {
+#pragma unroll
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const bool descending = ((lane * kItems + i) & size) == 0;
+        if (stride >= kItems) {
+          const int lane_stride = stride / kItems;
+          const Key other = __shfl_xor_sync(kFullWarp, keys[i], lane_stride);
+          const bool keep_larger = ((lane & lane_stride) == 0) == descending;
+          keys[i] = keep_larger == (other > keys[i]) ? other : keys[i];
+        } else if ((i & stride) == 0) {
+          const Key a = keys[i];
+          const Key b = keys[i ^ stride];
+          const bool swap = descending == (b > a);
+          keys[i] = swap ? b : a;
+          keys[i ^ stride] = swap ? a : b;
+        }
+      }
+    }
+  }
+}
+
+// ---- thresholds ----
+
+// The largest threshold found with k <= count(threshold) <= limit, where count(t) is the number of
+// keys >= t: `low`, with `count_low` = count(low) >= k, moves up while its count passes the limit.
+// Where ties forbid such a count it ends at the k-th largest key, with count_low > limit.
+template <class Count>
+__device__ __forceinline__ uint32_t bisect_threshold(uint32_t low, uint32_t high, int k, int limit,
+                                                     int& count_low, Count count) {
+  while (count_low > limit && low < high) {
+    const uint32_t middle = high - (high - low) / 2;
+    const int count_middle = count(middle);
+    if (count_middle >= k) {
+      low = middle;
+      count_low = count_middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// ---- outputs ----
+
+// log_softmax of an axis is NaN exactly where its greatest logit (NaN greatest) is not finite.
+__device__ __forceinline__ bool log_softmax_is_nan(float max_x, float max_y) {
+  return !isfinite(max_x) || !isfinite(max_y);
+}
+
+// inf + -inf = NaN sorts first though its terms do not: the one case in which sums do not descend
+// along a sorted axis. `max` is the greatest logit of an axis (NaN greatest).
+__device__ __forceinline__ bool may_exceed_finite(float max) { return !(max < INFINITY); }
+
+// The weight written for a chosen sum.
+struct WeightOfSum {
+  RouterScore score;
+  float shift_x;  // kSoftmax: log-sum-exp of x; kSoftmaxTopK: the largest sum
+  float shift_y;  // kSoftmax: log-sum-exp of y
+  float total;    // kSoftmaxTopK: Σ exp(sum - shift_x) over the K chosen
+
+  __device__ __forceinline__ float operator()(float sum) const {
+    if (score == RouterScore::kLogit) return sum;
+    if (score == RouterScore::kSoftmax) return expf(sum - shift_x - shift_y);
+    return expf(sum - shift_x) / total;
+  }
+};
+
+// ---- the second kernel family (router_large_k.cu): any shape, one block per token ----
+
+cudaError_t router_forward_block(const RouterForwardParams& params, cudaStream_t stream);
+size_t router_forward_block_workspace_size(const RouterForwardParams& params);
+
+}  // namespace omni_moe::cuda

@@ -1,0 +1,434 @@
+// Cartesian-product router, forward, for few experts per token: one warp per token, everything in
+// registers, shuffles and a little shared memory.
+//
+// The K best of the R × C sums x[row] + y[col]. Sort the best K + 1 logits of each axis; with
+// 1-based ranks i and j, i * j - 1 pairs are at least as good as pair (i, j), so the K largest sums
+// lie within i * j <= K: about K ln K candidates. Two different logits can round to one sum,
+// though, and then a pair beyond that border may equal the K-th sum and have the smaller id; the
+// pairs just past the border tell, and those ties are taken from a scan of the rows that hold them.
+//
+// Selection bisects the integer key of the values: a count over the warp's registers per probe,
+// until between K and the sort's width are left. Bytes moved: T (R + C) logits in, T K (weight, id)
+// out.
+//
+// Shapes beyond kMaxExpertsPerToken or kMaxAxis go to router_large_k.cu.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common/check.h"
+#include "cuda/common/dispatch.h"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/router_common.cuh"
+#include "cuda/router_warp_axis.cuh"
+#include "omni_moe/cuda.h"
+
+namespace omni_moe::cuda {
+
+namespace {
+
+constexpr int kWarpsPerBlock = 4;
+constexpr int kThreads = kWarpsPerBlock * kWarpSize;
+constexpr int kMaxExpertsPerToken = 127;
+constexpr int kMaxAxis = 1024;
+
+// ---- candidates: the rank pairs with i * j <= kMaxExpertsPerToken, by ascending product, so that
+// those of a smaller K are a prefix ----
+
+constexpr int num_rank_pairs(int k) {
+  int count = 0;
+  for (int i = 1; i <= k; ++i) count += k / i;
+  return count;
+}
+
+template <int k>
+inline constexpr int kNumRankPairs = num_rank_pairs(k);
+
+struct RankPairs {
+  uint8_t x[kNumRankPairs<kMaxExpertsPerToken>];  // 0-based ranks
+  uint8_t y[kNumRankPairs<kMaxExpertsPerToken>];
+};
+
+constexpr RankPairs make_rank_pairs() {
+  RankPairs pairs{};
+  int n = 0;
+  for (int product = 1; product <= kMaxExpertsPerToken; ++product) {
+    for (int i = 1; i <= product; ++i) {
+      if (product % i != 0) continue;
+      pairs.x[n] = static_cast<uint8_t>(i - 1);
+      pairs.y[n] = static_cast<uint8_t>(product / i - 1);
+      ++n;
+    }
+  }
+  return pairs;
+}
+
+__device__ constexpr RankPairs kRankPairs = make_rank_pairs();
+
+// ---- one warp's state ----
+
+// kCapacity: the width of the sorts, more than K.
+template <int kCapacity>
+struct WarpStorage {
+  uint64_t entries[kCapacity];  // also the scratch of the axis sorts
+  TopOfAxis<kCapacity> axis[2];
+};
+
+template <class T>
+struct Token {
+  const T* logits_x;  // [num_rows]
+  const T* logits_y;  // [num_cols]
+  int num_rows;
+  int num_cols;
+  int k;
+
+  __device__ uint32_t key_at(int row, int col) const {
+    return ordered_key(to_float(logits_x[row]) + to_float(logits_y[col]));
+  }
+};
+
+// ---- ties and infinities: scans of the grid, rare ----
+
+// entries[filled … k) = the pairs of key `key` with the smallest ids. Rows whose best sum is
+// smaller are skipped; max_y = NaN skips none.
+template <class T>
+__device__ __noinline__ void warp_fill_ties(Token<T> token, uint32_t key, float max_y, int filled,
+                                            uint64_t* entries) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int row_begin = 0; row_begin < token.num_rows; row_begin += kWarpSize) {
+    const int row = row_begin + lane;
+    unsigned rows =
+        __ballot_sync(kFullWarp, row < token.num_rows &&
+                                     ordered_key(to_float(token.logits_x[row]) + max_y) >= key);
+    for (; rows != 0; rows &= rows - 1) {
+      const int tied_row = row_begin + __ffs(rows) - 1;
+      for (int col_begin = 0; col_begin < token.num_cols; col_begin += kWarpSize) {
+        const int col = col_begin + lane;
+        const bool tied = col < token.num_cols && token.key_at(tied_row, col) == key;
+        const unsigned ties = __ballot_sync(kFullWarp, tied);
+        const int slot = filled + __popc(ties & ((1u << lane) - 1));
+        if (tied && slot < token.k) {
+          entries[slot] = make_entry(key, static_cast<uint32_t>(tied_row) * token.num_cols + col);
+        }
+        filled += __popc(ties);
+        if (filled >= token.k) {
+          __syncwarp();
+          return;
+        }
+      }
+    }
+  }
+}
+
+// Sorts entries[0 … count), count <= kCapacity.
+template <int kCapacity>
+__device__ __forceinline__ void warp_sort_entries(uint64_t* entries, int count) {
+  constexpr int kPerLane = kCapacity / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  uint64_t sorted[kPerLane];
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int rank = lane * kPerLane + i;
+    sorted[i] = rank < count ? entries[rank] : 0;
+  }
+  warp_sort_descending(sorted);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) entries[lane * kPerLane + i] = sorted[i];
+  __syncwarp();
+}
+
+// The selection without any assumption on the order of sums, for tokens with both infinities: every
+// probe counts over the whole grid.
+template <int kCapacity, class T>
+__device__ __noinline__ void warp_choose_from_grid(Token<T> token, uint64_t* entries) {
+  const int lane = threadIdx.x % kWarpSize;
+  const auto count = [&](uint32_t threshold) {
+    int n = 0;
+    for (int row = 0; row < token.num_rows; ++row) {
+      for (int col = lane; col < token.num_cols; col += kWarpSize) {
+        n += token.key_at(row, col) >= threshold ? 1 : 0;
+      }
+    }
+    return __reduce_add_sync(kFullWarp, n);
+  };
+  int count_low = token.num_rows * token.num_cols;
+  const uint32_t low =
+      bisect_threshold(kKeyOfNegativeInf, kKeyOfNaN, token.k, kCapacity, count_low, count);
+  const bool tied = count_low > kCapacity;
+
+  int filled = 0;
+  const uint32_t threshold = tied ? low + 1 : low;
+  for (int row = 0; row < token.num_rows; ++row) {
+    for (int col_begin = 0; col_begin < token.num_cols; col_begin += kWarpSize) {
+      const int col = col_begin + lane;
+      const uint32_t key = col < token.num_cols ? token.key_at(row, col) : 0;
+      const unsigned chosen = __ballot_sync(kFullWarp, key >= threshold);
+      if (key >= threshold) {
+        entries[filled + __popc(chosen & ((1u << lane) - 1))] =
+            make_entry(key, static_cast<uint32_t>(row) * token.num_cols + col);
+      }
+      filled += __popc(chosen);
+    }
+  }
+  warp_sort_entries<kCapacity>(entries, filled);
+  if (tied) warp_fill_ties(token, low, __uint_as_float(0x7fc00000u), filled, entries);
+}
+
+template <class T>
+__device__ __forceinline__ bool warp_any_negative_inf(const T* logits, int n) {
+  bool found = false;
+  for (int i = threadIdx.x % kWarpSize; i < n; i += kWarpSize) {
+    found |= to_float(logits[i]) == -INFINITY;
+  }
+  return __any_sync(kFullWarp, found);
+}
+
+// ---- candidates: the K best pairs of the two sorted tops ----
+
+// What the ranks alone tell about the k-th sum.
+template <int kCapacity>
+struct Border {
+  uint32_t lower_bound;                     // the k-th sum's key is no smaller
+  uint32_t outside[kCapacity / kWarpSize];  // keys one rank past the candidates of a row, 0: none
+};
+
+template <int kCapacity>
+__device__ __forceinline__ Border<kCapacity> warp_border(const TopOfAxis<kCapacity>& x, int num_x,
+                                                         const TopOfAxis<kCapacity>& y, int num_y,
+                                                         int k) {
+  Border<kCapacity> border;
+  uint32_t bound = 0;
+#pragma unroll
+  for (int i = 0; i < kCapacity / kWarpSize; ++i) {
+    const int rank = i * kWarpSize + threadIdx.x % kWarpSize + 1;  // 1-based
+    border.outside[i] = 0;
+    if (rank > num_x) continue;
+    const float value = x.value[rank - 1];
+    const int last = k / rank;  // 1-based rank of this row's last candidate
+    // The corner of any rectangle of k or more ranks bounds the k-th sum.
+    const int corner = last * rank < k ? last + 1 : last;
+    if (corner <= num_y) bound = max(bound, ordered_key(value + y.value[corner - 1]));
+    if (last < num_y && rank <= k + 1) border.outside[i] = ordered_key(value + y.value[last]);
+  }
+  border.lower_bound = __reduce_max_sync(kFullWarp, bound);
+  return border;
+}
+
+// entries[0 … k) = the chosen pairs, sorted.
+template <int kCapacity, class T>
+__device__ __forceinline__ void warp_choose(const Token<T>& token, int num_x, int num_y,
+                                            int num_candidates, WarpStorage<kCapacity>& storage) {
+  constexpr int kSlots = (kNumRankPairs<kCapacity - 1> + kWarpSize - 1) / kWarpSize;
+  const TopOfAxis<kCapacity>& x = storage.axis[0];
+  const TopOfAxis<kCapacity>& y = storage.axis[1];
+  const int lane = threadIdx.x % kWarpSize;
+
+  // 1. Keys of the candidates.
+  uint32_t keys[kSlots];
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    keys[slot] = 0;
+    const int candidate = slot * kWarpSize + lane;
+    if (slot * kWarpSize < num_candidates && candidate < num_candidates) {
+      const int i = kRankPairs.x[candidate];
+      const int j = kRankPairs.y[candidate];
+      if (i < num_x && j < num_y) keys[slot] = ordered_key(x.value[i] + y.value[j]);
+    }
+  }
+
+  // 2. Threshold.
+  const Border<kCapacity> border = warp_border(x, num_x, y, num_y, token.k);
+  const auto count = [&](uint32_t threshold) {
+    int n = 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (slot * kWarpSize < num_candidates) n += keys[slot] >= threshold ? 1 : 0;
+    }
+    return __reduce_add_sync(kFullWarp, n);
+  };
+  int count_low = count(border.lower_bound);
+  const uint32_t low = bisect_threshold(border.lower_bound, ordered_key(x.value[0] + y.value[0]),
+                                        token.k, kCapacity, count_low, count);
+  const bool overfull = count_low > kCapacity;  // more ties than fit: keep what is above them
+  const uint32_t threshold = overfull ? low + 1 : low;
+
+  // 3. Compact and sort.
+  int filled = 0;
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (slot * kWarpSize >= num_candidates) continue;
+    const bool chosen = keys[slot] >= threshold;
+    const unsigned mask = __ballot_sync(kFullWarp, chosen);
+    if (chosen) {
+      const int candidate = slot * kWarpSize + lane;
+      const uint32_t row = x.position[kRankPairs.x[candidate]];
+      const uint32_t col = y.position[kRankPairs.y[candidate]];
+      storage.entries[filled + __popc(mask & ((1u << lane) - 1))] =
+          make_entry(keys[slot], row * token.num_cols + col);
+    }
+    filled += __popc(mask);
+  }
+  warp_sort_entries<kCapacity>(storage.entries, filled);
+
+  // 4. Ties with the k-th sum outside the candidates.
+  const uint32_t kth_key = overfull ? low : key_of_entry(storage.entries[token.k - 1]);
+  bool outside = overfull;
+  int above = 0;
+#pragma unroll
+  for (int i = 0; i < kCapacity / kWarpSize; ++i) {
+    outside |= border.outside[i] == kth_key;
+    above += key_of_entry(storage.entries[i * kWarpSize + lane]) > kth_key ? 1 : 0;
+  }
+  if (__any_sync(kFullWarp, outside)) {
+    above = __reduce_add_sync(kFullWarp, above);
+    warp_fill_ties(token, kth_key, y.value[0], above, storage.entries);
+  }
+}
+
+// ---- the kernel ----
+
+// 8 blocks, 64 registers: 4096 tokens on 132 SMs are one wave. fp32 logits need more registers, and
+// on sm_80 so do 1024 logits an axis of any type.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMinBlocksOfLongAxis = 6;
+#else
+constexpr int kMinBlocksOfLongAxis = 8;
+#endif
+template <class T, int kItems>
+inline constexpr int kMinBlocksPerSm = sizeof(T) == 2 ? (kItems <= 8 ? 8 : kMinBlocksOfLongAxis)
+                                                      : (kItems <= 8 ? 6 : 4);
+
+template <class T, int kItems, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems>)
+    router_forward_warp_kernel(const RouterForwardParams params, int num_candidates, bool vectors_x,
+                               bool vectors_y) {
+  __shared__ WarpStorage<kCapacity> block_storage[kWarpsPerBlock];
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp;
+  if (t >= params.num_tokens) return;
+  WarpStorage<kCapacity>& storage = block_storage[warp];
+  const int k = static_cast<int>(params.num_experts_per_token);
+  const Token<T> token{static_cast<const T*>(params.logits_x) + t * params.num_rows,
+                       static_cast<const T*>(params.logits_y) + t * params.num_cols,
+                       static_cast<int>(params.num_rows), static_cast<int>(params.num_cols), k};
+  const RouterScore score = params.score;
+
+  // 1. The best k + 1 of each axis. One loop body for both: half the code, half the registers.
+  int num_top[2];
+  float log_sum[2] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+    const int n = which == 0 ? token.num_rows : token.num_cols;
+    AxisKeys<T, kItems> axis;
+    axis.lane = lane;
+    axis.load(which == 0 ? token.logits_x : token.logits_y, n, which == 0 ? vectors_x : vectors_y);
+    const uint32_t max_key = axis.warp_max_key();
+    const float log_sum_exp =
+        score == RouterScore::kSoftmax ? axis.warp_log_sum_exp(axis.value(max_key)) : 0.0f;
+    const int count =
+        warp_sort_top(axis, min(k + 1, n), max_key, storage.axis[which], storage.entries);
+    // Selects, not stores at a runtime index: the arrays stay in registers.
+    if (which == 0) {
+      num_top[0] = count;
+      log_sum[0] = log_sum_exp;
+    } else {
+      num_top[1] = count;
+      log_sum[1] = log_sum_exp;
+    }
+  }
+  const float max_x = storage.axis[0].value[0];
+  const float max_y = storage.axis[1].value[0];
+
+  T* weights = static_cast<T*>(params.weights) + t * k;
+  int32_t* indices = params.indices + t * k;
+  if (score != RouterScore::kLogit && log_softmax_is_nan(max_x, max_y)) {
+    for (int i = lane; i < k; i += kWarpSize) {
+      weights[i] = from_float<T>(value_of_key(kKeyOfNaN));
+      indices[i] = i;
+    }
+    return;
+  }
+
+  // 2. The k best pairs.
+  const bool both_infinities =
+      (may_exceed_finite(max_x) && warp_any_negative_inf(token.logits_y, token.num_cols)) ||
+      (may_exceed_finite(max_y) && warp_any_negative_inf(token.logits_x, token.num_rows));
+  if (both_infinities) {
+    warp_choose_from_grid<kCapacity>(token, storage.entries);
+  } else {
+    warp_choose(token, num_top[0], num_top[1], num_candidates, storage);
+  }
+
+  // 3. Weights and ids.
+  WeightOfSum weight_of{score, log_sum[0], log_sum[1], 1.0f};
+  if (score == RouterScore::kSoftmaxTopK) {
+    weight_of.shift_x = value_of_key(key_of_entry(storage.entries[0]));
+    float sum = 0.0f;
+    for (int i = lane; i < k; i += kWarpSize) {
+      sum += expf(value_of_key(key_of_entry(storage.entries[i])) - weight_of.shift_x);
+    }
+    weight_of.total = warp_sum(sum);
+  }
+  for (int i = lane; i < k; i += kWarpSize) {
+    const uint64_t entry = storage.entries[i];
+    weights[i] = from_float<T>(weight_of(value_of_key(key_of_entry(entry))));
+    indices[i] = static_cast<int32_t>(id_of_entry(entry));
+  }
+}
+
+// ---- launcher ----
+
+template <class T, int kItems, int kCapacity>
+cudaError_t launch_warp_kernel(const RouterForwardParams& params, cudaStream_t stream) {
+  constexpr int kVec = AxisKeys<T, kItems>::kVec;
+  const auto allows_vectors = [](const void* logits, int64_t n) {
+    return n % kVec == 0 && is_aligned(logits, kVec * sizeof(T));
+  };
+  const auto kernel = router_forward_warp_kernel<T, kItems, kCapacity>;
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(params.num_tokens, kWarpsPerBlock)));
+  kernel<<<grid, kThreads, 0, stream>>>(
+      params, num_rank_pairs(static_cast<int>(params.num_experts_per_token)),
+      allows_vectors(params.logits_x, params.num_rows),
+      allows_vectors(params.logits_y, params.num_cols));
+  return launch_status();
+}
+
+template <class T, int kItems>
+cudaError_t launch_for_capacity(const RouterForwardParams& params, cudaStream_t stream) {
+  // The border check needs rank K + 1 of each axis, hence K < capacity.
+  const int64_t k = params.num_experts_per_token;
+  if (k < 32) return launch_warp_kernel<T, kItems, 32>(params, stream);
+  if (k < 64) return launch_warp_kernel<T, kItems, 64>(params, stream);
+  return launch_warp_kernel<T, kItems, 128>(params, stream);
+}
+
+bool fits_warp_kernel(const RouterForwardParams& params) {
+  return params.num_experts_per_token <= kMaxExpertsPerToken &&
+         std::max(params.num_rows, params.num_cols) <= kMaxAxis;
+}
+
+}  // namespace
+
+cudaError_t router_forward(const RouterForwardParams& params, cudaStream_t stream) {
+  if (element_size(params.dtype) == 0) return cudaErrorInvalidValue;
+  if (params.num_tokens == 0 || params.num_experts_per_token == 0) return cudaSuccess;
+  if (!fits_warp_kernel(params)) return router_forward_block(params, stream);
+  return dispatch_dtype(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const int64_t axis = std::max(params.num_rows, params.num_cols);
+    if (axis <= 2 * kWarpSize) return launch_for_capacity<T, 2>(params, stream);
+    if (axis <= 8 * kWarpSize) return launch_for_capacity<T, 8>(params, stream);
+    return launch_for_capacity<T, 32>(params, stream);
+  });
+}
+
+size_t router_forward_workspace_size(const RouterForwardParams& params) {
+  if (params.num_tokens == 0 || params.num_experts_per_token == 0) return 0;
+  return fits_warp_kernel(params) ? 0 : router_forward_block_workspace_size(params);
+}
+
+}  // namespace omni_moe::cuda

@@ -1,0 +1,70 @@
+// Constants of the expert and schedule kernels: the numbers a port to another chip would revisit.
+#pragma once
+
+namespace omni_moe::cuda {
+
+// Token pass in two phases (scores by warp, then columns by thread): any shape, any alignment.
+struct PhasedTuning {
+  static constexpr int kThreads = 128;        // one token per block, several blocks per SM
+  static constexpr int kBlocksPerSm = 5;      // 96 registers per thread; 64 spill
+  static constexpr int kDecodeThreads = 512;  // few tokens: one block has an SM to itself
+  static constexpr int kDecodeBlocksPerSm = 1;  // 128 registers per thread
+  static constexpr int kDecodeTokensPerSm = 1;  // no more blocks than this per SM: decode blocks
+  static constexpr int kChunksPerLane = 4;      // 16-byte loads per row and lane in phase one
+  static constexpr int kScalarChunksPerLane = 8;
+  static constexpr int kScoreRows = 2;       // rows in flight per warp, phase one
+  static constexpr int kColumnRows = 8;      // rows in flight per thread, phase two
+  static constexpr int kMaxPairs = 4096;     // pairs of one block: 8 bytes of shared memory each
+  static constexpr int kMinSplitPairs = 32;  // a token's pairs are split no finer than this
+  static constexpr int kSplitBlocksPerSm = 1;  // a token is split while there are SMs to spare
+};
+
+// The backward reads two vectors per pair (hidden, grad) in phase one.
+struct BackwardPhasedTuning {
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocksPerSm = 4;  // 128 registers per thread
+  static constexpr int kScoreRows = 2;
+  static constexpr int kColumnRows = 8;
+};
+
+// Token pass with a warp per token, whose rows stream through a ring in shared memory.
+struct RingTuning {
+  static constexpr int kWarpsPerBlock = 4;
+  static constexpr int kMinTokensPerSm = 4;  // fewer leave too few warps in flight
+  static constexpr int kMinPairs = 4;        // shorter tokens never fill the ring
+};
+
+// What the ring spends for rows of up to kChunks 16-byte loads per lane: about 200 KB per SM.
+template <int kChunks>
+struct RingShape;
+template <>
+struct RingShape<4> {  // rows up to 2 KB
+  static constexpr int kStages = 3;
+  static constexpr int kBlocksPerSm = 4;  // 128 registers per thread
+};
+template <>
+struct RingShape<8> {  // rows up to 4 KB
+  static constexpr int kStages = 3;
+  static constexpr int kBlocksPerSm = 2;
+};
+
+struct ScheduleTuning {
+  static constexpr int kThreads = 256;
+  static constexpr int kMaxCountingPairs = 1 << 20;  // beyond: radix sort, lost in the gather's time
+  static constexpr int kMaxCountingMean = 64;        // mean pairs per expert; beyond: radix sort
+  static constexpr int kHugeSegment = 1024;          // counted by comparison up to here
+  static constexpr int kHugeBlocksPerSm = 4;
+};
+
+struct WeightGradTuning {
+  static constexpr int kThreads = 128;
+  static constexpr int kRows = 4;             // pairs in flight per warp
+  static constexpr int kTargetPairs = 32;     // pairs per warp, where experts are short
+  static constexpr int kMaxExperts = 16;      // experts per warp, where most are idle
+  static constexpr int kMinPartPairs = 128;   // longer segments are cut into parts
+  static constexpr int kMaxParts = 4096;      // bounds the workspace: parts of H fp32, two tables
+  static constexpr int kPartBlocksPerSm = 2;
+  static constexpr int kCombineThreads = 1024;
+};
+
+}  // namespace omni_moe::cuda
