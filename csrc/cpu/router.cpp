@@ -25,15 +25,17 @@ using Key = std::conditional_t<std::is_same_v<Acc, double>, uint64_t, uint32_t>;
 template <typename Acc>
 using KeyAndId = std::conditional_t<std::is_same_v<Acc, double>, unsigned __int128, uint64_t>;
 
-// NaN above everything, all NaN equal; -0 equal to +0.
 template <typename Acc>
-inline Key<Acc> to_key(Acc value) {
-  constexpr auto kSign = Key<Acc>(1) << (8 * sizeof(Acc) - 1);
-  const auto bits = bit_cast<Key<Acc>>(value + Acc(0));
-  const Key<Acc> ordered = bits & kSign ? ~bits : bits | kSign;
-  return value != value ? std::numeric_limits<Key<Acc>>::max() : ordered;
-}
+using KeyVec = typename VectorOf<Key<Acc>, kVectorBytes>::type;
 
+// NaN above everything, all NaN equal; -0 equal to +0. For a value or a vector of them.
+template <typename Acc, typename Keys = Key<Acc>, typename Values = Acc>
+inline Keys to_key(Values value) {
+  constexpr auto kSign = Key<Acc>(1) << (8 * sizeof(Acc) - 1);
+  const auto bits = bit_cast<Keys>(value + Acc(0));
+  const Keys ordered = bits & kSign ? ~bits : bits | kSign;
+  return value != value ? ~Keys{} : ordered;
+}
 template <typename Acc>
 inline Acc from_key(Key<Acc> key) {
   constexpr auto kSign = Key<Acc>(1) << (8 * sizeof(Acc) - 1);
@@ -55,9 +57,23 @@ inline int32_t id_of(KeyAndId<Acc> packed) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(packed));
 }
 
+// Sorts distinct items. Up to kRankSortItems by rank: an item's place is the number of greater
+// ones, n² vector compares without a branch. std::sort mispredicts half of its n log n branches.
+constexpr int64_t kRankSortItems = 96;
+
 template <typename Acc>
-void sort_descending(KeyAndId<Acc>* begin, KeyAndId<Acc>* end) {
-  std::sort(begin, end, [](const auto& a, const auto& b) { return a > b; });
+void sort_descending(KeyAndId<Acc>* items, int64_t n) {
+  if (n > kRankSortItems) {
+    std::sort(items, items + n, [](const auto& a, const auto& b) { return a > b; });
+    return;
+  }
+  KeyAndId<Acc> unsorted[kRankSortItems];
+  std::copy_n(items, n, unsorted);
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t rank = 0;
+    for (int64_t j = 0; j < n; ++j) rank += unsorted[j] > unsorted[i];
+    items[rank] = unsorted[i];
+  }
 }
 
 // ---- one axis ----
@@ -66,12 +82,13 @@ template <typename Acc>
 struct Axis {
   std::vector<Acc> logits;            // [n] in the given order
   std::vector<Key<Acc>> keys;         // [n]
-  std::vector<KeyAndId<Acc>> packed;  // the best m, sorted
+  std::vector<KeyAndId<Acc>> packed;  // the best m and some more, sorted; one place to spare
   std::vector<Acc> best;              // [m] their values
   std::vector<int32_t> ids;           // [m] their positions
   Acc smallest;
 
-  explicit Axis(int64_t n, int64_t m) : logits(n), keys(n), packed(m), best(m), ids(m) {}
+  explicit Axis(int64_t n, int64_t m)
+      : logits(n), keys(n), packed(m + m / 2 + 1), best(m), ids(m) {}
 };
 
 template <typename Acc>
@@ -81,24 +98,57 @@ int64_t count_at_least(const std::vector<Key<Acc>>& keys, Key<Acc> threshold) {
   return count;
 }
 
-// Sorts the best m of the axis: bisect the key space for the m-th largest key (each probe is one
-// vectorised count, cheaper than a selection with its mispredicted branches), then sort those.
+// Fills axis.keys and returns the smallest and the largest.
+template <typename Acc>
+std::pair<Key<Acc>, Key<Acc>> make_keys(Axis<Acc>& axis) {
+  const int64_t n = axis.logits.size();
+  KeyVec<Acc> lows = ~KeyVec<Acc>{}, highs = {};
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) {
+    const auto keys = to_key<Acc, KeyVec<Acc>>(load(axis.logits.data() + i));
+    std::memcpy(axis.keys.data() + i, &keys, sizeof(keys));
+    lows = keys < lows ? keys : lows;
+    highs = keys > highs ? keys : highs;
+  }
+  Key<Acc> low = ~Key<Acc>(0), high = 0;
+  for (int lane = 0; lane < kLanes<Acc>; ++lane) {
+    low = std::min<Key<Acc>>(low, lows[lane]);
+    high = std::max<Key<Acc>>(high, highs[lane]);
+  }
+  for (; i < n; ++i) {
+    axis.keys[i] = to_key<Acc>(axis.logits[i]);
+    low = std::min(low, axis.keys[i]);
+    high = std::max(high, axis.keys[i]);
+  }
+  return {low, high};
+}
+
+// A value between two keys to bisect at: half way in value while that narrows the range (logits are
+// spread evenly in value, not in bits), half way in bits otherwise.
+template <typename Acc>
+Key<Acc> bisect_at(Key<Acc> low, Key<Acc> high, int step) {
+  constexpr int kValueSteps = 12;
+  if (step < kValueSteps) {
+    const Acc middle = from_key<Acc>(low) / 2 + from_key<Acc>(high) / 2;
+    const Key<Acc> key = to_key<Acc>(middle);
+    if (key > low && key <= high) return key;
+  }
+  return low + (high - low) / 2 + 1;
+}
+
+// Sorts the best m of the axis: bisect for a threshold that m to m + slack keys reach (each probe
+// is one vectorised count, cheaper than a selection with its mispredicted branches), sort those.
 template <typename T>
 void sort_best(const T* source, Axis<acc_t<T>>& axis) {
   using Acc = acc_t<T>;
   const int64_t n = axis.logits.size(), m = axis.best.size();
   widen(source, axis.logits.data(), n);
-  auto low = std::numeric_limits<Key<Acc>>::max(), high = Key<Acc>(0);
-  for (int64_t i = 0; i < n; ++i) {
-    const Key<Acc> key = to_key(axis.logits[i]);
-    axis.keys[i] = key;
-    low = std::min(low, key);
-    high = std::max(high, key);
-  }
+  auto [low, high] = make_keys(axis);
   axis.smallest = from_key<Acc>(low);
-  int64_t count = n;  // keys >= low
-  while (low < high && count != m) {
-    const Key<Acc> middle = low + (high - low) / 2 + 1;
+  const int64_t slack = m / 2;
+  int64_t count = n;  // keys >= low, at least m of them
+  for (int step = 0; low < high && count > m + slack; ++step) {
+    const Key<Acc> middle = bisect_at<Acc>(low, high, step);
     const int64_t above = count_at_least<Acc>(axis.keys, middle);
     if (above >= m) {
       low = middle;
@@ -108,16 +158,17 @@ void sort_best(const T* source, Axis<acc_t<T>>& axis) {
     }
   }
 
-  // Of the keys equal to `low`, as many belong to the best m as the greater ones leave room for.
-  int64_t ties = count == m ? m : m - count_at_least<Acc>(axis.keys, low + 1);
+  // Many equal keys can leave more than the slack: of those at the threshold, the first suffice.
+  int64_t ties = count <= m + slack ? n : m - count_at_least<Acc>(axis.keys, low + 1);
   int64_t filled = 0;
-  for (int64_t i = 0; filled < m; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const Key<Acc> key = axis.keys[i];
-    if (key > low || (key == low && ties-- > 0)) {
-      axis.packed[filled++] = pack<Acc>(key, static_cast<int32_t>(i));
-    }
+    axis.packed[filled] = pack<Acc>(key, static_cast<int32_t>(i));
+    const int64_t tied = key == low;
+    filled += int64_t{key > low} | (tied & int64_t{ties > 0});  // no branch to mispredict
+    ties -= tied;
   }
-  sort_descending<Acc>(axis.packed.data(), axis.packed.data() + m);
+  sort_descending<Acc>(axis.packed.data(), filled);
   for (int64_t i = 0; i < m; ++i) {
     axis.best[i] = from_key<Acc>(key_of<Acc>(axis.packed[i]));
     axis.ids[i] = id_of<Acc>(axis.packed[i]);
@@ -152,7 +203,9 @@ template <typename Acc>
 class TokenRouter {
  public:
   TokenRouter(int64_t num_rows, int64_t num_cols, int64_t k)
-      : x(num_rows, std::min(k, num_rows)), y(num_cols, std::min(k, num_cols)), chosen(k) {}
+      : x(num_rows, std::min(k, num_rows)), y(num_cols, std::min(k, num_cols)), chosen(k) {
+    heap_.reserve(x.best.size());
+  }
 
   Axis<Acc> x, y;
   std::vector<KeyAndId<Acc>> chosen;  // [K] sums and ids, best first
@@ -167,7 +220,7 @@ class TokenRouter {
  private:
   KeyAndId<Acc> sum_at(int32_t row, int32_t col) const {
     const auto id = static_cast<int32_t>(x.ids[row] * num_cols() + y.ids[col]);
-    return pack<Acc>(to_key(x.best[row] + y.best[col]), id);
+    return pack<Acc>(to_key<Acc>(x.best[row] + y.best[col]), id);
   }
   int64_t num_cols() const { return y.logits.size(); }
 
@@ -186,7 +239,7 @@ class TokenRouter {
     grid.reserve(x.logits.size() * y.logits.size());
     for (const Acc row : x.logits) {
       for (const Acc col : y.logits) {
-        grid.push_back(pack<Acc>(to_key(row + col), static_cast<int32_t>(grid.size())));
+        grid.push_back(pack<Acc>(to_key<Acc>(row + col), static_cast<int32_t>(grid.size())));
       }
     }
     std::partial_sort_copy(grid.begin(), grid.end(), chosen.begin(), chosen.end(),
@@ -240,7 +293,7 @@ class TokenRouter {
       if (key == last && tie_outside(last)) {
         take_smallest_ids(last, begin);
       } else if (end - begin > 1) {
-        sort_descending<Acc>(&*begin, &*begin + (end - begin));
+        sort_descending<Acc>(&*begin, end - begin);
       }
       begin = end;
     }
@@ -253,17 +306,17 @@ class TokenRouter {
     const auto k = static_cast<int64_t>(chosen.size());
     const bool cut_x = k < static_cast<int64_t>(x.logits.size());
     const bool cut_y = k < num_cols();
-    return (cut_x && to_key(x.best.back() + y.best.front()) == last) ||
-           (cut_y && to_key(x.best.front() + y.best.back()) == last);
+    return (cut_x && to_key<Acc>(x.best.back() + y.best.front()) == last) ||
+           (cut_y && to_key<Acc>(x.best.front() + y.best.back()) == last);
   }
 
   // [begin, chosen.end()) = the smallest ids of the whole grid whose sum has this key.
   void take_smallest_ids(Key<Acc> key, typename std::vector<KeyAndId<Acc>>::iterator begin) {
     for (size_t row = 0; begin != chosen.end(); ++row) {
       const Acc value = x.logits[row];
-      if (to_key(value + y.best.front()) < key) continue;
+      if (to_key<Acc>(value + y.best.front()) < key) continue;
       for (int64_t col = 0; col < num_cols() && begin != chosen.end(); ++col) {
-        if (to_key(value + y.logits[col]) == key) {
+        if (to_key<Acc>(value + y.logits[col]) == key) {
           *begin++ = pack<Acc>(key, static_cast<int32_t>(row * num_cols() + col));
         }
       }

@@ -86,8 +86,9 @@ void router_backward_tokens(const RouterBackwardParams& p, int64_t begin, int64_
     const Acc softmax_factor = grad_of_sums(p, x, y, static_cast<const T*>(p.grad_weights) + t * k,
                                             indices, weights, grad_sums);
 
-    // 2. What the softmax takes away from every logit.
-    if (p.score == RouterScore::kSoftmax) {
+    // 2. What the softmax takes away from every logit: for kSoftmaxTopK nothing, but NaN * 0 keeps
+    //    the NaN of a token whose softmax has one.
+    if (p.score != RouterScore::kLogit) {
       for (int64_t r = 0; r < p.num_rows; ++r) x.grad[r] = -softmax_factor * x.softmax[r];
       for (int64_t c = 0; c < p.num_cols; ++c) y.grad[c] = -softmax_factor * y.softmax[c];
     } else {
