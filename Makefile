@@ -57,8 +57,10 @@ gtest:
 	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq libgtest-dev; } || \
 	  { echo "GoogleTest is missing: sudo apt-get install libgtest-dev" >&2; exit 1; }
 
-# An editable install: the library lands in omni_moe/, the C++ tests stay in build/cmake.
+# An editable install: the library lands in omni_moe/, the C++ tests stay in build/cmake. compat: a
+# plain path entry; the default import hook would also find _C for a copy of the package.
 $(VENV)/.built: $(VENV)/.ready $(BUILD_INPUTS) | gtest
 	CMAKE_ARGS="-DOMNI_MOE_BUILD_TESTS=ON $(CMAKE_ARGS)" \
-	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps \
+	  --config-settings editable_mode=compat --editable .
 	touch $@

@@ -34,8 +34,11 @@ class BuildWithCMake(build_ext):
         subprocess.run(configure, check=True)
         jobs = str(self.parallel or os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(BUILD_DIR), "--parallel", jobs], check=True)
-        install = ["cmake", "--install", str(BUILD_DIR), "--prefix", str(package_dir)]
-        subprocess.run(install, check=True)
+        # pip copies only the extension module into the tree of an editable install.
+        prefixes = [package_dir, ROOT / "omni_moe"] if self.editable_mode else [package_dir]
+        for prefix in prefixes:
+            install = ["cmake", "--install", str(BUILD_DIR), "--prefix", str(prefix)]
+            subprocess.run(install, check=True)
 
 
 setup(ext_modules=[CMakeExtension("omni_moe._C")], cmdclass={"build_ext": BuildWithCMake})

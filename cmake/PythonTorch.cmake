@@ -27,5 +27,5 @@ target_include_directories(pytorch SYSTEM INTERFACE
   ${_torch_dir}/include ${_torch_dir}/include/torch/csrc/api/include)
 target_compile_definitions(pytorch INTERFACE _GLIBCXX_USE_CXX11_ABI=${_torch_cxx11_abi})
 target_link_directories(pytorch INTERFACE ${_torch_dir}/lib)
-target_link_options(pytorch INTERFACE -Wl,-rpath,${_torch_dir}/lib)
+set(TORCH_LIBRARY_DIR ${_torch_dir}/lib)  # for the run path of what stays in the build tree
 target_link_libraries(pytorch INTERFACE torch_cpu c10)

@@ -22,8 +22,8 @@ try:
     from omni_moe import _C
 except (OSError, ImportError) as error:
     raise ImportError(
-        f"omni_moe: {_LIBRARY} does not load with torch {torch.__version__}, most likely because it "
-        f"was built for another version of torch or Python. {_REBUILD}\n{error}"
+        f"omni_moe: {_LIBRARY} does not load with torch {torch.__version__}, most likely because "
+        f"it was built for another version of torch or Python. {_REBUILD}\n{error}"
     ) from error
 
 

@@ -34,7 +34,7 @@ def omni_router(
 
     Raises:
         ValueError: `num_expert_sqrt` is not the width of both logit tensors.
-        RuntimeError: ranks, row counts, dtypes or devices disagree, or K is out of range.
+        ValueError: ranks, row counts, dtypes or devices disagree, or K is out of range.
     """
     for name, logits in (("x", router_logits_x), ("y", router_logits_y)):
         if logits.shape[-1:] != (num_expert_sqrt,):
@@ -70,7 +70,7 @@ def omni_softmax_router(
         indices: (T, K) int32, `id = row * C + col`.
 
     Raises:
-        RuntimeError: ranks, row counts, dtypes or devices disagree, or K is out of range.
+        ValueError: ranks, row counts, dtypes or devices disagree, or K is out of range.
     """
     return torch.ops.omni_moe.omni_softmax_router(
         router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob
@@ -105,7 +105,7 @@ def omni_expert(
         floating-point arguments.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices disagree, or the activation is unknown.
+        ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
     return torch.ops.omni_moe.omni_expert(
@@ -137,7 +137,7 @@ def flash_expert(
         expert_states: (T, H) in the dtype of `hidden_states`; differentiable.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices disagree, or the activation is unknown.
+        ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
     return torch.ops.omni_moe.flash_expert(
@@ -170,7 +170,7 @@ def omni_mlp(
         (..., H) in the dtype of `x`; differentiable.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices disagree, or the activation is unknown.
+        ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
     """
     return torch.ops.omni_moe.omni_mlp(
         x, gate_weight, up_weight, down_weight, activation, recompute

@@ -159,7 +159,8 @@ void sort_best(const T* source, Axis<acc_t<T>>& axis) {
   }
 
   // Many equal keys can leave more than the slack: of those at the threshold, the first suffice.
-  int64_t ties = count <= m + slack ? n : m - count_at_least<Acc>(axis.keys, low + 1);
+  const int64_t above = low == ~Key<Acc>(0) ? 0 : count_at_least<Acc>(axis.keys, low + 1);
+  int64_t ties = count <= m + slack ? n : m - above;
   int64_t filled = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Key<Acc> key = axis.keys[i];
@@ -329,33 +330,36 @@ class TokenRouter {
   std::vector<Head<Acc>> heap_;
 };
 
+// The log-sum-exps of a token's two axes, 0 where the score needs none.
+template <typename Acc>
+struct LogSums {
+  Acc x = 0, y = 0;
+};
+
 template <typename Acc, typename T>
-void write_token(const RouterForwardParams& p, const TokenRouter<Acc>& router, Acc log_sum,
-                 T* weights, int32_t* indices) {
+void write_token(const RouterForwardParams& p, const TokenRouter<Acc>& router,
+                 const LogSums<Acc>& log_sums, T* weights, int32_t* indices) {
   const int64_t k = p.num_experts_per_token;
-  if (p.score != RouterScore::kLogit && log_sum != log_sum) {
-    for (int64_t i = 0; i < k; ++i) {
-      store_scalar(weights + i, log_sum);
-      indices[i] = static_cast<int32_t>(i);
-    }
-    return;
-  }
-  Acc normalizer = Acc(0);
-  const Acc shift = p.score == RouterScore::kSoftmaxTopK
-                        ? from_key<Acc>(key_of<Acc>(router.chosen.front()))
-                        : log_sum;
+  const Acc largest = from_key<Acc>(key_of<Acc>(router.chosen.front()));
+  Acc total = 0;
   if (p.score == RouterScore::kSoftmaxTopK) {
     for (const auto packed : router.chosen) {
-      normalizer += std::exp(from_key<Acc>(key_of<Acc>(packed)) - shift);
+      total += std::exp(from_key<Acc>(key_of<Acc>(packed)) - largest);
     }
   }
   for (int64_t i = 0; i < k; ++i) {
+    const int32_t id = id_of<Acc>(router.chosen[i]);
     const Acc sum = from_key<Acc>(key_of<Acc>(router.chosen[i]));
-    const Acc weight = p.score == RouterScore::kLogit         ? sum
-                       : p.score == RouterScore::kSoftmaxTopK ? std::exp(sum - shift) / normalizer
-                                                              : std::exp(sum - shift);
+    Acc weight = sum;
+    if (p.score == RouterScore::kSoftmax) {
+      // Axis by axis: the sum of two large logits has lost digits that their log_softmax keeps.
+      weight = std::exp((router.x.logits[id / p.num_cols] - log_sums.x) +
+                        (router.y.logits[id % p.num_cols] - log_sums.y));
+    } else if (p.score == RouterScore::kSoftmaxTopK) {
+      weight = std::exp(sum - largest) / total;
+    }
     store_scalar(weights + i, weight);
-    indices[i] = id_of<Acc>(router.chosen[i]);
+    indices[i] = id;
   }
 }
 
@@ -365,15 +369,24 @@ void router_forward_tokens(const RouterForwardParams& p, int64_t begin, int64_t 
   const int64_t k = p.num_experts_per_token;
   TokenRouter<Acc> router(p.num_rows, p.num_cols, k);
   for (int64_t t = begin; t < end; ++t) {
+    T* weights = static_cast<T*>(p.weights) + t * k;
+    int32_t* indices = p.indices + t * k;
     sort_best(static_cast<const T*>(p.logits_x) + t * p.num_rows, router.x);
     sort_best(static_cast<const T*>(p.logits_y) + t * p.num_cols, router.y);
-    Acc log_sum = 0;
+    LogSums<Acc> log_sums;
     if (p.score != RouterScore::kLogit) {
-      log_sum = log_sum_exp(router.x.logits, router.x.best.front()) +
-                log_sum_exp(router.y.logits, router.y.best.front());
+      log_sums = {log_sum_exp(router.x.logits, router.x.best.front()),
+                  log_sum_exp(router.y.logits, router.y.best.front())};
     }
-    if (log_sum == log_sum) router.choose();
-    write_token(p, router, log_sum, static_cast<T*>(p.weights) + t * k, p.indices + t * k);
+    if (std::isnan(log_sums.x + log_sums.y)) {
+      for (int64_t i = 0; i < k; ++i) {
+        store_scalar(weights + i, std::numeric_limits<Acc>::quiet_NaN());
+        indices[i] = static_cast<int32_t>(i);
+      }
+      continue;
+    }
+    router.choose();
+    write_token(p, router, log_sums, weights, indices);
   }
 }
 

@@ -1,10 +1,13 @@
 // Backward of the atomic experts in two orders. With s = hidden[t] · up[i], g = grad[t] · down[i]:
-//   token order (here): grad_routing[t,k] = act(s) g,  grad_hidden[t] = Σ_k routing act'(s) g up[i],
+//   token order (here): grad_routing[t,k] = act(s) g,  grad_hidden[t] = Σ_k routing act'(s) g
+//   up[i],
 //     and per pair the two coefficients below, dropped at the pair's place in expert order;
 //   expert order (weight_grad.cu): grad_down[i] = Σ routing act(s) grad[t],
 //     grad_up[i] = Σ routing act'(s) g hidden[t].
 // The token pass reads 2 T K rows like the forward (the phased kernel reads the up rows twice) and
 // writes 16 bytes per pair.
+#include <algorithm>
+
 #include "common/activation.cuh"
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -12,8 +15,10 @@
 #include "common/row_gather.cuh"
 #include "common/row_ring.cuh"
 #include "common/workspace.h"
-#include "omni_moe/cuda.h"
-#include "plan.h"
+#include "expert_columns.cuh"
+#include "expert_pair_grads.cuh"
+#include "expert_plan.h"
+#include "expert_slabs.cuh"
 #include "schedule.h"
 #include "split_combine.cuh"
 #include "tuning.h"
@@ -21,38 +26,6 @@
 
 namespace omni_moe::cuda {
 namespace {
-
-// Where a pair's results go, beside the caller's tensors.
-struct PairOutputs {
-  PairRecord* records;            // null: no weight gradient wanted
-  const uint32_t* pair_position;  // [T * K], null likewise
-};
-
-struct PairGrads {
-  float routing;           // act(s) g
-  float up_coefficient;    // routing act'(s) g
-  float down_coefficient;  // routing act(s)
-};
-
-__device__ __forceinline__ PairGrads pair_grads(Activation activation, float score, float grad,
-                                                float weight) {
-  const ActivationResult act = activate_with_derivative(activation, score);
-  return {act.value * grad, weight * act.derivative * grad, weight * act.value};
-}
-
-template <class T>
-__device__ __forceinline__ void store_pair(const ExpertBackwardParams& params,
-                                           const PairOutputs& outputs, int64_t pair, int64_t token,
-                                           const PairGrads& grads) {
-  if (params.grad_routing_weights != nullptr) {
-    static_cast<T*>(params.grad_routing_weights)[pair] = from_float<T>(grads.routing);
-  }
-  if (outputs.records != nullptr) {
-    const int4 record = {static_cast<int>(token), __float_as_int(grads.up_coefficient),
-                         __float_as_int(grads.down_coefficient), 0};
-    *reinterpret_cast<int4*>(outputs.records + outputs.pair_position[pair]) = record;
-  }
-}
 
 // ---- Phased: a block per token, or per part of a token's pairs ----------------------------------
 
@@ -119,7 +92,8 @@ __global__ void __launch_bounds__(kPhasedThreads, BackwardPhasedTuning::kBlocksP
       if (lane == 0 && j < num_pairs) {
         const PairGrads result =
             pair_grads(params.activation, scores[r], grads[r], coefficients[j]);
-        store_pair<T>(params, outputs, first_pair + j, token, result);
+        const int64_t pair = first_pair + j;
+        store_pair<T>(params, outputs, pair, outputs.position(pair), token, result);
         coefficients[j] = result.up_coefficient;
       }
     }
@@ -155,18 +129,19 @@ cudaError_t launch_phased(const ExpertBackwardParams& params, const PairOutputs&
   const size_t shared_bytes = pairs * (sizeof(int32_t) + sizeof(float)) +
                               BackwardColumnSum<T, kVec>::kScratchFloats * sizeof(float);
   const dim3 grid(static_cast<unsigned>(params.num_tokens), static_cast<unsigned>(plan.num_splits));
-  return run_steps(
-      [&] { return allow_shared_memory(kernel, shared_bytes); },
-      [&] {
-        kernel<<<grid, kPhasedThreads, shared_bytes, stream>>>(
-            params, outputs, static_cast<int>(plan.pairs_per_split), partial);
-        return launch_status();
-      },
-      [&] {
-        if (plan.num_splits == 1 || params.grad_hidden_states == nullptr) return cudaSuccess;
-        return launch_split_combine(partial, static_cast<T*>(params.grad_hidden_states),
-                                    params.num_tokens, plan.num_splits, params.hidden_size, stream);
-      });
+  return run_steps([&] { return allow_shared_memory(kernel, shared_bytes); },
+                   [&] {
+                     kernel<<<grid, kPhasedThreads, shared_bytes, stream>>>(
+                         params, outputs, static_cast<int>(plan.pairs_per_split), partial);
+                     return launch_status();
+                   },
+                   [&] {
+                     if (plan.num_splits == 1 || params.grad_hidden_states == nullptr)
+                       return cudaSuccess;
+                     return launch_split_combine(
+                         partial, static_cast<T*>(params.grad_hidden_states), params.num_tokens,
+                         plan.num_splits, params.hidden_size, stream);
+                   });
 }
 
 // ---- Ring: a warp per token ---------------------------------------------------------------------
@@ -245,7 +220,8 @@ __global__ void __launch_bounds__(RingTuning::kWarpsPerBlock* kWarpSize,
       // 4. 32 pairs' results at once.
       if (lane == slot) mine = result;
       if ((slot == kWarpSize - 1 || k == num_pairs - 1) && lane <= slot) {
-        store_pair<T>(params, outputs, first_pair + (k - slot) + lane, token, mine);
+        const int64_t pair = first_pair + (k - slot) + lane;
+        store_pair<T>(params, outputs, pair, outputs.position(pair), token, mine);
       }
     }
     // 5. One rounding.
@@ -272,23 +248,7 @@ cudaError_t launch_ring(const ExpertBackwardParams& params, const PairOutputs& o
                    });
 }
 
-template <class T, int kChunks>
-cudaError_t launch_ring(const ExpertBackwardParams& params, const PairOutputs& outputs,
-                        RowCopy copy, const DeviceInfo& device, cudaStream_t stream) {
-  return copy == RowCopy::kBulk
-             ? launch_ring<T, kChunks, RowCopy::kBulk>(params, outputs, device, stream)
-             : launch_ring<T, kChunks, RowCopy::kAsync>(params, outputs, device, stream);
-}
-
 // ---- Launcher -----------------------------------------------------------------------------------
-
-TokenPassShape shape_of(const ExpertBackwardParams& params) {
-  const size_t element = element_size(params.dtype);
-  return {params.num_tokens, params.hidden_size, params.num_experts_per_token, element,
-          params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
-              is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
-              is_aligned(params.down_weights, 16) && is_aligned(params.grad_hidden_states, 16)};
-}
 
 bool is_supported(const ExpertBackwardParams& params) {
   constexpr int64_t kMax = INT32_MAX;  // grid size; ids, k and pair ids are 32-bit
@@ -301,8 +261,29 @@ bool is_supported(const ExpertBackwardParams& params) {
          is_valid(params.index_type);
 }
 
+template <class T>
+cudaError_t launch_ring(const ExpertBackwardParams& params, const PairOutputs& outputs,
+                        const TokenPassPlan& plan, const DeviceInfo& device, cudaStream_t stream) {
+  const bool bulk = plan.copy == RowCopy::kBulk;
+  if (plan.chunks_per_lane == 4) {
+    return bulk ? launch_ring<T, 4, RowCopy::kBulk>(params, outputs, device, stream)
+                : launch_ring<T, 4, RowCopy::kAsync>(params, outputs, device, stream);
+  }
+  return bulk ? launch_ring<T, 8, RowCopy::kBulk>(params, outputs, device, stream)
+              : launch_ring<T, 8, RowCopy::kAsync>(params, outputs, device, stream);
+}
+
+template <class T, int kMaxRowBytes>
+cudaError_t launch_columns(const ExpertBackwardParams& params, const PairOutputs& outputs,
+                           cudaStream_t stream) {
+  using Tuning = BackwardColumnsTuning<kMaxRowBytes>;
+  return launch_columns<Tuning>(expert_backward_columns_kernel<T, Tuning>, params.num_tokens,
+                                params.hidden_size * sizeof(T), stream, params, outputs);
+}
+
 struct BackwardWorkspace {
-  float* hidden_partial;  // token pass with splits
+  float* token_pass;  // token_pass_workspace_floats
+  size_t token_pass_floats;
   ScheduleWorkspace schedule;
   PairRecord* records;    // [T * K]
   float* weight_partial;  // parts of long segments
@@ -310,12 +291,12 @@ struct BackwardWorkspace {
 };
 
 // The layout does not depend on which gradients are wanted.
-BackwardWorkspace cut_workspace(const ExpertBackwardParams& params, const DeviceInfo& device) {
+BackwardWorkspace cut_workspace(const ExpertBackwardParams& params, size_t token_pass_floats) {
   WorkspaceCutter cutter(params.workspace);
   BackwardWorkspace workspace{};
   const int64_t num_pairs = params.num_tokens * params.num_experts_per_token;
-  workspace.hidden_partial = cutter.take<float>(
-      token_pass_workspace_size(shape_of(params), device) / sizeof(float));
+  workspace.token_pass_floats = token_pass_floats;
+  workspace.token_pass = cutter.take<float>(token_pass_floats);
   workspace.schedule = take_schedule_workspace({num_pairs, params.num_experts}, &cutter);
   workspace.records = cutter.take<PairRecord>(num_pairs);
   workspace.weight_partial = cutter.take<float>(
@@ -324,35 +305,71 @@ BackwardWorkspace cut_workspace(const ExpertBackwardParams& params, const Device
   return workspace;
 }
 
+template <class T>
+cudaError_t launch_slabs(const ExpertBackwardParams& params, const PairOutputs& outputs,
+                         const TokenPassPlan& plan, const BackwardWorkspace& workspace,
+                         const DeviceInfo& device, cudaStream_t stream) {
+  const int64_t num_pairs = params.num_tokens * params.num_experts_per_token;
+  const SlabWorkspace slabs = {workspace.token_pass,
+                               workspace.token_pass + workspace.token_pass_floats - num_pairs};
+  return plan.slab_bytes == 512
+             ? launch_backward_slabs<T, SlabTuning<512>>(params, outputs, slabs, device, stream)
+             : launch_backward_slabs<T, SlabTuning<256>>(params, outputs, slabs, device, stream);
+}
+
 cudaError_t token_pass(const ExpertBackwardParams& params, const PairOutputs& outputs,
-                       float* partial, const DeviceInfo& device, cudaStream_t stream) {
+                       const TokenPassPlan& plan, const BackwardWorkspace& workspace,
+                       const DeviceInfo& device, cudaStream_t stream) {
   if (params.num_tokens == 0) return cudaSuccess;
-  const TokenPassShape shape = shape_of(params);
-  const TokenPassPlan plan = plan_token_pass(shape, device);
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (plan.strategy == TokenPassStrategy::kRing) {
-      return plan.chunks_per_lane == 4
-                 ? launch_ring<T, 4>(params, outputs, plan.copy, device, stream)
-                 : launch_ring<T, 8>(params, outputs, plan.copy, device, stream);
+    switch (plan.strategy) {
+      case TokenPassStrategy::kPhased:
+        return token_pass_shape(params).is_aligned
+                   ? launch_phased<T, kVecWidth<T>>(params, outputs, plan, workspace.token_pass,
+                                                    stream)
+                   : launch_phased<T, 1>(params, outputs, plan, workspace.token_pass, stream);
+      case TokenPassStrategy::kColumns:
+        return params.hidden_size * sizeof(T) <= 2048
+                   ? launch_columns<T, 2048>(params, outputs, stream)
+                   : launch_columns<T, 4096>(params, outputs, stream);
+      case TokenPassStrategy::kRing:
+        return launch_ring<T>(params, outputs, plan, device, stream);
+      case TokenPassStrategy::kSlabs:
+        return launch_slabs<T>(params, outputs, plan, workspace, device, stream);
     }
-    return shape.is_aligned
-               ? launch_phased<T, kVecWidth<T>>(params, outputs, plan, partial, stream)
-               : launch_phased<T, 1>(params, outputs, plan, partial, stream);
+    return cudaErrorInvalidValue;
   });
 }
 
 }  // namespace
 
-cudaError_t expert_backward(const ExpertBackwardParams& params, cudaStream_t stream) {
+TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
+  const size_t element = element_size(params.dtype);
+  return {params.num_tokens,
+          params.hidden_size,
+          params.num_experts,
+          params.num_experts_per_token,
+          element,
+          params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
+              is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
+              is_aligned(params.down_weights, 16) && is_aligned(params.grad_hidden_states, 16),
+          2};
+}
+
+cudaError_t expert_backward(const ExpertBackwardParams& params, const TokenPassPlan& plan,
+                            cudaStream_t stream) {
   if (!is_supported(params)) return cudaErrorInvalidValue;
   if (params.hidden_size == 0 && params.num_tokens * params.num_experts_per_token == 0) {
     return cudaSuccess;
   }
+  const TokenPassShape shape = token_pass_shape(params);
+  if (!supports(plan.strategy, shape)) return cudaErrorInvalidValue;
   DeviceInfo device;
   const cudaError_t status = current_device_info(&device);
   if (status != cudaSuccess) return status;
-  const BackwardWorkspace workspace = cut_workspace(params, device);
+  const BackwardWorkspace workspace =
+      cut_workspace(params, token_pass_workspace_floats(shape, plan));
   const ExpertSchedule& schedule = workspace.schedule.schedule;
   const bool want_weights =
       params.grad_up_weights != nullptr || params.grad_down_weights != nullptr;
@@ -363,10 +380,10 @@ cudaError_t expert_backward(const ExpertBackwardParams& params, cudaStream_t str
   return run_steps(
       [&] {
         if (!want_weights) return cudaSuccess;
-        return schedule_pairs(schedule_shape, params.indices, params.index_type,
-                              workspace.schedule, device, stream);
+        return schedule_pairs(schedule_shape, params.indices, params.index_type, workspace.schedule,
+                              device, stream);
       },
-      [&] { return token_pass(params, outputs, workspace.hidden_partial, device, stream); },
+      [&] { return token_pass(params, outputs, plan, workspace, device, stream); },
       [&] {
         if (!want_weights) return cudaSuccess;
         return weight_grad(params, schedule, workspace.records, workspace.weight_partial, device,
@@ -374,12 +391,33 @@ cudaError_t expert_backward(const ExpertBackwardParams& params, cudaStream_t str
       });
 }
 
-size_t expert_backward_workspace_size(const ExpertBackwardParams& params) {
-  DeviceInfo device;
-  if (!is_supported(params) || current_device_info(&device) != cudaSuccess) return 0;
+cudaError_t expert_backward(const ExpertBackwardParams& params, cudaStream_t stream) {
+  if (!is_supported(params)) return cudaErrorInvalidValue;
+  ExpertDeviceInfo device;
+  const cudaError_t status = current_expert_device_info(&device);
+  if (status != cudaSuccess) return status;
+  return expert_backward(params, plan_token_pass(token_pass_shape(params), device), stream);
+}
+
+size_t expert_backward_workspace_size(const ExpertBackwardParams& params,
+                                      const TokenPassPlan& plan) {
   ExpertBackwardParams sizes_only = params;
   sizes_only.workspace = nullptr;
-  return cut_workspace(sizes_only, device).size;
+  return cut_workspace(sizes_only, token_pass_workspace_floats(token_pass_shape(params), plan))
+      .size;
+}
+
+// Enough for this shape with any alignment.
+size_t expert_backward_workspace_size(const ExpertBackwardParams& params) {
+  ExpertDeviceInfo device;
+  if (!is_supported(params) || current_expert_device_info(&device) != cudaSuccess) return 0;
+  TokenPassShape shape = token_pass_shape(params);
+  size_t bytes = 0;
+  for (const bool aligned : {false, true}) {
+    shape.is_aligned = aligned && params.hidden_size * shape.element_size % 16 == 0;
+    bytes = std::max(bytes, expert_backward_workspace_size(params, plan_token_pass(shape, device)));
+  }
+  return bytes;
 }
 
 }  // namespace omni_moe::cuda

@@ -1,16 +1,21 @@
 // Forward of the atomic experts, token by token:
 //   out[t] = Σ_k act(hidden[t] · up[i]) * routing[t,k] * down[i],  i = indices[t,k].
-// Reads 2 T K rows of H elements (from L2 or HBM) and little else, so both kernels aim at bytes in
-// flight: the ring streams row pairs through shared memory, a warp per token; the phased kernel
-// (any shape and alignment, and few tokens) scores all pairs first, then sums columns.
+// Reads 2 T K rows of H elements (from L2 or HBM) and little else, so every strategy (plan.h) aims
+// at bytes in flight: columns in registers (expert_columns.cuh), the same slab by slab for tables
+// past L2 (expert_slabs.cuh), row pairs streamed through shared memory (ring), and for any shape
+// and alignment, and few tokens, scores first and then columns (phased).
+#include <algorithm>
+
 #include "common/activation.cuh"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/index.cuh"
 #include "common/row_gather.cuh"
 #include "common/row_ring.cuh"
-#include "omni_moe/cuda.h"
-#include "plan.h"
+#include "common/workspace.h"
+#include "expert_columns.cuh"
+#include "expert_plan.h"
+#include "expert_slabs.cuh"
 #include "split_combine.cuh"
 #include "tuning.h"
 
@@ -113,18 +118,18 @@ cudaError_t launch_phased(const ExpertForwardParams& params, const TokenPassPlan
   const size_t shared_bytes = phased_shared_bytes<T, kVec, kThreads>(plan.pairs_per_split);
   const dim3 grid(static_cast<unsigned>(params.num_tokens), static_cast<unsigned>(plan.num_splits));
   float* partial = static_cast<float*>(params.workspace);
-  return run_steps(
-      [&] { return allow_shared_memory(kernel, shared_bytes); },
-      [&] {
-        kernel<<<grid, kThreads, shared_bytes, stream>>>(
-            params, static_cast<int>(plan.pairs_per_split), partial);
-        return launch_status();
-      },
-      [&] {
-        if (plan.num_splits == 1) return cudaSuccess;
-        return launch_split_combine(partial, static_cast<T*>(params.expert_states),
-                                    params.num_tokens, plan.num_splits, params.hidden_size, stream);
-      });
+  return run_steps([&] { return allow_shared_memory(kernel, shared_bytes); },
+                   [&] {
+                     kernel<<<grid, kThreads, shared_bytes, stream>>>(
+                         params, static_cast<int>(plan.pairs_per_split), partial);
+                     return launch_status();
+                   },
+                   [&] {
+                     if (plan.num_splits == 1) return cudaSuccess;
+                     return launch_split_combine(partial, static_cast<T*>(params.expert_states),
+                                                 params.num_tokens, plan.num_splits,
+                                                 params.hidden_size, stream);
+                   });
 }
 
 // ---- Ring: a warp per token ---------------------------------------------------------------------
@@ -211,14 +216,6 @@ cudaError_t launch_ring(const ExpertForwardParams& params, const DeviceInfo& dev
 
 // ---- Launcher -----------------------------------------------------------------------------------
 
-TokenPassShape shape_of(const ExpertForwardParams& params) {
-  const size_t element = element_size(params.dtype);
-  return {params.num_tokens, params.hidden_size, params.num_experts_per_token, element,
-          params.hidden_size * element % 16 == 0 && is_aligned(params.hidden_states, 16) &&
-              is_aligned(params.up_weights, 16) && is_aligned(params.down_weights, 16) &&
-              is_aligned(params.expert_states, 16)};
-}
-
 bool is_supported(const ExpertForwardParams& params) {
   constexpr int64_t kMax = INT32_MAX;  // grid size; ids and k are 32-bit in registers
   return params.num_tokens >= 0 && params.num_tokens <= kMax && params.hidden_size >= 0 &&
@@ -228,49 +225,120 @@ bool is_supported(const ExpertForwardParams& params) {
          is_valid(params.index_type);
 }
 
-template <class T, int kVec>
+template <class T>
 cudaError_t launch_phased(const ExpertForwardParams& params, const TokenPassPlan& plan,
-                          cudaStream_t stream) {
-  if (plan.threads == PhasedTuning::kDecodeThreads) {
-    return launch_phased<T, kVec, PhasedTuning::kDecodeThreads, PhasedTuning::kDecodeBlocksPerSm>(
-        params, plan, stream);
+                          bool is_aligned, cudaStream_t stream) {
+  constexpr int kDecodeThreads = PhasedTuning::kDecodeThreads;
+  constexpr int kDecodeBlocks = PhasedTuning::kDecodeBlocksPerSm;
+  constexpr int kThreads = PhasedTuning::kThreads;
+  constexpr int kBlocks = PhasedTuning::kBlocksPerSm;
+  if (plan.threads == kDecodeThreads) {
+    return is_aligned
+               ? launch_phased<T, kVecWidth<T>, kDecodeThreads, kDecodeBlocks>(params, plan, stream)
+               : launch_phased<T, 1, kDecodeThreads, kDecodeBlocks>(params, plan, stream);
   }
-  return launch_phased<T, kVec, PhasedTuning::kThreads, PhasedTuning::kBlocksPerSm>(params, plan,
-                                                                                   stream);
+  return is_aligned ? launch_phased<T, kVecWidth<T>, kThreads, kBlocks>(params, plan, stream)
+                    : launch_phased<T, 1, kThreads, kBlocks>(params, plan, stream);
 }
 
-template <class T, int kChunks>
-cudaError_t launch_ring(const ExpertForwardParams& params, RowCopy copy, const DeviceInfo& device,
-                        cudaStream_t stream) {
-  return copy == RowCopy::kBulk ? launch_ring<T, kChunks, RowCopy::kBulk>(params, device, stream)
-                                : launch_ring<T, kChunks, RowCopy::kAsync>(params, device, stream);
+template <class T>
+cudaError_t launch_ring(const ExpertForwardParams& params, const TokenPassPlan& plan,
+                        const DeviceInfo& device, cudaStream_t stream) {
+  const bool bulk = plan.copy == RowCopy::kBulk;
+  if (plan.chunks_per_lane == 4) {
+    return bulk ? launch_ring<T, 4, RowCopy::kBulk>(params, device, stream)
+                : launch_ring<T, 4, RowCopy::kAsync>(params, device, stream);
+  }
+  return bulk ? launch_ring<T, 8, RowCopy::kBulk>(params, device, stream)
+              : launch_ring<T, 8, RowCopy::kAsync>(params, device, stream);
+}
+
+template <class T, int kMaxRowBytes>
+cudaError_t launch_columns(const ExpertForwardParams& params, cudaStream_t stream) {
+  using Tuning = ForwardColumnsTuning<kMaxRowBytes>;
+  return launch_columns<Tuning>(expert_forward_columns_kernel<T, Tuning>, params.num_tokens,
+                                params.hidden_size * sizeof(T), stream, params);
+}
+
+template <class T>
+cudaError_t launch_slabs(const ExpertForwardParams& params, const TokenPassShape& shape,
+                         const TokenPassPlan& plan, const DeviceInfo& device, cudaStream_t stream) {
+  WorkspaceCutter cutter(params.workspace);
+  const size_t pairs = static_cast<size_t>(params.num_tokens * params.num_experts_per_token);
+  const size_t floats = token_pass_workspace_floats(shape, plan);
+  SlabWorkspace workspace{};
+  workspace.partial = cutter.take<float>(floats);
+  workspace.coefficients = workspace.partial + (floats - pairs);
+  return plan.slab_bytes == 512
+             ? launch_forward_slabs<T, SlabTuning<512>>(params, workspace, device, stream)
+             : launch_forward_slabs<T, SlabTuning<256>>(params, workspace, device, stream);
 }
 
 }  // namespace
 
-cudaError_t expert_forward(const ExpertForwardParams& params, cudaStream_t stream) {
+TokenPassShape token_pass_shape(const ExpertForwardParams& params) {
+  const size_t element = element_size(params.dtype);
+  return {params.num_tokens,
+          params.hidden_size,
+          params.num_experts,
+          params.num_experts_per_token,
+          element,
+          params.hidden_size * element % 16 == 0 && is_aligned(params.hidden_states, 16) &&
+              is_aligned(params.up_weights, 16) && is_aligned(params.down_weights, 16) &&
+              is_aligned(params.expert_states, 16),
+          1};
+}
+
+cudaError_t expert_forward(const ExpertForwardParams& params, const TokenPassPlan& plan,
+                           cudaStream_t stream) {
   if (!is_supported(params)) return cudaErrorInvalidValue;
   if (params.num_tokens == 0 || params.hidden_size == 0) return cudaSuccess;
+  const TokenPassShape shape = token_pass_shape(params);
+  if (!supports(plan.strategy, shape)) return cudaErrorInvalidValue;
   DeviceInfo device;
   const cudaError_t status = current_device_info(&device);
   if (status != cudaSuccess) return status;
-  const TokenPassShape shape = shape_of(params);
-  const TokenPassPlan plan = plan_token_pass(shape, device);
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (plan.strategy == TokenPassStrategy::kRing) {
-      return plan.chunks_per_lane == 4 ? launch_ring<T, 4>(params, plan.copy, device, stream)
-                                       : launch_ring<T, 8>(params, plan.copy, device, stream);
+    switch (plan.strategy) {
+      case TokenPassStrategy::kPhased:
+        return launch_phased<T>(params, plan, shape.is_aligned, stream);
+      case TokenPassStrategy::kColumns:
+        return params.hidden_size * sizeof(T) <= 2048 ? launch_columns<T, 2048>(params, stream)
+                                                      : launch_columns<T, 4096>(params, stream);
+      case TokenPassStrategy::kRing:
+        return launch_ring<T>(params, plan, device, stream);
+      case TokenPassStrategy::kSlabs:
+        return launch_slabs<T>(params, shape, plan, device, stream);
     }
-    return shape.is_aligned ? launch_phased<T, kVecWidth<T>>(params, plan, stream)
-                            : launch_phased<T, 1>(params, plan, stream);
+    return cudaErrorInvalidValue;
   });
 }
 
+cudaError_t expert_forward(const ExpertForwardParams& params, cudaStream_t stream) {
+  if (!is_supported(params)) return cudaErrorInvalidValue;
+  ExpertDeviceInfo device;
+  const cudaError_t status = current_expert_device_info(&device);
+  if (status != cudaSuccess) return status;
+  return expert_forward(params, plan_token_pass(token_pass_shape(params), device), stream);
+}
+
+size_t expert_forward_workspace_size(const ExpertForwardParams& params, const TokenPassPlan& plan) {
+  const size_t floats = token_pass_workspace_floats(token_pass_shape(params), plan);
+  return round_up<size_t>(floats * sizeof(float), WorkspaceCutter::kAlignment);
+}
+
+// Enough for this shape with any alignment.
 size_t expert_forward_workspace_size(const ExpertForwardParams& params) {
-  DeviceInfo device;
-  if (!is_supported(params) || current_device_info(&device) != cudaSuccess) return 0;
-  return round_up<size_t>(token_pass_workspace_size(shape_of(params), device), 256);
+  ExpertDeviceInfo device;
+  if (!is_supported(params) || current_expert_device_info(&device) != cudaSuccess) return 0;
+  TokenPassShape shape = token_pass_shape(params);
+  size_t bytes = 0;
+  for (const bool aligned : {false, true}) {
+    shape.is_aligned = aligned && params.hidden_size * shape.element_size % 16 == 0;
+    bytes = std::max(bytes, expert_forward_workspace_size(params, plan_token_pass(shape, device)));
+  }
+  return bytes;
 }
 
 }  // namespace omni_moe::cuda

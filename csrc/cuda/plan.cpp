@@ -10,6 +10,11 @@ namespace {
 
 constexpr int64_t kLoadBytes = 16;
 constexpr int64_t kWarpLoadBytes = 32 * kLoadBytes;
+constexpr int64_t kMaxColumnsRowBytes = 4096;
+
+int64_t row_bytes_of(const TokenPassShape& shape) {
+  return shape.hidden_size * static_cast<int64_t>(shape.element_size);
+}
 
 // Blocks per token. One is enough once the tokens fill the device; beyond kMaxPairs the ids and
 // coefficients of a token no longer fit one block's shared memory.
@@ -23,42 +28,96 @@ int64_t phased_splits(const TokenPassShape& shape, const DeviceInfo& device) {
   return std::max({int64_t{1}, needed, std::min(wanted, useful)});
 }
 
-bool ring_applies(const TokenPassShape& shape, const DeviceInfo& device) {
-  const int64_t row_bytes = shape.hidden_size * static_cast<int64_t>(shape.element_size);
-  return shape.is_aligned && row_bytes > 0 && row_bytes <= 8 * kWarpLoadBytes &&
-         shape.num_tokens >= int64_t{RingTuning::kMinTokensPerSm} * device.num_sms &&
-         shape.num_experts_per_token >= RingTuning::kMinPairs;
+// Both tables together: a pass that does not cut slabs reads them side by side.
+bool tables_fit_l2(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
+  return 2 * shape.num_experts * row_bytes_of(shape) <= device.l2_bytes;
+}
+
+// Medians in µs on an H200, bf16, H 1024, uniform ids; forward: columns / slabs of 256 bytes.
+TokenPassStrategy choose_strategy(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
+  if (!supports(TokenPassStrategy::kColumns, shape)) return TokenPassStrategy::kPhased;
+  // Few tokens of many pairs: phased splits a token's pairs over idle SMs. Otherwise columns, which
+  // has a whole batch of rows in flight at once: T1 K16 5.3 -> 2.4, T64 K16 5.5 -> 2.9.
+  if (shape.num_tokens <= device.num_sms) {
+    return phased_splits(shape, device) > 1 ? TokenPassStrategy::kPhased
+                                            : TokenPassStrategy::kColumns;
+  }
+  // Slabs read the tables twice as often from L2, once from HBM: T16384 E65536 K32 510 / 325,
+  // T4096 E65536 K16 74.9 / 63.7, and without reuse T4096 E1048576 K64 269 / 273. A row used once
+  // on average gains already: uniform ids that repeat find L2 cold otherwise. In tables that fit L2
+  // the forward gains too (T4096 E4096 K16 51.4 / 43.9, T1024 K32 28.2 / 25.8), the backward, which
+  // fetches the up rows a second time, does not (T1024 K32, all gradients 76.2 / 82.6).
+  const bool rows_recur = shape.num_tokens * shape.num_experts_per_token >= shape.num_experts;
+  const bool slabs_follow =
+      shape.num_tokens >= int64_t{SlabPlanTuning::kMinTokensPerSm} * device.num_sms &&
+      row_bytes_of(shape) >= int64_t{SlabPlanTuning::kMinSlabs} * SlabTuning<256>::kBytes;
+  const bool pays = shape.num_scored_tables == 1 || !tables_fit_l2(shape, device);
+  return rows_recur && slabs_follow && pays ? TokenPassStrategy::kSlabs
+                                            : TokenPassStrategy::kColumns;
 }
 
 }  // namespace
 
-TokenPassPlan plan_token_pass(const TokenPassShape& shape, const DeviceInfo& device) {
+cudaError_t current_expert_device_info(ExpertDeviceInfo* info) {
+  int device = 0;
+  return run_steps(
+      [&] { return current_device_info(info); }, [&] { return cudaGetDevice(&device); },
+      [&] { return cudaDeviceGetAttribute(&info->l2_bytes, cudaDevAttrL2CacheSize, device); });
+}
+
+bool supports(TokenPassStrategy strategy, const TokenPassShape& shape) {
+  if (strategy == TokenPassStrategy::kPhased) return true;
+  const int64_t row_bytes = row_bytes_of(shape);
+  const bool has_rows =
+      shape.is_aligned && row_bytes > 0 && shape.num_experts > 0 && shape.num_experts_per_token > 0;
+  switch (strategy) {
+    case TokenPassStrategy::kColumns:
+      return has_rows && row_bytes <= kMaxColumnsRowBytes;
+    case TokenPassStrategy::kRing:
+      return has_rows && row_bytes <= 8 * kWarpLoadBytes;
+    case TokenPassStrategy::kSlabs:
+      return has_rows && row_bytes <= INT32_MAX;
+    default:
+      return false;
+  }
+}
+
+TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device,
+                              TokenPassStrategy strategy) {
   TokenPassPlan plan{};
-  const int64_t row_bytes = shape.hidden_size * static_cast<int64_t>(shape.element_size);
+  plan.strategy = strategy;
+  const int64_t row_bytes = row_bytes_of(shape);
   const int64_t splits = phased_splits(shape, device);
   plan.pairs_per_split =
       std::max<int64_t>(1, ceil_div<int64_t>(shape.num_experts_per_token, splits));
   // Rounding the share up may leave the last splits without pairs.
-  plan.num_splits = static_cast<int>(std::max<int64_t>(
-      1, ceil_div<int64_t>(shape.num_experts_per_token, plan.pairs_per_split)));
+  plan.num_splits = static_cast<int>(
+      std::max<int64_t>(1, ceil_div<int64_t>(shape.num_experts_per_token, plan.pairs_per_split)));
   plan.threads = shape.num_tokens * plan.num_splits <=
                          int64_t{PhasedTuning::kDecodeTokensPerSm} * device.num_sms
                      ? PhasedTuning::kDecodeThreads
                      : PhasedTuning::kThreads;
-  plan.strategy =
-      ring_applies(shape, device) ? TokenPassStrategy::kRing : TokenPassStrategy::kPhased;
   plan.copy = device.compute_capability >= 90 ? RowCopy::kBulk : RowCopy::kAsync;
   plan.chunks_per_lane = row_bytes <= 4 * kWarpLoadBytes ? 4 : 8;
+  const double wide_slab_bytes = 512.0 * static_cast<double>(shape.num_experts);
+  plan.slab_bytes = wide_slab_bytes <= SlabPlanTuning::kL2Share * device.l2_bytes ? 512 : 256;
   return plan;
 }
 
-size_t token_pass_workspace_size(const TokenPassShape& shape, const DeviceInfo& device) {
-  TokenPassShape unaligned = shape;
-  unaligned.is_aligned = false;  // the ring needs no workspace
-  const TokenPassPlan plan = plan_token_pass(unaligned, device);
-  if (plan.num_splits <= 1) return 0;
-  return static_cast<size_t>(shape.num_tokens) * plan.num_splits * shape.hidden_size *
-         sizeof(float);
+TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
+  return plan_token_pass(shape, device, choose_strategy(shape, device));
+}
+
+size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassPlan& plan) {
+  if (plan.strategy == TokenPassStrategy::kPhased && plan.num_splits > 1) {
+    return static_cast<size_t>(shape.num_tokens) * plan.num_splits * shape.hidden_size;
+  }
+  if (plan.strategy == TokenPassStrategy::kSlabs) {
+    const int64_t num_slabs = ceil_div<int64_t>(row_bytes_of(shape), plan.slab_bytes);
+    return static_cast<size_t>(shape.num_tokens) * shape.num_experts_per_token *
+           (shape.num_scored_tables * num_slabs + 1);
+  }
+  return 0;
 }
 
 }  // namespace omni_moe::cuda

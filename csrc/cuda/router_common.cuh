@@ -25,7 +25,8 @@ inline constexpr uint32_t kKeyOfNaN = 0xffc00000u;  // the quiet NaN; no key exc
 __device__ __forceinline__ uint32_t ordered_key(float value) {
   // Adding +0 turns -0 into +0, so that the two compare equal.
   const uint32_t bits = __float_as_uint(value + 0.0f);
-  const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const uint32_t key =
+      bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
   return value != value ? kKeyOfNaN : key;
 }
 
@@ -67,9 +68,11 @@ struct AxisElement<T, uint32_t> {
   __device__ static uint32_t pack(T logit, uint32_t position) {
     uint16_t bits;
     __builtin_memcpy(&bits, &logit, sizeof(bits));
-    const bool nan = (bits & 0x7fffu) > kInfinityBits;
-    const uint32_t key = bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
-    return (nan ? 0xffffu : key) << 16 | (kMaxPosition - position);
+    const uint32_t upper = static_cast<uint32_t>(bits) << 16;
+    const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(upper) >> 31);
+    const uint32_t key = upper ^ ((sign & 0x7fff0000u) | 0x80000000u);
+    const bool nan = (upper & 0x7fff0000u) > kInfinityBits << 16;
+    return (nan ? 0xffff0000u : key) | (kMaxPosition - position);
   }
   __device__ static float value(uint32_t packed) {
     const uint32_t key = packed >> 16;
@@ -89,31 +92,64 @@ struct AxisElement<T, uint32_t> {
 // ---- the warp's sort ----
 
 // Sorts 32 * kItems keys, descending; key number lane * kItems + i is keys[i] of that lane, before
-// and after.
+// and after. Every run of `size` keys is merged from two sorted halves, the first step against the
+// reversed other half, so that the lower index always keeps the larger key.
+//
+// Loops over lanes stay loops from two keys a lane on: straight-line code of that length runs at
+// the speed at which instructions are fetched.
+template <int kItems, class Key>
+__device__ __forceinline__ void lane_step_descending(Key (&keys)[kItems], int stride) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if ((i & stride) != 0) continue;
+    const Key a = keys[i];
+    const Key b = keys[i ^ stride];
+    keys[i] = a > b ? a : b;
+    keys[i ^ stride] = a > b ? b : a;
+  }
+}
+
+template <bool kReversed, int kItems, class Key>
+__device__ __forceinline__ void warp_step_descending(Key (&keys)[kItems], int lane_mask,
+                                                     bool keep_larger) {
+  Key others[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    others[i] = __shfl_xor_sync(kFullWarp, keys[kReversed ? kItems - 1 - i : i], lane_mask);
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (keep_larger == (others[i] > keys[i])) keys[i] = others[i];
+  }
+}
+
 template <int kItems, class Key>
 __device__ __forceinline__ void warp_sort_descending(Key (&keys)[kItems]) {
+  constexpr int kUnroll = kItems == 1 ? kWarpSize : 1;
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int size = 2; size <= kWarpSize * kItems; size *= 2) {
+  for (int size = 2; size <= kItems; size *= 2) {
 #pragma unroll
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const bool descending = ((lane * kItems + i) & size) == 0;
-        if (stride >= kItems) {
-          const int lane_stride = stride / kItems;
-          const Key other = __shfl_xor_sync(kFullWarp, keys[i], lane_stride);
-          const bool keep_larger = ((lane & lane_stride) == 0) == descending;
-          keys[i] = keep_larger == (other > keys[i]) ? other : keys[i];
-        } else if ((i & stride) == 0) {
-          const Key a = keys[i];
-          const Key b = keys[i ^ stride];
-          const bool swap = descending == (b > a);
-          keys[i] = swap ? b : a;
-          keys[i ^ stride] = swap ? a : b;
-        }
-      }
+    for (int i = 0; i < kItems; ++i) {
+      const int other = i ^ (size - 1);
+      if (other < i) continue;
+      const Key a = keys[i];
+      const Key b = keys[other];
+      keys[i] = a > b ? a : b;
+      keys[other] = a > b ? b : a;
     }
+#pragma unroll
+    for (int stride = size / 4; stride > 0; stride /= 2) lane_step_descending(keys, stride);
+  }
+#pragma unroll kUnroll
+  for (int lanes = 2; lanes <= kWarpSize; lanes *= 2) {
+    warp_step_descending<true>(keys, lanes - 1, (lane & (lanes / 2)) == 0);
+#pragma unroll kUnroll
+    for (int stride = lanes / 4; stride > 0; stride /= 2) {
+      warp_step_descending<false>(keys, stride, (lane & stride) == 0);
+    }
+#pragma unroll
+    for (int stride = kItems / 2; stride > 0; stride /= 2) lane_step_descending(keys, stride);
   }
 }
 

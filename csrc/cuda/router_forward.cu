@@ -31,7 +31,7 @@ namespace {
 
 constexpr int kWarpsPerBlock = 4;
 constexpr int kThreads = kWarpsPerBlock * kWarpSize;
-constexpr int kMaxExpertsPerToken = 127;
+constexpr int kMaxExpertsPerToken = 128;
 constexpr int kMaxAxis = 1024;
 
 // ---- candidates: the rank pairs with i * j <= kMaxExpertsPerToken, by ascending product, so that
@@ -207,7 +207,9 @@ __device__ __forceinline__ Border<kCapacity> warp_border(const TopOfAxis<kCapaci
     border.outside[i] = 0;
     if (rank > num_x) continue;
     const float value = x.value[rank - 1];
-    const int last = k / rank;  // 1-based rank of this row's last candidate
+    // 1-based rank of this row's last candidate; the approximate quotient lies far from the
+    // next integer.
+    const int last = static_cast<int>(__fdividef(k + 0.5f, static_cast<float>(rank)));
     // The corner of any rectangle of k or more ranks bounds the k-th sum.
     const int corner = last * rank < k ? last + 1 : last;
     if (corner <= num_y) bound = max(bound, ordered_key(value + y.value[corner - 1]));
@@ -221,7 +223,8 @@ __device__ __forceinline__ Border<kCapacity> warp_border(const TopOfAxis<kCapaci
 template <int kCapacity, class T>
 __device__ __forceinline__ void warp_choose(const Token<T>& token, int num_x, int num_y,
                                             int num_candidates, WarpStorage<kCapacity>& storage) {
-  constexpr int kSlots = (kNumRankPairs<kCapacity - 1> + kWarpSize - 1) / kWarpSize;
+  constexpr int kMaxK = kCapacity - 1 < kMaxExpertsPerToken ? kCapacity - 1 : kMaxExpertsPerToken;
+  constexpr int kSlots = (kNumRankPairs<kMaxK> + kWarpSize - 1) / kWarpSize;
   const TopOfAxis<kCapacity>& x = storage.axis[0];
   const TopOfAxis<kCapacity>& y = storage.axis[1];
   const int lane = threadIdx.x % kWarpSize;
@@ -318,14 +321,27 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems>)
   const RouterScore score = params.score;
 
   // 1. The best k + 1 of each axis. One loop body for both: half the code, half the registers.
+  // Short axes are both loaded before the first is used, of long ones
+  // the second comes to L2 meanwhile.
+  constexpr bool kPrefetch = kItems * sizeof(T) <= 16;
+  AxisLogits<T, kItems> logits;
+  AxisLogits<T, kItems> logits_y;
+  if constexpr (kPrefetch) {
+    logits.load(token.logits_x, token.num_rows, lane, vectors_x);
+    logits_y.load(token.logits_y, token.num_cols, lane, vectors_y);
+  } else {
+    prefetch_axis(token.logits_y, token.num_cols, lane);
+  }
   int num_top[2];
   float log_sum[2] = {0.0f, 0.0f};
 #pragma unroll 1
   for (int which = 0; which < 2; ++which) {
     const int n = which == 0 ? token.num_rows : token.num_cols;
-    AxisKeys<T, kItems> axis;
-    axis.lane = lane;
-    axis.load(which == 0 ? token.logits_x : token.logits_y, n, which == 0 ? vectors_x : vectors_y);
+    if constexpr (!kPrefetch) {
+      logits.load(which == 0 ? token.logits_x : token.logits_y, n, lane,
+                  which == 0 ? vectors_x : vectors_y);
+    }
+    const AxisKeys<T, kItems> axis(logits, n, lane);
     const uint32_t max_key = axis.warp_max_key();
     const float log_sum_exp =
         score == RouterScore::kSoftmax ? axis.warp_log_sum_exp(axis.value(max_key)) : 0.0f;
@@ -335,6 +351,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems>)
     if (which == 0) {
       num_top[0] = count;
       log_sum[0] = log_sum_exp;
+      if constexpr (kPrefetch) logits = logits_y;
     } else {
       num_top[1] = count;
       log_sum[1] = log_sum_exp;
@@ -403,7 +420,8 @@ cudaError_t launch_for_capacity(const RouterForwardParams& params, cudaStream_t 
   const int64_t k = params.num_experts_per_token;
   if (k < 32) return launch_warp_kernel<T, kItems, 32>(params, stream);
   if (k < 64) return launch_warp_kernel<T, kItems, 64>(params, stream);
-  return launch_warp_kernel<T, kItems, 128>(params, stream);
+  if (k < 128) return launch_warp_kernel<T, kItems, 128>(params, stream);
+  return launch_warp_kernel<T, kItems, 256>(params, stream);
 }
 
 bool fits_warp_kernel(const RouterForwardParams& params) {
@@ -422,6 +440,7 @@ cudaError_t router_forward(const RouterForwardParams& params, cudaStream_t strea
     const int64_t axis = std::max(params.num_rows, params.num_cols);
     if (axis <= 2 * kWarpSize) return launch_for_capacity<T, 2>(params, stream);
     if (axis <= 8 * kWarpSize) return launch_for_capacity<T, 8>(params, stream);
+    if (axis <= 16 * kWarpSize) return launch_for_capacity<T, 16>(params, stream);
     return launch_for_capacity<T, 32>(params, stream);
   });
 }

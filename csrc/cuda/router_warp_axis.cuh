@@ -26,41 +26,67 @@ struct TopOfAxis {
 template <class T>
 using PackedElement = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
 
+template <class T>
+__device__ __forceinline__ void prefetch_axis(const T* logits, int n, int lane) {
+  constexpr int kLine = 128 / sizeof(T);
+  for (int i = lane * kLine; i < n; i += kWarpSize * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(logits + i));
+  }
+}
+
+// The logits of one axis as they were loaded, kItems per lane.
+template <class T, int kItems>
+struct AxisLogits {
+  static constexpr int kVec = kItems < kVecWidth<T> ? kItems : kVecWidth<T>;
+  Vec<T, kVec> chunks[kItems / kVec];
+
+  __device__ static int position(int item, int lane) {
+    return (item / kVec * kWarpSize + lane) * kVec + item % kVec;
+  }
+
+  __device__ __forceinline__ void load(const T* logits, int n, int lane, bool use_vectors) {
+#pragma unroll
+    for (int chunk = 0; chunk < kItems / kVec; ++chunk) {
+      const int begin = position(chunk * kVec, lane);
+      chunks[chunk] = {};
+      if (use_vectors) {
+        if (begin < n) chunks[chunk] = load_vec<Vec<T, kVec>>(logits + begin);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          if (begin + i < n) chunks[chunk].data[i] = logits[begin + i];
+        }
+      }
+    }
+  }
+};
+
 // One axis in registers, kItems per lane, as 32-bit keys; 0 where there is no logit. Those of
 // 16-bit logits hold the position too and so are distinct.
 template <class T, int kItems>
 struct AxisKeys {
   static constexpr bool kDistinct = sizeof(T) == 2;
-  static constexpr int kVec = kItems < kVecWidth<T> ? kItems : kVecWidth<T>;
+  static constexpr int kVec = AxisLogits<T, kItems>::kVec;
   using Element = AxisElement<T, PackedElement<T>>;
 
   uint32_t keys[kItems];
   int lane;
 
-  __device__ int position(int item) const {
-    return (item / kVec * kWarpSize + lane) * kVec + item % kVec;
-  }
+  __device__ int position(int item) const { return AxisLogits<T, kItems>::position(item, lane); }
 
-  __device__ void load(const T* logits, int n, bool use_vectors) {
+  __device__ __forceinline__ AxisKeys(const AxisLogits<T, kItems>& logits, int n, int lane)
+      : lane(lane) {
 #pragma unroll
     for (int chunk = 0; chunk < kItems / kVec; ++chunk) {
       const int begin = position(chunk * kVec);
-      Vec<T, kVec> vec{};
-      if (use_vectors) {
-        if (begin < n) vec = load_vec<Vec<T, kVec>>(logits + begin);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          if (begin + i < n) vec.data[i] = logits[begin + i];
-        }
-      }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
+        const T logit = logits.chunks[chunk].data[i];
         uint32_t key;
         if constexpr (kDistinct) {
-          key = Element::pack(vec.data[i], begin + i);
+          key = Element::pack(logit, begin + i);
         } else {
-          key = ordered_key(vec.data[i]);
+          key = ordered_key(logit);
         }
         keys[chunk * kVec + i] = begin + i < n ? key : 0;
       }
@@ -82,11 +108,11 @@ struct AxisKeys {
   }
 
   template <class Pred>
-  __device__ int warp_count(Pred pred) const {
+  __device__ int lane_count(Pred pred) const {
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) count += pred(i) ? 1 : 0;
-    return __reduce_add_sync(kFullWarp, count);
+    return count;
   }
 
   template <class Pred>
@@ -105,6 +131,13 @@ struct AxisKeys {
     return __reduce_max_sync(kFullWarp, max);
   }
 
+  __device__ uint32_t warp_min_key() const {
+    uint32_t least = 0xffffffffu;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) least = min(least, keys[i] - 1);
+    return __reduce_min_sync(kFullWarp, least) + 1;
+  }
+
   __device__ float warp_log_sum_exp(float max) const {
     float sum = 0.0f;
 #pragma unroll
@@ -116,30 +149,43 @@ struct AxisKeys {
 };
 
 // A lower bound of the k-th largest key: the k-th largest maximum of kGroups groups per lane is
-// one, and near enough that the count over all keys rarely needs more than a probe or two.
+// one, and near enough that the count over all keys rarely needs more than a probe or two. 1 where
+// fewer than k groups hold a key.
 template <int kGroups, class T, int kItems>
 __device__ __forceinline__ uint32_t kth_key_lower_bound(const AxisKeys<T, kItems>& axis, int k,
                                                         uint32_t max_key) {
   constexpr int kGroupSize = kItems / kGroups;
   uint32_t group_max[kGroups];
+  uint32_t min_of_max = 0xffffffffu;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     group_max[group] = axis.keys[group * kGroupSize];
 #pragma unroll
     for (int i = 1; i < kGroupSize; ++i) {
-      const uint32_t key = axis.keys[group * kGroupSize + i];
-      group_max[group] = key > group_max[group] ? key : group_max[group];
+      group_max[group] = max(group_max[group], axis.keys[group * kGroupSize + i]);
     }
+    // Groups without a key wrap to the top.
+    min_of_max = min(min_of_max, group_max[group] - 1);
   }
   const auto count = [&](uint32_t threshold) {
+    if constexpr (kGroups <= 2) {
+      int n = 0;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        n += __popc(__ballot_sync(kFullWarp, group_max[group] >= threshold));
+      }
+      return n;
+    }
     int n = 0;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) n += group_max[group] >= threshold ? 1 : 0;
     return __reduce_add_sync(kFullWarp, n);
   };
-  int count_low = count(1);
+  // The least maximum starts the search: the range of all keys is mostly tiny logits.
+  const uint32_t low = __reduce_min_sync(kFullWarp, min_of_max) + 1;
+  int count_low = count(low);
   if (count_low < k) return 1;
-  return bisect_threshold(1, max_key, k, k + k / 4, count_low, count);
+  return bisect_threshold(low, max_key, k, k + k / 8, count_low, count);
 }
 
 // Items to keep where more equal the threshold than fit: those above it, and the first ties in
@@ -173,16 +219,21 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
   const int lane = axis.lane;
 
   // Threshold that keeps k … kCapacity of them.
-  uint32_t low = 1;
-  if constexpr (kItems >= 8) {
-    constexpr int kGroups = kCapacity > 64 && kItems > 8 ? 8 : kCapacity > 32 ? 4 : 2;
-    low = kth_key_lower_bound<kGroups>(axis, k, max_key);
-  }
+  constexpr int kGroups = kCapacity / kWarpSize < kItems / 2 ? kCapacity / kWarpSize
+                          : kItems >= 2                      ? kItems / 2
+                                                             : 1;
+  uint32_t low = kth_key_lower_bound<kGroups>(axis, k, max_key);
+  if (low == 1) low = axis.warp_min_key();
+  unsigned kept = 0;
   const auto count = [&](uint32_t threshold) {
-    return axis.warp_count([&](int i) { return axis.keys[i] >= threshold; });
+    kept = axis.lane_count([&](int i) { return axis.keys[i] >= threshold; });
+    return __reduce_add_sync(kFullWarp, static_cast<int>(kept));
   };
   int count_low = count(low);
-  low = bisect_threshold(low, max_key, k, kCapacity, count_low, count);
+  if (count_low > kCapacity) {
+    low = bisect_threshold(low, max_key, k, kCapacity, count_low, count);
+    kept = axis.lane_count([&](int i) { return axis.keys[i] >= low; });
+  }
 
   // Of equal fp32 logits at the threshold, the first in position; then a mask says what to keep.
   uint32_t kept_items = 0;
@@ -191,6 +242,7 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
     if (count_low > kCapacity) {
       const uint32_t above = axis.mask([&](int i) { return axis.keys[i] > low; });
       kept_items = warp_keep_first_ties<T, kItems>(above, kept_items ^ above, k, lane);
+      kept = __popc(kept_items);
     }
   }
   const auto keep = [&](int i) {
@@ -202,9 +254,6 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
 
   // Compact them through shared memory and sort.
   Packed* compact = reinterpret_cast<Packed*>(scratch);
-  unsigned kept = 0;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) kept += keep(i) ? 1 : 0;
   const unsigned inclusive = warp_inclusive_scan(kept, lane);
   const int num_top = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
   unsigned slot = inclusive - kept;

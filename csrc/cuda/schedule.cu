@@ -3,11 +3,10 @@
 // drop the pairs into them in any order, and order each segment by comparing its pair ids. Reads
 // and writes about 10 words per pair and 3 per expert. Atomics decide only where a segment lies and
 // the order before the comparison, neither of which shows in the result.
+#include <algorithm>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 #include <cub/device/device_radix_sort.cuh>
-
-#include <algorithm>
 
 #include "common/index.cuh"
 #include "common/reduce.cuh"
@@ -232,8 +231,8 @@ cudaError_t schedule_by_counting(const ScheduleShape& shape, const void* indices
       },
       [&] {
         order_segments_kernel<<<huge_workers + pair_blocks, kThreads, 0, stream>>>(
-            indices, index_type, shape.num_pairs, workspace.pairs, workspace.huge_experts,
-            schedule, huge_workers);
+            indices, index_type, shape.num_pairs, workspace.pairs, workspace.huge_experts, schedule,
+            huge_workers);
         return launch_status();
       });
 }
@@ -267,17 +266,17 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     list_long_segments_kernel(ExpertSchedule schedule, int64_t num_experts) {
   const int64_t expert = global_thread();
-  const uint32_t length = expert < num_experts
-                              ? schedule.segment_end[expert] - schedule.segment_begin[expert]
-                              : 0;
+  const uint32_t length =
+      expert < num_experts ? schedule.segment_end[expert] - schedule.segment_begin[expert] : 0;
   warp_list_long_segments(schedule, static_cast<int32_t>(expert), length);
 }
 
 cudaError_t sort_pairs(const ScheduleShape& shape, const ScheduleWorkspace& workspace,
                        void* storage, size_t* storage_bytes, cudaStream_t stream) {
-  return cub::DeviceRadixSort::SortPairs(
-      storage, *storage_bytes, workspace.keys[0], workspace.keys[1], workspace.pairs,
-      workspace.pairs_sorted, static_cast<int>(shape.num_pairs), 0, key_bits(shape.num_experts), stream);
+  return cub::DeviceRadixSort::SortPairs(storage, *storage_bytes, workspace.keys[0],
+                                         workspace.keys[1], workspace.pairs, workspace.pairs_sorted,
+                                         static_cast<int>(shape.num_pairs), 0,
+                                         key_bits(shape.num_experts), stream);
 }
 
 cudaError_t schedule_by_sorting(const ScheduleShape& shape, const void* indices,
@@ -320,8 +319,9 @@ ScheduleWorkspace take_schedule_workspace(const ScheduleShape& shape, WorkspaceC
   ExpertSchedule& schedule = taken.schedule;
   const int64_t num_pairs = shape.num_pairs;
   // A segment of n > part_pairs pairs has fewer than 2 n / part_pairs parts.
-  const int64_t part_pairs = std::max<int64_t>(
-      WeightGradTuning::kMinPartPairs, ceil_div<int64_t>(2 * num_pairs, WeightGradTuning::kMaxParts));
+  const int64_t part_pairs =
+      std::max<int64_t>(WeightGradTuning::kMinPartPairs,
+                        ceil_div<int64_t>(2 * num_pairs, WeightGradTuning::kMaxParts));
   schedule.part_pairs = static_cast<uint32_t>(part_pairs);
   schedule.max_parts = num_pairs > part_pairs ? 2 * num_pairs / part_pairs : 0;
 
@@ -351,9 +351,9 @@ cudaError_t schedule_pairs(const ScheduleShape& shape, const void* indices, Inde
                            const ScheduleWorkspace& workspace, const DeviceInfo& device,
                            cudaStream_t stream) {
   if (shape.num_pairs == 0) {
-    const size_t bytes = reinterpret_cast<char*>(workspace.schedule.segment_begin +
-                                                 shape.num_experts) -
-                         reinterpret_cast<char*>(workspace.schedule.counters);
+    const size_t bytes =
+        reinterpret_cast<char*>(workspace.schedule.segment_begin + shape.num_experts) -
+        reinterpret_cast<char*>(workspace.schedule.counters);
     return cudaMemsetAsync(workspace.schedule.counters, 0, bytes, stream);
   }
   return use_counting(shape)

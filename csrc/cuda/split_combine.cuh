@@ -45,8 +45,8 @@ cudaError_t launch_split_combine(const float* partial, T* out, int64_t rows, int
   const int64_t column_blocks = ceil_div<int64_t>(hidden_size, kWarpSize);
   if (column_blocks > 65535) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(column_blocks));
-  split_combine_kernel<T><<<grid, kSplitCombineWarps * kWarpSize, 0, stream>>>(
-      partial, out, num_parts, hidden_size);
+  split_combine_kernel<T>
+      <<<grid, kSplitCombineWarps * kWarpSize, 0, stream>>>(partial, out, num_parts, hidden_size);
   return launch_status();
 }
 

@@ -58,9 +58,8 @@ struct ColumnGrads {
 // before the first record of each segment.
 template <class T, int kVec, class RecordAt, class Enter>
 __device__ __forceinline__ void add_records(const WeightGradArgs& args, int64_t total,
-                                            int64_t column, int lane,
-                                            ColumnGrads<T, kVec>* grads, RecordAt&& record_at,
-                                            Enter&& enter) {
+                                            int64_t column, int lane, ColumnGrads<T, kVec>* grads,
+                                            RecordAt&& record_at, Enter&& enter) {
   constexpr int kRows = WeightGradTuning::kRows;
   static_assert(kWarpSize % kRows == 0);
   const bool in_row = column < args.hidden_size;
@@ -78,8 +77,7 @@ __device__ __forceinline__ void add_records(const WeightGradArgs& args, int64_t 
       Vec<T, kVec> grad_rows[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t offset =
-            __shfl_sync(kFullWarp, record.token, first + r) * args.hidden_size;
+        const int64_t offset = __shfl_sync(kFullWarp, record.token, first + r) * args.hidden_size;
         if (in_row && first + r < count) {
           if (want_up) hidden_rows[r] = load_vec<Vec<T, kVec>>(hidden + offset);
           if (want_down) grad_rows[r] = load_vec<Vec<T, kVec>>(grad + offset);
@@ -126,8 +124,8 @@ __device__ __forceinline__ void sum_experts(const WeightGradArgs& args, int64_t 
                                             int64_t column, int lane) {
   // 1. Lane l holds the segment of expert l of the warp. Long ones count as empty here.
   const int64_t left = args.num_experts - first_expert;
-  const int num_segments = static_cast<int>(left < args.experts_per_warp ? left
-                                                                         : args.experts_per_warp);
+  const int num_segments =
+      static_cast<int>(left < args.experts_per_warp ? left : args.experts_per_warp);
   uint32_t begin = 0;
   uint32_t length = 0;
   if (lane < num_segments) {
@@ -260,8 +258,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 int experts_per_warp(int64_t num_pairs, int64_t num_experts) {
   const int64_t wanted =
       int64_t{WeightGradTuning::kTargetPairs} * num_experts / std::max<int64_t>(num_pairs, 1);
-  return static_cast<int>(
-      std::clamp<int64_t>(wanted, 1, int64_t{WeightGradTuning::kMaxExperts}));
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, int64_t{WeightGradTuning::kMaxExperts}));
 }
 
 template <class T, int kVec>
@@ -284,8 +281,7 @@ cudaError_t launch(WeightGradArgs args, int64_t num_pairs, const DeviceInfo& dev
       },
       [&] {
         if (args.schedule.max_parts == 0) return cudaSuccess;
-        weight_grad_combine_kernel<T>
-            <<<2 * device.num_sms, kCombineThreads, 0, stream>>>(args);
+        weight_grad_combine_kernel<T><<<2 * device.num_sms, kCombineThreads, 0, stream>>>(args);
         return launch_status();
       });
 }
@@ -309,11 +305,10 @@ cudaError_t weight_grad(const ExpertBackwardParams& params, const ExpertSchedule
   const int64_t num_pairs = params.num_tokens * params.num_experts_per_token;
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool aligned = params.hidden_size * sizeof(T) % 16 == 0 &&
-                         is_aligned(params.hidden_states, 16) &&
-                         is_aligned(params.grad_expert_states, 16) &&
-                         is_aligned(params.grad_up_weights, 16) &&
-                         is_aligned(params.grad_down_weights, 16);
+    const bool aligned =
+        params.hidden_size * sizeof(T) % 16 == 0 && is_aligned(params.hidden_states, 16) &&
+        is_aligned(params.grad_expert_states, 16) && is_aligned(params.grad_up_weights, 16) &&
+        is_aligned(params.grad_down_weights, 16);
     return aligned ? launch<T, kVecWidth<T>>(args, num_pairs, device, stream)
                    : launch<T, 1>(args, num_pairs, device, stream);
   });

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/expert_plan.h"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe {
@@ -46,10 +47,15 @@ struct Tolerance {
 
 Tolerance tolerance(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return {2e-5, 2e-5};
-    case DType::kFloat16: return {1.0 / 1024, 2e-4};
-    case DType::kBFloat16: return {1.0 / 128, 2e-4};
-    default: ADD_FAILURE() << "no tolerance for this dtype"; return {0, 0};
+    case DType::kFloat32:
+      return {2e-5, 2e-5};
+    case DType::kFloat16:
+      return {1.0 / 1024, 2e-4};
+    case DType::kBFloat16:
+      return {1.0 / 128, 2e-4};
+    default:
+      ADD_FAILURE() << "no tolerance for this dtype";
+      return {0, 0};
   }
 }
 
@@ -146,12 +152,16 @@ struct Tensor {
 
 double act(Activation activation, double x) {
   switch (activation) {
-    case Activation::kSilu: return x / (1 + std::exp(-x));
-    case Activation::kGelu: return 0.5 * x * (1 + std::erf(x * M_SQRT1_2));
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    case Activation::kGelu:
+      return 0.5 * x * (1 + std::erf(x * M_SQRT1_2));
     case Activation::kGeluTanh:
       return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kRelu: return std::max(x, 0.0);
-    case Activation::kIdentity: return x;
+    case Activation::kRelu:
+      return std::max(x, 0.0);
+    case Activation::kIdentity:
+      return x;
   }
   return std::numeric_limits<double>::quiet_NaN();
 }
@@ -196,10 +206,18 @@ struct Problem {
     for (size_t i = 0; i < ids.size(); ++i) {
       const int64_t uniform = static_cast<int64_t>(random() % c.num_experts);
       switch (c.routing) {
-        case Routing::kUniform: ids[i] = uniform; break;
-        case Routing::kOneExpert: ids[i] = c.num_experts - 1; break;
-        case Routing::kDuplicates: ids[i] = i % 2 == 1 ? ids[i - 1] : uniform; break;
-        case Routing::kHalfIdle: ids[i] = uniform / 2 * 2; break;
+        case Routing::kUniform:
+          ids[i] = uniform;
+          break;
+        case Routing::kOneExpert:
+          ids[i] = c.num_experts - 1;
+          break;
+        case Routing::kDuplicates:
+          ids[i] = i % 2 == 1 ? ids[i - 1] : uniform;
+          break;
+        case Routing::kHalfIdle:
+          ids[i] = uniform / 2 * 2;
+          break;
       }
       const int32_t narrow = static_cast<int32_t>(ids[i]);
       if (c.index_type == IndexType::kInt32) {
@@ -364,6 +382,63 @@ TEST_P(CudaExpert, Backward) {
   check_backward(problem);
 }
 
+// Every strategy that takes the shape at all, not only the one that is fastest for it.
+template <class Params>
+std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params& params) {
+  using cuda::RowCopy;
+  using cuda::TokenPassStrategy;
+  cuda::ExpertDeviceInfo device;
+  EXPECT_EQ(cuda::current_expert_device_info(&device), cudaSuccess);
+  const cuda::TokenPassShape shape = cuda::token_pass_shape(params);
+  std::vector<std::pair<std::string, cuda::TokenPassPlan>> plans;
+  const auto add = [&](const char* name, TokenPassStrategy strategy, auto&& change) {
+    if (!cuda::supports(strategy, shape)) return;
+    cuda::TokenPassPlan plan = cuda::plan_token_pass(shape, device, strategy);
+    change(&plan);
+    plans.emplace_back(name, plan);
+  };
+  const auto as_is = [](cuda::TokenPassPlan*) {};
+  add("phased", TokenPassStrategy::kPhased, as_is);
+  add("columns", TokenPassStrategy::kColumns, as_is);
+  add("ring", TokenPassStrategy::kRing, as_is);
+  add("ring, cp.async", TokenPassStrategy::kRing,
+      [](cuda::TokenPassPlan* plan) { plan->copy = RowCopy::kAsync; });
+  add("slabs of 256 bytes", TokenPassStrategy::kSlabs,
+      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 256; });
+  add("slabs of 512 bytes", TokenPassStrategy::kSlabs,
+      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 512; });
+  return plans;
+}
+
+TEST_P(CudaExpert, ForwardOfEveryStrategy) {
+  Problem problem(GetParam());
+  ExpertForwardParams params = problem.forward_params();
+  for (const auto& [name, plan] : every_plan(params)) {
+    SCOPED_TRACE(name);
+    check({{"expert_states", &problem.out}}, cuda::expert_forward_workspace_size(params, plan),
+          [&, &plan = plan](void* workspace) {
+            params.workspace = workspace;
+            return cuda::expert_forward(params, plan, nullptr);
+          });
+  }
+}
+
+TEST_P(CudaExpert, BackwardOfEveryStrategy) {
+  Problem problem(GetParam());
+  ExpertBackwardParams params = problem.backward_params();
+  for (const auto& [name, plan] : every_plan(params)) {
+    SCOPED_TRACE(name);
+    check({{"grad_hidden", &problem.grad_hidden},
+           {"grad_up", &problem.grad_up},
+           {"grad_down", &problem.grad_down},
+           {"grad_routing", &problem.grad_routing}},
+          cuda::expert_backward_workspace_size(params, plan), [&, &plan = plan](void* workspace) {
+            params.workspace = workspace;
+            return cuda::expert_backward(params, plan, nullptr);
+          });
+  }
+}
+
 // What is not wanted may be null, and the rest stays right.
 TEST_P(CudaExpert, BackwardOfEachGradientAlone) {
   Problem problem(GetParam());
@@ -373,11 +448,11 @@ TEST_P(CudaExpert, BackwardOfEachGradientAlone) {
     const char* name;
     Tensor* tensor;
     void* ExpertBackwardParams::*field;
-  } outputs[] = {{"grad_hidden", &problem.grad_hidden, &ExpertBackwardParams::grad_hidden_states},
-                 {"grad_up", &problem.grad_up, &ExpertBackwardParams::grad_up_weights},
-                 {"grad_down", &problem.grad_down, &ExpertBackwardParams::grad_down_weights},
-                 {"grad_routing", &problem.grad_routing,
-                  &ExpertBackwardParams::grad_routing_weights}};
+  } outputs[] = {
+      {"grad_hidden", &problem.grad_hidden, &ExpertBackwardParams::grad_hidden_states},
+      {"grad_up", &problem.grad_up, &ExpertBackwardParams::grad_up_weights},
+      {"grad_down", &problem.grad_down, &ExpertBackwardParams::grad_down_weights},
+      {"grad_routing", &problem.grad_routing, &ExpertBackwardParams::grad_routing_weights}};
   for (const auto& wanted : outputs) {
     ExpertBackwardParams params = all;
     for (const auto& other : outputs) {
@@ -403,8 +478,8 @@ std::vector<Case> awkward_shapes() {
       for (const int64_t width : {8, 100, 1000, 1024}) {
         for (const int64_t k : {1, 3, 16}) {
           const bool wide = (tokens + width + k) % 2 == 1;
-          cases.push_back({tokens, width, k, 50, dtype,
-                           wide ? IndexType::kInt64 : IndexType::kInt32});
+          cases.push_back(
+              {tokens, width, k, 50, dtype, wide ? IndexType::kInt64 : IndexType::kInt32});
         }
       }
     }
@@ -412,31 +487,33 @@ std::vector<Case> awkward_shapes() {
   return cases;
 }
 
-// One shape per path: splits and their second stage, the ring (many tokens, both row widths), long
-// and huge segments, both schedules, rows past a tile, rows without alignment.
+// One shape per path: splits and their second stage, many tokens (both row widths of the ring),
+// long and huge segments, both schedules, rows past a tile, rows without alignment.
 std::vector<Case> paths() {
   std::vector<Case> cases;
   const IndexType i32 = IndexType::kInt32;
   const IndexType i64 = IndexType::kInt64;
   for (const DType dtype : kDTypes) {
-    cases.push_back({2, 256, 5000, 300, dtype, i32});                         // splits
-    cases.push_back({1, 100, 200, 64, dtype, i64});                           // splits, scalar
-    cases.push_back({5, 64, 0, 10, dtype, i32});                              // no experts per token
-    cases.push_back({5, 1024, 3, 70001, dtype, i64, Routing::kHalfIdle});     // many idle experts
-    cases.push_back({37, 4096, 5, 20, dtype, i32});                           // rows past one tile
-    cases.push_back({37, 5000, 3, 20, dtype, i64});                           // the same, ragged
-    cases.push_back({1200, 1024, 5, 97, dtype, i32, Routing::kDuplicates});   // ring, radix sort
-    cases.push_back({1200, 40, 37, 2000, dtype, i64, Routing::kHalfIdle});    // ring past a window
-    cases.push_back({1200, 1000, 4, 500, dtype, i32, Routing::kOneExpert});   // huge segment
-    cases.push_back({1200, 64, 40, 3, dtype, i32, Routing::kOneExpert});      // the same, sorted
-    cases.push_back({3000, 16, 8, 1000, dtype, i64, Routing::kOneExpert});    // many parts
-    cases.push_back({199, 128, 16, 500, dtype, i64, Routing::kOneExpert});    // not quite as many
+    cases.push_back({2, 256, 5000, 300, dtype, i32});                        // splits
+    cases.push_back({1, 100, 200, 64, dtype, i64});                          // splits, scalar
+    cases.push_back({5, 64, 0, 10, dtype, i32});                             // no experts per token
+    cases.push_back({5, 1024, 3, 70001, dtype, i64, Routing::kHalfIdle});    // many idle experts
+    cases.push_back({37, 4096, 5, 20, dtype, i32});                          // rows past one tile
+    cases.push_back({37, 5000, 3, 20, dtype, i64});                          // the same, ragged
+    cases.push_back({1200, 1024, 5, 97, dtype, i32, Routing::kDuplicates});  // ring, radix sort
+    cases.push_back({1200, 40, 37, 2000, dtype, i64, Routing::kHalfIdle});   // ids past a window
+    cases.push_back({50, 1024, 70, 300, dtype, i32});                        // two windows, a tail
+    cases.push_back({203, 520, 64, 100, dtype, i64, Routing::kDuplicates});  // ragged last slab
+    cases.push_back({1200, 1000, 4, 500, dtype, i32, Routing::kOneExpert});  // huge segment
+    cases.push_back({1200, 64, 40, 3, dtype, i32, Routing::kOneExpert});     // the same, sorted
+    cases.push_back({3000, 16, 8, 1000, dtype, i64, Routing::kOneExpert});   // many parts
+    cases.push_back({199, 128, 16, 500, dtype, i64, Routing::kOneExpert});   // not quite as many
     cases.push_back({37, 128, 3, 50, dtype, i32, Routing::kUniform, Activation::kSilu, 1});
     cases.push_back({1200, 128, 5, 50, dtype, i32, Routing::kUniform, Activation::kSilu, 1});
   }
   cases.push_back({1200, 2048, 5, 97, DType::kBFloat16, i32});  // ring, wide rows
-  for (const Activation activation : {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu,
-                                      Activation::kIdentity}) {
+  for (const Activation activation :
+       {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu, Activation::kIdentity}) {
     cases.push_back({37, 100, 3, 50, DType::kFloat32, i32, Routing::kUniform, activation});
     cases.push_back({1200, 64, 4, 50, DType::kFloat32, i32, Routing::kUniform, activation});
   }

@@ -51,22 +51,32 @@ __device__ __forceinline__ float activate(float x) {
 __device__ __forceinline__ ActivationResult activate_with_derivative(Activation activation,
                                                                      float x) {
   switch (activation) {
-    case Activation::kSilu: return activate_with_derivative<Activation::kSilu>(x);
-    case Activation::kGelu: return activate_with_derivative<Activation::kGelu>(x);
-    case Activation::kGeluTanh: return activate_with_derivative<Activation::kGeluTanh>(x);
-    case Activation::kRelu: return activate_with_derivative<Activation::kRelu>(x);
-    case Activation::kIdentity: return activate_with_derivative<Activation::kIdentity>(x);
+    case Activation::kSilu:
+      return activate_with_derivative<Activation::kSilu>(x);
+    case Activation::kGelu:
+      return activate_with_derivative<Activation::kGelu>(x);
+    case Activation::kGeluTanh:
+      return activate_with_derivative<Activation::kGeluTanh>(x);
+    case Activation::kRelu:
+      return activate_with_derivative<Activation::kRelu>(x);
+    case Activation::kIdentity:
+      return activate_with_derivative<Activation::kIdentity>(x);
   }
   __builtin_unreachable();  // launchers reject other values
 }
 
 __device__ __forceinline__ float activate(Activation activation, float x) {
   switch (activation) {
-    case Activation::kSilu: return activate<Activation::kSilu>(x);
-    case Activation::kGelu: return activate<Activation::kGelu>(x);
-    case Activation::kGeluTanh: return activate<Activation::kGeluTanh>(x);
-    case Activation::kRelu: return activate<Activation::kRelu>(x);
-    case Activation::kIdentity: return activate<Activation::kIdentity>(x);
+    case Activation::kSilu:
+      return activate<Activation::kSilu>(x);
+    case Activation::kGelu:
+      return activate<Activation::kGelu>(x);
+    case Activation::kGeluTanh:
+      return activate<Activation::kGeluTanh>(x);
+    case Activation::kRelu:
+      return activate<Activation::kRelu>(x);
+    case Activation::kIdentity:
+      return activate<Activation::kIdentity>(x);
   }
   __builtin_unreachable();
 }

@@ -43,13 +43,12 @@ inline cudaError_t current_device_info(DeviceInfo* info) {
   const auto read = [&](int* value, cudaDeviceAttr attribute) {
     return [=, &device] { return cudaDeviceGetAttribute(value, attribute, device); };
   };
-  const cudaError_t status =
-      run_steps([&] { return cudaGetDevice(&device); },
-                read(&info->num_sms, cudaDevAttrMultiProcessorCount),
-                read(&major, cudaDevAttrComputeCapabilityMajor),
-                read(&minor, cudaDevAttrComputeCapabilityMinor),
-                read(&info->shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                read(&info->shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const cudaError_t status = run_steps(
+      [&] { return cudaGetDevice(&device); }, read(&info->num_sms, cudaDevAttrMultiProcessorCount),
+      read(&major, cudaDevAttrComputeCapabilityMajor),
+      read(&minor, cudaDevAttrComputeCapabilityMinor),
+      read(&info->shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+      read(&info->shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin));
   if (status == cudaSuccess) info->compute_capability = 10 * major + minor;
   return status;
 }
@@ -61,8 +60,7 @@ cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
   constexpr size_t kAlwaysAllowed = 40 * 1024;  // 48 KB, less what the kernel declares statically
   if (bytes <= kAlwaysAllowed) return cudaSuccess;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 template <class Int>

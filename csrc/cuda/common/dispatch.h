@@ -27,31 +27,44 @@ struct ValueTag {
 template <class F>
 cudaError_t dispatch_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(TypeTag<float>{});
-    case DType::kFloat16: return f(TypeTag<__half>{});
-    case DType::kBFloat16: return f(TypeTag<__nv_bfloat16>{});
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat32:
+      return f(TypeTag<float>{});
+    case DType::kFloat16:
+      return f(TypeTag<__half>{});
+    case DType::kBFloat16:
+      return f(TypeTag<__nv_bfloat16>{});
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
 template <class F>
 cudaError_t dispatch_index_type(IndexType index_type, F&& f) {
   switch (index_type) {
-    case IndexType::kInt32: return f(TypeTag<int32_t>{});
-    case IndexType::kInt64: return f(TypeTag<int64_t>{});
-    default: return cudaErrorInvalidValue;
+    case IndexType::kInt32:
+      return f(TypeTag<int32_t>{});
+    case IndexType::kInt64:
+      return f(TypeTag<int64_t>{});
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
 template <class F>
 cudaError_t dispatch_activation(Activation activation, F&& f) {
   switch (activation) {
-    case Activation::kSilu: return f(ValueTag<Activation::kSilu>{});
-    case Activation::kGelu: return f(ValueTag<Activation::kGelu>{});
-    case Activation::kGeluTanh: return f(ValueTag<Activation::kGeluTanh>{});
-    case Activation::kRelu: return f(ValueTag<Activation::kRelu>{});
-    case Activation::kIdentity: return f(ValueTag<Activation::kIdentity>{});
-    default: return cudaErrorInvalidValue;
+    case Activation::kSilu:
+      return f(ValueTag<Activation::kSilu>{});
+    case Activation::kGelu:
+      return f(ValueTag<Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return f(ValueTag<Activation::kGeluTanh>{});
+    case Activation::kRelu:
+      return f(ValueTag<Activation::kRelu>{});
+    case Activation::kIdentity:
+      return f(ValueTag<Activation::kIdentity>{});
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

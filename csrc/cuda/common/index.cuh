@@ -10,8 +10,7 @@
 
 // What assert() calls; <cassert> declares it only without NDEBUG.
 extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file,
-                                                  unsigned int line,
-                                                  const char* function) noexcept
+                                                  unsigned int line, const char* function) noexcept
     __attribute__((__noreturn__));
 
 namespace omni_moe::cuda {

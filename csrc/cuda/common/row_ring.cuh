@@ -68,8 +68,8 @@ class PairCursor {
     if (token_ < num_tokens_) check_expert_id(next_window_, num_experts_);
     window_ = static_cast<int32_t>(next_window_);
     const bool same_token = kWarpSize < num_pairs_ - k_;
-    next_window_ = same_token ? load_window(token_, k_ + kWarpSize)
-                              : load_window(token_ + stride_, 0);
+    next_window_ =
+        same_token ? load_window(token_, k_ + kWarpSize) : load_window(token_ + stride_, 0);
   }
 
   const void* indices_;
@@ -104,8 +104,7 @@ class RowRing<RowCopy::kAsync, kStages> {
   // Starts the copy of a pair of rows into the stage released last.
   __device__ __forceinline__ void push(const void* up, const void* down) {
     char* stage = stages_ + head_ * 2 * row_bytes_;
-    for (int byte = lane_ * kRingLoadBytes; byte < row_bytes_;
-         byte += kWarpSize * kRingLoadBytes) {
+    for (int byte = lane_ * kRingLoadBytes; byte < row_bytes_; byte += kWarpSize * kRingLoadBytes) {
       copy(stage + byte, static_cast<const char*>(up) + byte);
       copy(stage + row_bytes_ + byte, static_cast<const char*>(down) + byte);
     }
@@ -250,9 +249,8 @@ struct LanePieces {
   }
 
   __device__ __forceinline__ void load_global(const void* row, int row_bytes, int lane) {
-    load(static_cast<const char*>(row), row_bytes, lane, [](const char* at) {
-      return load_vec<Vec<T, kVec>>(reinterpret_cast<const T*>(at));
-    });
+    load(static_cast<const char*>(row), row_bytes, lane,
+         [](const char* at) { return load_vec<Vec<T, kVec>>(reinterpret_cast<const T*>(at)); });
   }
 
   __device__ __forceinline__ void load_shared(const char* row, int row_bytes, int lane) {

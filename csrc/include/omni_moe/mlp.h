@@ -1,5 +1,6 @@
-// The elementwise half of the shared MLP: act(gate) * up. Its matrix products are GEMMs of the
-// caller's (ATen in csrc/torch/mlp.cpp).
+// The shared MLP up to its down product: act(gate) * up elementwise for products that are GEMMs of
+// the caller's (ATen in csrc/torch/mlp.cpp), or fused with the gate and up products where a backend
+// has a kernel for that.
 #pragma once
 
 #include "omni_moe/types.h"
@@ -35,6 +36,22 @@ struct GatedActivationBackwardParams {
   int64_t up_stride;
   int64_t grad_gate_stride;
   int64_t grad_up_stride;
+  DType dtype;
+  Activation activation;
+};
+
+// activated = act(x gate_weightᵀ) * (x up_weightᵀ), all operands dense and row-major. Sums and the
+// activation are in fp32 and each output is rounded once. An output may be null: not wanted.
+struct GatedLinearForwardParams {
+  const void* x;            // [T, H]
+  const void* gate_weight;  // [I, H]
+  const void* up_weight;    // [I, H]
+  void* activated;          // [T, I], or null
+  void* gate;               // [T, I] x gate_weightᵀ, or null
+  void* up;                 // [T, I] x up_weightᵀ, or null
+  int64_t num_tokens;
+  int64_t hidden_size;
+  int64_t intermediate_size;
   DType dtype;
   Activation activation;
 };

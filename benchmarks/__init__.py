@@ -1,0 +1,1 @@
+"""Benchmarks of omni_moe: `python -m benchmarks --help`."""

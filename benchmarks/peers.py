@@ -1,0 +1,257 @@
+"""The implementations: for each op and name, how to call it on a problem.
+
+A builder returns a `Workload`, or raises `NotApplicable` with the reason. Names:
+`omni_moe` (this library), `eager` (stock PyTorch operators, `omni_moe.reference.eager_*`),
+`compile` (torch.compile of those), `dense_masked` (all experts by matrix products, masked),
+`gemms_only` (the bare matrix products of the MLP: a floor, not the function), `upstream_triton`
+(the paper's published kernels), `hf_doge` (DogeCDMoE of Hugging Face Transformers, whose router
+differs, so that it has no error).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import upstream
+from benchmarks.problems import Problem
+from benchmarks.upstream import NotApplicable
+from omni_moe import ops, reference
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`forward` computes the output; gradients are asked for `leaves`."""
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]
+    grad_output: Tensor
+    has_oracle: bool = True
+
+    def run(self) -> list[Tensor]:
+        """Output and, if there are leaves that need them, gradients."""
+        if not self.leaves:
+            with torch.no_grad():
+                return [self.forward()]
+        output = self.forward()
+        gradients = torch.autograd.grad(output, self.leaves, self.grad_output)
+        return [output.detach(), *gradients]
+
+
+def build(impl: str, problem: Problem) -> Workload:
+    """The workload of an implementation.
+
+    Raises:
+        NotApplicable: it does not exist for this op, cannot run this shape, or is not installed.
+    """
+    builders = _BUILDERS[problem.case.op]
+    if impl not in builders:
+        raise NotApplicable(f"{impl} has no {problem.case.op}")
+    made = builders[impl](problem)
+    if isinstance(made, Workload):
+        return made
+    return Workload(made, problem.leaves, problem.grad_output)
+
+
+def names(op: str | None = None) -> list[str]:
+    """Names of all implementations, or of those of an op, in the order of the tables."""
+    chosen = [op] if op else list(_BUILDERS)
+    return list(dict.fromkeys(name for op in chosen for name in _BUILDERS[op]))
+
+
+def _compiled(function: Callable) -> Callable:
+    # The caller resets the compiler between cases, so that no limit on recompilations is met.
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+# ---- expert -------------------------------------------------------------------------------------
+
+
+def _expert_args(problem: Problem, indices: str) -> list[Tensor]:
+    names = ("hidden_states", "up_weights", "down_weights", "routing_weights", indices)
+    return [problem.tensors[name] for name in names]
+
+
+def _expert_omni_moe(problem: Problem) -> Callable:
+    args = _expert_args(problem, "indices")
+    return lambda: ops.omni_expert(*args)
+
+
+def _expert_eager(problem: Problem) -> Callable:
+    args = _expert_args(problem, "indices_long")
+    return lambda: reference.eager_expert(*args)
+
+
+def _expert_compile(problem: Problem) -> Callable:
+    args, function = _expert_args(problem, "indices_long"), _compiled(reference.eager_expert)
+    return lambda: function(*args)
+
+
+def _dense_masked(hidden: Tensor, up: Tensor, down: Tensor, routing: Tensor, ids: Tensor) -> Tensor:
+    mask = routing.new_zeros(hidden.shape[0], up.shape[0]).scatter_add(1, ids, routing)
+    return (F.silu(hidden @ up.t()) * mask) @ down
+
+
+def _expert_dense_masked(problem: Problem) -> Callable:
+    args = _expert_args(problem, "indices_long")
+    return lambda: _dense_masked(*args)
+
+
+def _expert_upstream(problem: Problem) -> Callable:
+    function = upstream.expert(problem.case)
+    args = _expert_args(problem, "indices")
+    return lambda: function(*args)
+
+
+# ---- router -------------------------------------------------------------------------------------
+
+
+def _router(problem: Problem, function: Callable) -> Callable:
+    x, y = problem.tensors["router_logits_x"], problem.tensors["router_logits_y"]
+    k = problem.case.shape["k"]
+    return lambda: function(x, y, k)[0]
+
+
+def _router_omni_moe(problem: Problem) -> Callable:
+    return _router(problem, ops.omni_softmax_router)
+
+
+def _router_eager(problem: Problem) -> Callable:
+    return _router(problem, reference.eager_router)
+
+
+def _router_compile(problem: Problem) -> Callable:
+    return _router(problem, _compiled(reference.eager_router))
+
+
+def _router_upstream(problem: Problem) -> Callable:
+    return _router(problem, upstream.softmax_router(problem.case))
+
+
+# ---- MLP ----------------------------------------------------------------------------------------
+
+
+def _mlp(problem: Problem, function: Callable) -> Callable:
+    args = list(problem.tensors.values())
+    return lambda: function(*args)
+
+
+def _mlp_omni_moe(problem: Problem) -> Callable:
+    return _mlp(problem, ops.omni_mlp)
+
+
+def _mlp_eager(problem: Problem) -> Callable:
+    return _mlp(problem, reference.eager_mlp)
+
+
+def _mlp_compile(problem: Problem) -> Callable:
+    return _mlp(problem, _compiled(reference.eager_mlp))
+
+
+def _mlp_gemms_only(problem: Problem) -> Workload:
+    if problem.leaves:
+        raise NotApplicable("gemms_only is a forward pass")
+    x, gate_weight, up_weight, down_weight = problem.tensors.values()
+
+    def forward() -> Tensor:
+        gate = F.linear(x, gate_weight)
+        F.linear(x, up_weight)
+        return F.linear(gate, down_weight)
+
+    return Workload(forward, [], problem.grad_output, has_oracle=False)
+
+
+def _mlp_upstream(problem: Problem) -> Callable:
+    return _mlp(problem, upstream.mlp())
+
+
+# ---- layer --------------------------------------------------------------------------------------
+
+
+def _layer_omni_moe(problem: Problem) -> Callable:
+    x = problem.tensors["hidden_states"]
+    return lambda: problem.module(x)
+
+
+def _layer_eager(problem: Problem) -> Callable:
+    x = problem.tensors["hidden_states"]
+    return lambda: reference.eager_omni_moe(problem.module, x)
+
+
+def _layer_compile(problem: Problem) -> Callable:
+    x, function = problem.tensors["hidden_states"], _compiled(reference.eager_omni_moe)
+    return lambda: function(problem.module, x)
+
+
+def _layer_upstream(problem: Problem) -> Callable:
+    x = problem.tensors["hidden_states"]
+    router = upstream.softmax_router(problem.case)
+    expert, mlp = upstream.expert(problem.case), upstream.mlp()
+    module, k = problem.module, problem.case.shape["k"]
+
+    def forward() -> Tensor:
+        logits_x = module.router_norm_x(module.router_gate_x(x))
+        logits_y = module.router_norm_y(module.router_gate_y(x))
+        routing_weights, indices = router(logits_x, logits_y, k)
+        up, down = module.up_embed.weight, module.down_embed.weight
+        shared = [p.weight for p in (module.gate_proj, module.up_proj, module.down_proj)]
+        return mlp(x, *shared) + expert(x, up, down, routing_weights, indices)
+
+    return forward
+
+
+def _layer_hf_doge(problem: Problem) -> Workload:
+    try:
+        from transformers import DogeConfig
+        from transformers.models.doge.modeling_doge import DogeCDMoE
+    except ImportError as error:
+        raise NotApplicable(f"transformers with DogeCDMoE is not installed: {error}") from error
+    shape = problem.case.shape
+    config = DogeConfig(
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_experts=shape["experts"],
+        num_experts_per_tok=shape["k"],
+        is_moe=True,
+    )
+    x = problem.tensors["hidden_states"]
+    with torch.device(x.device):
+        layer = DogeCDMoE(config).to(x.dtype).requires_grad_(x.requires_grad)
+    leaves = [x, *layer.parameters()] if x.requires_grad else []
+    batch = x.unsqueeze(0)
+    return Workload(
+        lambda: layer(batch)[0].squeeze(0), leaves, problem.grad_output, has_oracle=False
+    )
+
+
+_BUILDERS: dict[str, dict[str, Callable[[Problem], Callable | Workload]]] = {
+    "expert": {
+        "omni_moe": _expert_omni_moe,
+        "eager": _expert_eager,
+        "compile": _expert_compile,
+        "dense_masked": _expert_dense_masked,
+        "upstream_triton": _expert_upstream,
+    },
+    "router": {
+        "omni_moe": _router_omni_moe,
+        "eager": _router_eager,
+        "compile": _router_compile,
+        "upstream_triton": _router_upstream,
+    },
+    "mlp": {
+        "omni_moe": _mlp_omni_moe,
+        "eager": _mlp_eager,
+        "compile": _mlp_compile,
+        "gemms_only": _mlp_gemms_only,
+        "upstream_triton": _mlp_upstream,
+    },
+    "layer": {
+        "omni_moe": _layer_omni_moe,
+        "eager": _layer_eager,
+        "compile": _layer_compile,
+        "upstream_triton": _layer_upstream,
+        "hf_doge": _layer_hf_doge,
+    },
+}

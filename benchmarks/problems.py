@@ -1,0 +1,271 @@
+"""The tensors of a case, drawn from a seed, and the error of a result against the fp64 oracle."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from omni_moe import OmniMoE, OmniMoEConfig, reference
+
+# Elements of one (tokens, K, H) or (tokens, R, C) array of the oracle: 512 MiB in fp64.
+ORACLE_ELEMENTS = 2**26
+
+
+@dataclass
+class Problem:
+    """Inputs of one call. Differentiable ones require grad if the case has a backward pass."""
+
+    case: Case
+    tensors: dict[str, Tensor]
+    grad_output: Tensor
+    module: OmniMoE | None = None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gradients are asked for, in the order of the results."""
+        parameters = list(self.module.parameters()) if self.module else []
+        return [t for t in [*self.tensors.values(), *parameters] if t.requires_grad]
+
+
+def make_problem(
+    case: Case, device: torch.device, seed: int = 0, base: Problem | None = None
+) -> Problem:
+    """Draws the inputs; large expert tables are taken from `base` where it is given."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return _MAKERS[case.op](case, device, generator, base)
+
+
+class _Draw:
+    """Random tensors of a case's dtype, device and generator."""
+
+    def __init__(self, case: Case, device: torch.device, generator: torch.Generator) -> None:
+        self.options = {"device": device, "dtype": getattr(torch, case.dtype)}
+        self.generator = generator
+        self.requires_grad = case.pass_name == "forward_backward"
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        t = torch.randn(shape, generator=self.generator, **self.options).mul_(std)
+        return t.requires_grad_(self.requires_grad)
+
+    def grad(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, **self.options)
+
+
+def _make_expert(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    shape, draw = case.shape, _Draw(case, device, generator)
+    num_tokens, hidden_size, k = shape["tokens"], shape["hidden"], shape["k"]
+    if case.ids == "router":
+        logits = torch.randn(
+            2, num_tokens, shape["rows"], device=device, generator=generator
+        )  # fp32, and a square grid
+        routing_weights, indices = reference.eager_router(logits[0], logits[1], k)
+    else:
+        indices = torch.randint(
+            shape["experts"], (num_tokens, k), device=device, generator=generator
+        )
+        routing_weights = torch.rand(num_tokens, k, device=device, generator=generator).div_(k)
+    if base:
+        up_weights, down_weights = base.tensors["up_weights"], base.tensors["down_weights"]
+    else:
+        up_weights = draw.normal(shape["experts"], hidden_size, std=hidden_size**-0.5)
+        down_weights = draw.normal(shape["experts"], hidden_size)
+    tensors = {
+        "hidden_states": draw.normal(num_tokens, hidden_size),
+        "up_weights": up_weights,
+        "down_weights": down_weights,
+        "routing_weights": routing_weights.to(draw.options["dtype"]).requires_grad_(
+            draw.requires_grad
+        ),
+        # Each side gets the type that its own router makes.
+        "indices": indices.int(),
+        "indices_long": indices,
+    }
+    return Problem(case, tensors, draw.grad(num_tokens, hidden_size))
+
+
+def _make_router(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    shape, draw = case.shape, _Draw(case, device, generator)
+    tensors = {
+        "router_logits_x": draw.normal(shape["tokens"], shape["rows"]),
+        "router_logits_y": draw.normal(shape["tokens"], shape["cols"]),
+    }
+    return Problem(case, tensors, draw.grad(shape["tokens"], shape["k"]))
+
+
+def _make_mlp(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    shape, draw = case.shape, _Draw(case, device, generator)
+    hidden_size, intermediate_size = shape["hidden"], shape["intermediate"]
+    tensors = {
+        "x": draw.normal(shape["tokens"], hidden_size),
+        "gate_weight": draw.normal(intermediate_size, hidden_size, std=hidden_size**-0.5),
+        "up_weight": draw.normal(intermediate_size, hidden_size, std=hidden_size**-0.5),
+        "down_weight": draw.normal(hidden_size, intermediate_size, std=intermediate_size**-0.5),
+    }
+    return Problem(case, tensors, draw.grad(shape["tokens"], hidden_size))
+
+
+def _make_layer(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    shape, draw = case.shape, _Draw(case, device, generator)
+    tensors = {"hidden_states": draw.normal(shape["tokens"], shape["hidden"])}
+    # Not that of `base`: its MLP would be found in L2.
+    module = _make_module(case, device).to(draw.options["dtype"])
+    module.requires_grad_(draw.requires_grad)
+    return Problem(case, tensors, draw.grad(shape["tokens"], shape["hidden"]), module)
+
+
+def _make_module(case: Case, device: torch.device) -> OmniMoE:
+    shape = case.shape
+    config = OmniMoEConfig(
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_experts=shape["experts"],
+        num_experts_per_token=shape["k"],
+        expert_grid=(shape["rows"], shape["cols"]),
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        module = OmniMoE(config)
+    return module.train(case.timing != "graph")
+
+
+_MAKERS = {
+    "expert": _make_expert,
+    "router": _make_router,
+    "mlp": _make_mlp,
+    "layer": _make_layer,
+}
+
+
+# ---- error --------------------------------------------------------------------------------------
+
+
+def relative_error(problem: Problem, results: list[Tensor]) -> float:
+    """Largest ||result - oracle|| / ||oracle|| over the results, in fp64.
+
+    Results are the output and, with a backward pass, the gradients of `problem.leaves`. Big shapes
+    are compared on a sample: some tokens, and of the weight gradients the rows of some experts. Of
+    a layer only the output is compared, with the oracle starting at the layer's own router logits,
+    so that the rounding of those does not count as a difference in the choice of experts.
+    """
+    pairs = _ORACLES[problem.case.op](problem, results)
+    return max(_difference(got, expected) for got, expected in pairs)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad)
+
+
+def _with_grads(problem: Problem, output: Tensor, leaves: list[Tensor], grad: Tensor) -> list:
+    if problem.case.pass_name == "forward":
+        return [output]
+    return [output, *torch.autograd.grad(output, leaves, grad.double())]
+
+
+def _sample(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Experts and tokens to compare; a forward pass only needs tokens."""
+    indices = problem.tensors["indices_long"]
+    num_tokens, k = indices.shape
+    hidden_size = problem.tensors["hidden_states"].shape[1]
+    if problem.case.pass_name == "forward":
+        step = max(1, num_tokens * k * hidden_size // ORACLE_ELEMENTS)
+        tokens = torch.arange(0, num_tokens, step, device=indices.device)
+        return indices[:1, 0], tokens
+    return _sampled_experts(indices, hidden_size)
+
+
+def _sampled_experts(indices: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+    """Some experts and all the tokens that chose one of them, at most as the oracle can hold."""
+    num_tokens, k = indices.shape
+    most_tokens = max(1, ORACLE_ELEMENTS // (k * hidden_size))
+    step = max(1, num_tokens // 16)
+    candidates = indices[::step, -1].unique()  # a router's last choice: seldom a popular expert
+    for count in range(len(candidates), 0, -1):
+        chosen = torch.isin(indices, candidates[:count]).any(dim=1)
+        if chosen.sum() <= most_tokens or count == 1:
+            return candidates[:count], chosen.nonzero().squeeze(1)
+    raise ValueError("relative_error: no tokens to sample")
+
+
+def _expert_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    inputs = problem.tensors
+    experts, tokens = _sample(problem)
+    rows, ids = inputs["indices_long"][tokens].unique(return_inverse=True)
+    picks = {
+        "hidden_states": tokens, "up_weights": rows, "down_weights": rows,
+        "routing_weights": tokens,
+    }  # fmt: skip
+    leaves = [
+        inputs[name].detach()[pick].double().requires_grad_(inputs[name].requires_grad)
+        for name, pick in picks.items()
+    ]
+    expected = _with_grads(
+        problem, reference.omni_expert(*leaves, ids), leaves, problem.grad_output[tokens]
+    )
+    # The sampled tokens are all that reach the sampled experts, not all that reach `rows`.
+    positions = torch.searchsorted(rows, experts)
+    pairs = [(results[0][tokens], expected[0])]
+    for name, got, want in zip(picks, results[1:], expected[1:], strict=False):
+        is_table = name in ("up_weights", "down_weights")
+        pairs.append((got[experts], want[positions]) if is_table else (got[tokens], want))
+    return pairs
+
+
+def _router_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    x, y = problem.tensors.values()
+    step = max(1, x.shape[0] * x.shape[1] * y.shape[1] // ORACLE_ELEMENTS)
+    leaves = [t.detach()[::step].double().requires_grad_(t.requires_grad) for t in (x, y)]
+    weights, _ = reference.omni_softmax_router(*leaves, problem.case.shape["k"])
+    expected = _with_grads(problem, weights, leaves, problem.grad_output[::step])
+    return [(got[::step], want) for got, want in zip(results, expected, strict=True)]
+
+
+def _mlp_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    leaves = [_double(t) for t in problem.tensors.values()]
+    expected = _with_grads(problem, reference.omni_mlp(*leaves), leaves, problem.grad_output)
+    return list(zip(results, expected, strict=True))
+
+
+@torch.no_grad()
+def _layer_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    module, shape = problem.module, problem.case.shape
+    tokens = problem.tensors["hidden_states"]
+    logits_x = module.router_norm_x(module.router_gate_x(tokens))
+    logits_y = module.router_norm_y(module.router_gate_y(tokens))
+    per_token = max(shape["k"] * shape["hidden"], shape["rows"] * shape["cols"])
+    step = max(1, shape["tokens"] * per_token // ORACLE_ELEMENTS)
+    x = tokens[::step].double()
+    routing_weights, ids = reference.omni_softmax_router(
+        logits_x[::step].double(), logits_y[::step].double(), shape["k"]
+    )
+    rows, ids = ids.unique(return_inverse=True)
+    rows = rows.long()
+    expert_states = reference.omni_expert(
+        x,
+        module.up_embed.weight[rows].double(),
+        module.down_embed.weight[rows].double(),
+        routing_weights,
+        ids,
+    )
+    shared = [p.weight.double() for p in (module.gate_proj, module.up_proj, module.down_proj)]
+    return [(results[0][::step], expert_states + reference.omni_mlp(x, *shared))]
+
+
+_ORACLES = {
+    "expert": _expert_oracle,
+    "router": _router_oracle,
+    "mlp": _mlp_oracle,
+    "layer": _layer_oracle,
+}

@@ -1,0 +1,122 @@
+"""The record of a device, benchmarks/results/<device>.json: a header, a row per measurement."""
+
+import datetime
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import omni_moe
+from benchmarks.cases import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTORY = ROOT / "benchmarks" / "results"
+_SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Record:
+    """What was measured on one device. A new measurement replaces the row of its case and impl.
+
+    Each row names the source it was measured with; the header describes the last run.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
+        self.skipped = [r for r in self.skipped if _key(r) != _key(row)]
+
+    def skip(self, row: Row) -> None:
+        """Remembers why there is no row, unless there is one from an earlier run."""
+        self.skipped = [r for r in self.skipped if _key(r) != _key(row)]
+        if all(_key(r) != _key(row) for r in self.rows):
+            self.skipped.append(row)
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        parts = [f'"header": {json.dumps(self.header, indent=1)}']
+        for name in ("rows", "skipped"):
+            lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in getattr(self, name))
+            parts.append(f'"{name}": [\n  {lines}\n ]' if lines else f'"{name}": []')
+        self.path.write_text("{\n " + ",\n ".join(parts) + "\n}\n")
+
+
+def load(path: Path) -> Record:
+    content = json.loads(path.read_text())
+    return Record(path, content["header"], content["rows"], content["skipped"])
+
+
+def open_record(device: torch.device, directory: Path = DIRECTORY) -> Record:
+    """The record of this device, with a new header and the rows measured before."""
+    path = directory / f"{slug(device)}.json"
+    record = load(path) if path.exists() else Record(path, {})
+    record.header = {
+        "device": device_name(device),
+        "device_type": device.type,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # what else ran, before the first case
+        "cpu_capability": omni_moe.build_info()["cpu_capability"],
+        "source": source_hash(),
+    }
+    return record
+
+
+def row_of(case: Case, impl: str, source: str) -> Row:
+    """The part of a row that says what was measured."""
+    return {
+        "op": case.op,
+        "pass": case.pass_name,
+        "shape": dict(case.shape),
+        "ids": case.ids,
+        "dtype": case.dtype,
+        "timing": case.timing,
+        "impl": impl,
+        "table": case.table,
+        "source": source,
+    }
+
+
+def _key(row: Row) -> tuple:
+    shape = tuple(sorted(row["shape"].items()))
+    return shape, *(row[name] for name in ("op", "pass", "ids", "dtype", "timing", "impl"))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
+    return model.group(1).strip() if model else "unknown processor"
+
+
+def slug(device: torch.device) -> str:
+    name = device_name(device) if device.type == "cuda" else f"cpu {device_name(device)}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def source_hash() -> str:
+    """Fingerprint of csrc/ and omni_moe/."""
+    digest = hashlib.sha256()
+    for directory in ("csrc", "omni_moe"):
+        for path in sorted((ROOT / directory).rglob("*")):
+            relative = path.relative_to(ROOT)
+            if path.suffix in _SOURCE_SUFFIXES and "include" not in relative.parts[1:2]:
+                digest.update(str(relative).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

@@ -1,0 +1,189 @@
+// What the tests of the CPU kernels share: storage of any dtype, tolerances, executors, and the
+// fixture that runs a test for every set of kernels this processor can run. Outputs start as NaN
+// and are followed by guard bytes, so that an element left out or written too far is seen.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <ostream>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "omni_moe/cpu.h"
+
+namespace omni_moe::cpu {
+
+inline void PrintTo(const KernelTable& table, std::ostream* out) { *out << table.capability; }
+
+inline constexpr double kInf = std::numeric_limits<double>::infinity();
+inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+inline constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
+                                    DType::kFloat64};
+inline constexpr Activation kActivations[] = {Activation::kSilu, Activation::kGelu,
+                                              Activation::kGeluTanh, Activation::kRelu,
+                                              Activation::kIdentity};
+
+// ---- storage
+// -------------------------------------------------------------------------------------
+
+inline size_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// n elements of a storage type, read and written as double; NaN at first.
+class Buffer {
+ public:
+  Buffer(DType dtype, int64_t n) : dtype_(dtype), bytes_(n * size_of(dtype), 0xff), size_(n) {
+    bytes_.resize(bytes_.size() + kGuardBytes, kGuard);
+  }
+
+  void* data() { return bytes_.data(); }
+  int64_t size() const { return size_; }
+
+  double operator[](int64_t i) const {
+    const unsigned char* p = bytes_.data() + i * size_of(dtype_);
+    if (dtype_ == DType::kFloat64) return read<double>(p);
+    if (dtype_ == DType::kFloat32) return read<float>(p);
+    if (dtype_ == DType::kFloat16) return static_cast<float>(read<_Float16>(p));
+    const uint32_t bits = uint32_t(read<uint16_t>(p)) << 16;
+    return read<float>(reinterpret_cast<const unsigned char*>(&bits));
+  }
+
+  void set(int64_t i, double value) {
+    unsigned char* p = bytes_.data() + i * size_of(dtype_);
+    if (dtype_ == DType::kFloat64) return write(p, value);
+    const auto narrow = static_cast<float>(value);
+    if (dtype_ == DType::kFloat32) return write(p, narrow);
+    if (dtype_ == DType::kFloat16) return write(p, static_cast<_Float16>(narrow));
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, 4);
+    if (narrow == narrow) bits += 0x7fff + (bits >> 16 & 1);
+    write(p, static_cast<uint16_t>(bits >> 16));
+  }
+
+  bool guard_is_whole() const {
+    return std::all_of(bytes_.end() - kGuardBytes, bytes_.end(),
+                       [](unsigned char byte) { return byte == kGuard; });
+  }
+  bool operator==(const Buffer& other) const { return bytes_ == other.bytes_; }
+
+ private:
+  static constexpr size_t kGuardBytes = 128;
+  static constexpr unsigned char kGuard = 0x5a;
+
+  template <typename T>
+  static T read(const unsigned char* p) {
+    T value;
+    std::memcpy(&value, p, sizeof(T));
+    return value;
+  }
+  template <typename T>
+  static void write(unsigned char* p, T value) {
+    std::memcpy(p, &value, sizeof(T));
+  }
+
+  DType dtype_;
+  std::vector<unsigned char> bytes_;
+  int64_t size_;
+};
+
+class Random {
+ public:
+  Buffer normal(DType dtype, int64_t n, double scale = 1) {
+    Buffer buffer(dtype, n);
+    std::normal_distribution<double> distribution(0, scale);
+    for (int64_t i = 0; i < n; ++i) buffer.set(i, distribution(engine_));
+    return buffer;
+  }
+  int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine_); }
+
+ private:
+  std::mt19937 engine_{42};
+};
+
+// Ids in either type.
+struct Indices {
+  std::vector<int32_t> narrow;
+  std::vector<int64_t> wide;
+  const void* data(IndexType type) const {
+    return type == IndexType::kInt32 ? static_cast<const void*>(narrow.data()) : wide.data();
+  }
+  void push_back(int64_t id) {
+    narrow.push_back(static_cast<int32_t>(id));
+    wide.push_back(id);
+  }
+};
+
+// ---- comparison
+// ----------------------------------------------------------------------------------
+
+// One rounding to the dtype on top of the accumulator's own error, which grows with the size of the
+// terms and the root of their number.
+inline double allowed_error(DType dtype, double want, double scale, int64_t num_terms) {
+  const double accumulator = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+  const double rounding = dtype == DType::kFloat16    ? 0x1p-11
+                          : dtype == DType::kBFloat16 ? 0x1p-8
+                                                      : accumulator;
+  const double tiny = dtype == DType::kFloat16 ? 0x1p-25 : 0x1p-140;
+  return rounding * std::abs(want) + (8 + std::sqrt(num_terms)) * accumulator * scale + tiny;
+}
+
+inline void expect_close(DType dtype, const Buffer& got, const std::vector<double>& want,
+                         int64_t num_terms, double terms = 0, double slack = 1) {
+  ASSERT_EQ(got.size(), static_cast<int64_t>(want.size()));
+  EXPECT_TRUE(got.guard_is_whole());
+  double scale = terms;
+  for (const double value : want) {
+    if (std::isfinite(value)) scale = std::max(scale, std::abs(value));
+  }
+  for (int64_t i = 0; i < got.size(); ++i) {
+    if (std::isnan(want[i])) {
+      ASSERT_TRUE(std::isnan(got[i])) << "element " << i;
+    } else if (std::isinf(want[i])) {
+      ASSERT_EQ(got[i], want[i]) << "element " << i;
+    } else {
+      ASSERT_NEAR(got[i], want[i], slack * allowed_error(dtype, want[i], scale, num_terms))
+          << "element " << i;
+    }
+  }
+}
+
+// ---- executors
+// -----------------------------------------------------------------------------------
+
+// Cuts each range in three uneven parts, run by two threads; the kernels must not care.
+class TwoThreadExecutor final : public Executor {
+ public:
+  void parallel_for(int64_t begin, int64_t end, int64_t /*grain*/,
+                    const std::function<void(int64_t, int64_t)>& body) const override {
+    const int64_t first = begin + (end - begin) / 3, second = begin + (end - begin) / 2;
+    const auto run = [&](int64_t from, int64_t to) {
+      if (from < to) body(from, to);
+    };
+    std::thread other([&] {
+      run(second, end);
+      run(begin, first);
+    });
+    run(first, second);
+    other.join();
+  }
+};
+
+class CpuKernels : public testing::TestWithParam<KernelTable> {
+ protected:
+  Random random_;
+  const SerialExecutor serial_;
+  const TwoThreadExecutor two_threads_;
+};
+
+inline std::string capability_of(const testing::TestParamInfo<KernelTable>& info) {
+  return info.param.capability;
+}
+
+}  // namespace omni_moe::cpu

@@ -1,0 +1,363 @@
+// The experts, the gated activation, the schedule and the index check of the CPU backend against
+// oracles in double, for every set of kernels, serially and on two threads.
+#include "cpu_kernel_testing.h"
+
+namespace omni_moe::cpu {
+namespace {
+
+// ---- oracles
+// -------------------------------------------------------------------------------------
+
+long double activate(Activation activation, long double x) {
+  const long double inner = sqrtl(2 / acosl(-1)) * (x + 0.044715L * x * x * x);
+  switch (activation) {
+    case Activation::kSilu:
+      return x / (1 + expl(-x));
+    case Activation::kGelu:
+      return 0.5L * x * erfcl(-x / sqrtl(2));
+    case Activation::kGeluTanh:
+      return 0.5L * x * (1 + tanhl(inner));
+    case Activation::kRelu:
+      return std::max(x, 0.0L);
+    case Activation::kIdentity:
+      return x;
+  }
+  return kNaN;
+}
+
+// Central difference of fourth order, good to about 1e-15; relu by hand, for its kink.
+double activate_grad(Activation activation, double x) {
+  if (activation == Activation::kRelu) return x > 0;
+  constexpr long double kStep = 2e-4L;
+  const auto f = [&](long double offset) { return activate(activation, x + offset); };
+  return (8 * (f(kStep) - f(-kStep)) - (f(2 * kStep) - f(-2 * kStep))) / (12 * kStep);
+}
+
+// Size of terms whose rounding in fp64 is as large as the error of activate_grad.
+constexpr double kDifferenceTerms = 50;
+
+enum class Pattern { kRandom, kIdle, kOne, kDuplicates };
+constexpr Pattern kPatterns[] = {Pattern::kRandom, Pattern::kIdle, Pattern::kOne,
+                                 Pattern::kDuplicates};
+
+struct ExpertShape {
+  int64_t num_tokens, hidden_size, num_experts, k;
+};
+constexpr ExpertShape kExpertShapes[] = {{0, 8, 4, 3},      {1, 1, 1, 1},      {37, 8, 16, 0},
+                                         {37, 100, 36, 3},  {9, 1000, 20, 16}, {199, 24, 300, 5},
+                                         {13, 1024, 8, 33}, {37, 33, 12, 144}};
+
+struct ExpertCase {
+  ExpertShape shape;
+  DType dtype;
+  Activation activation;
+  Buffer hidden, up, down, routing, grad;
+  Indices indices;
+
+  ExpertCase(Random& random, const ExpertShape& s, DType dtype, Activation activation,
+             Pattern pattern)
+      : shape(s),
+        dtype(dtype),
+        activation(activation),
+        hidden(random.normal(dtype, s.num_tokens * s.hidden_size)),
+        up(random.normal(dtype, s.num_experts * s.hidden_size, 1 / std::sqrt(s.hidden_size))),
+        down(random.normal(dtype, s.num_experts * s.hidden_size, 1 / std::sqrt(s.hidden_size))),
+        routing(random.normal(dtype, s.num_tokens * s.k)),
+        grad(random.normal(dtype, s.num_tokens * s.hidden_size)) {
+    for (int64_t t = 0; t < s.num_tokens; ++t) {
+      const int64_t of_token = random.below(s.num_experts);
+      for (int64_t i = 0; i < s.k; ++i) {
+        indices.push_back(pattern == Pattern::kRandom ? random.below(s.num_experts)
+                          : pattern == Pattern::kIdle ? random.below((s.num_experts + 3) / 4)
+                          : pattern == Pattern::kOne  ? s.num_experts - 1
+                                                      : of_token);
+      }
+    }
+  }
+
+  // Length of the longest sum: a score, a token's experts, or an expert's pairs.
+  int64_t num_terms() const {
+    std::vector<int64_t> counts(shape.num_experts);
+    for (const int64_t id : indices.wide) ++counts[id];
+    return shape.hidden_size + std::max(shape.k, *std::max_element(counts.begin(), counts.end()));
+  }
+};
+
+double dot(const Buffer& a, int64_t a_row, const Buffer& b, int64_t b_row, int64_t n) {
+  double sum = 0;
+  for (int64_t h = 0; h < n; ++h) sum += a[a_row * n + h] * b[b_row * n + h];
+  return sum;
+}
+
+std::vector<double> expert_oracle(const ExpertCase& c) {
+  const auto& s = c.shape;
+  std::vector<double> out(s.num_tokens * s.hidden_size);
+  for (int64_t pair = 0; pair < s.num_tokens * s.k; ++pair) {
+    const int64_t t = pair / s.k, e = c.indices.wide[pair];
+    const double value = activate(c.activation, dot(c.hidden, t, c.up, e, s.hidden_size));
+    for (int64_t h = 0; h < s.hidden_size; ++h) {
+      out[t * s.hidden_size + h] += value * c.routing[pair] * c.down[e * s.hidden_size + h];
+    }
+  }
+  return out;
+}
+
+struct ExpertGradients {
+  std::vector<double> hidden, up, down, routing;
+};
+
+ExpertGradients expert_backward_oracle(const ExpertCase& c) {
+  const auto& s = c.shape;
+  ExpertGradients grads;
+  grads.hidden.resize(s.num_tokens * s.hidden_size);
+  grads.up.resize(s.num_experts * s.hidden_size);
+  grads.down.resize(s.num_experts * s.hidden_size);
+  grads.routing.resize(s.num_tokens * s.k);
+  for (int64_t pair = 0; pair < s.num_tokens * s.k; ++pair) {
+    const int64_t t = pair / s.k, e = c.indices.wide[pair];
+    const double score = dot(c.hidden, t, c.up, e, s.hidden_size);
+    const double g = dot(c.grad, t, c.down, e, s.hidden_size);
+    const double value = activate(c.activation, score);
+    const double grad_score = c.routing[pair] * activate_grad(c.activation, score) * g;
+    grads.routing[pair] = value * g;
+    for (int64_t h = 0; h < s.hidden_size; ++h) {
+      const int64_t at_token = t * s.hidden_size + h, at_expert = e * s.hidden_size + h;
+      grads.hidden[at_token] += grad_score * c.up[at_expert];
+      grads.up[at_expert] += grad_score * c.hidden[at_token];
+      grads.down[at_expert] += c.routing[pair] * value * c.grad[at_token];
+    }
+  }
+  return grads;
+}
+
+// ---- experts
+// -------------------------------------------------------------------------------------
+
+Buffer run_forward(const KernelTable& table, ExpertCase& c, IndexType type,
+                   const Executor& executor) {
+  const auto& s = c.shape;
+  Buffer out(c.dtype, s.num_tokens * s.hidden_size);
+  table.expert_forward({c.hidden.data(), c.up.data(), c.down.data(), c.routing.data(),
+                        c.indices.data(type), out.data(), s.num_tokens, s.hidden_size,
+                        s.num_experts, s.k, c.dtype, type, c.activation, /*workspace=*/nullptr},
+                       executor);
+  return out;
+}
+
+// The gradients of hidden, up, down and routing; those not wanted stay NaN.
+std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexType type,
+                                 const Executor& executor, unsigned wanted = 0b1111) {
+  const auto& s = c.shape;
+  std::vector<Buffer> grads;
+  for (const int64_t size : {s.num_tokens * s.hidden_size, s.num_experts * s.hidden_size,
+                             s.num_experts * s.hidden_size, s.num_tokens * s.k}) {
+    grads.emplace_back(c.dtype, size);
+  }
+  const auto data = [&](int i) { return wanted >> i & 1 ? grads[i].data() : nullptr; };
+  ExpertBackwardParams params = {c.grad.data(),    c.hidden.data(),
+                                 c.up.data(),      c.down.data(),
+                                 c.routing.data(), c.indices.data(type),
+                                 data(0),          data(1),
+                                 data(2),          data(3),
+                                 s.num_tokens,     s.hidden_size,
+                                 s.num_experts,    s.k,
+                                 c.dtype,          type,
+                                 c.activation,     /*workspace=*/nullptr};
+  // Bytes of the workspace as doubles, for the alignment; NaN and a guard, as in the outputs.
+  const size_t bytes = expert_backward_workspace_size(params);
+  Buffer workspace(DType::kFloat64, (bytes + 7) / 8);
+  params.workspace = workspace.data();
+  table.expert_backward(params, executor);
+  EXPECT_TRUE(workspace.guard_is_whole());
+  return grads;
+}
+
+void check_experts(const KernelTable& table, ExpertCase& c, const Executor& serial,
+                   const Executor& two_threads) {
+  const Buffer out = run_forward(table, c, IndexType::kInt64, serial);
+  expect_close(c.dtype, out, expert_oracle(c), c.num_terms());
+  EXPECT_EQ(run_forward(table, c, IndexType::kInt64, two_threads), out);
+  EXPECT_EQ(run_forward(table, c, IndexType::kInt32, two_threads), out);
+
+  const auto grads = run_backward(table, c, IndexType::kInt64, serial);
+  const auto want = expert_backward_oracle(c);
+  const double terms = c.dtype == DType::kFloat64 ? kDifferenceTerms : 0;
+  expect_close(c.dtype, grads[0], want.hidden, c.num_terms(), terms);
+  expect_close(c.dtype, grads[1], want.up, c.num_terms(), terms);
+  expect_close(c.dtype, grads[2], want.down, c.num_terms(), terms);
+  expect_close(c.dtype, grads[3], want.routing, c.num_terms(), terms);
+  EXPECT_EQ(run_backward(table, c, IndexType::kInt64, two_threads), grads);
+  EXPECT_EQ(run_backward(table, c, IndexType::kInt32, two_threads), grads);
+}
+
+TEST_P(CpuKernels, ExpertShapes) {
+  for (const ExpertShape& shape : kExpertShapes) {
+    for (const DType dtype : kDTypes) {
+      SCOPED_TRACE(testing::Message() << "T " << shape.num_tokens << ", H " << shape.hidden_size
+                                      << ", dtype " << int(dtype));
+      ExpertCase c(random_, shape, dtype, Activation::kSilu, Pattern::kRandom);
+      check_experts(GetParam(), c, serial_, two_threads_);
+    }
+  }
+}
+
+TEST_P(CpuKernels, ExpertActivationsAndPatterns) {
+  for (const Activation activation : kActivations) {
+    for (const Pattern pattern : kPatterns) {
+      for (const DType dtype : kDTypes) {
+        SCOPED_TRACE(testing::Message() << "activation " << int(activation) << ", pattern "
+                                        << int(pattern) << ", dtype " << int(dtype));
+        ExpertCase c(random_, {37, 40, 24, 5}, dtype, activation, pattern);
+        check_experts(GetParam(), c, serial_, two_threads_);
+      }
+    }
+  }
+}
+
+TEST_P(CpuKernels, ExpertGradientsNotWantedAreNotWritten) {
+  ExpertCase c(random_, {37, 40, 24, 5}, DType::kFloat32, Activation::kSilu, Pattern::kRandom);
+  const auto all = run_backward(GetParam(), c, IndexType::kInt32, serial_);
+  for (unsigned wanted = 0; wanted < 16; ++wanted) {
+    const auto some = run_backward(GetParam(), c, IndexType::kInt32, serial_, wanted);
+    for (int i = 0; i < 4; ++i) {
+      EXPECT_EQ(some[i], wanted >> i & 1 ? all[i] : Buffer(c.dtype, all[i].size()));
+    }
+  }
+}
+
+// ---- gated activation
+// ----------------------------------------------------------------------------
+
+TEST_P(CpuKernels, GatedActivation) {
+  // gate and up are the halves of rows of 2I + 3 elements; so are the gradients.
+  for (const int64_t size : {1, 15, 64, 333}) {
+    const int64_t num_tokens = 19, stride = 2 * size + 3;
+    for (const DType dtype : kDTypes) {
+      for (const Activation activation : kActivations) {
+        SCOPED_TRACE(testing::Message() << "I " << size << ", dtype " << int(dtype)
+                                        << ", activation " << int(activation));
+        Buffer both = random_.normal(dtype, num_tokens * stride, 2);
+        Buffer grad = random_.normal(dtype, num_tokens * size);
+        char* gate = static_cast<char*>(both.data());
+        char* up = gate + size * size_of(dtype);
+        std::vector<double> want, want_grads(num_tokens * stride, kNaN);
+        for (int64_t t = 0; t < num_tokens; ++t) {
+          for (int64_t i = 0; i < size; ++i) {
+            const double z = both[t * stride + i], u = both[t * stride + size + i];
+            const double g = grad[t * size + i];
+            want.push_back(activate(activation, z) * u);
+            want_grads[t * stride + i] = g * u * activate_grad(activation, z);
+            want_grads[t * stride + size + i] = g * activate(activation, z);
+          }
+        }
+        const auto forward = [&](const Executor& executor) {
+          Buffer activated(dtype, num_tokens * size);
+          GetParam().gated_activation_forward(
+              {gate, up, activated.data(), num_tokens, size, stride, stride, dtype, activation},
+              executor);
+          return activated;
+        };
+        const auto backward = [&](const Executor& executor, bool again) {
+          Buffer grads(dtype, num_tokens * stride), activated(dtype, num_tokens * size);
+          char* grad_gate = static_cast<char*>(grads.data());
+          GetParam().gated_activation_backward(
+              {grad.data(), gate, up, grad_gate, grad_gate + size * size_of(dtype),
+               again ? activated.data() : nullptr, num_tokens, size, stride, stride, stride, stride,
+               dtype, activation},
+              executor);
+          return std::make_pair(grads, activated);
+        };
+        const Buffer activated = forward(serial_);
+        expect_close(dtype, activated, want, 1);
+        const double terms = dtype == DType::kFloat64 ? kDifferenceTerms : 0;
+        expect_close(dtype, backward(serial_, false).first, want_grads, 1, terms);
+        EXPECT_EQ(forward(two_threads_), activated);
+        EXPECT_EQ(backward(two_threads_, true),
+                  std::make_pair(backward(serial_, false).first, activated));
+        EXPECT_EQ(backward(serial_, false).second, Buffer(dtype, num_tokens * size));
+      }
+    }
+  }
+}
+
+TEST_P(CpuKernels, GatedActivationInPlace) {
+  const int64_t num_tokens = 19, size = 45, n = num_tokens * size;
+  Buffer gate = random_.normal(DType::kFloat32, n), up = random_.normal(DType::kFloat32, n);
+  Buffer grad = random_.normal(DType::kFloat32, n);
+  Buffer grad_gate(DType::kFloat32, n), grad_up(DType::kFloat32, n);
+  const auto run = [&](Buffer& grad, Buffer& grad_gate, Buffer& grad_up) {
+    GetParam().gated_activation_backward(
+        {grad.data(), gate.data(), up.data(), grad_gate.data(), grad_up.data(), nullptr, num_tokens,
+         size, size, size, size, size, DType::kFloat32, Activation::kGelu},
+        serial_);
+  };
+  run(grad, grad_gate, grad_up);
+  Buffer over_gate = grad, over_up = grad, other(DType::kFloat32, n);
+  run(over_gate, over_gate, other);
+  EXPECT_EQ(over_gate, grad_gate);
+  EXPECT_EQ(other, grad_up);
+  run(over_up, other, over_up);
+  EXPECT_EQ(over_up, grad_up);
+}
+
+// ---- schedule, index check
+// -----------------------------------------------------------------------
+
+TEST(Schedule, GroupsPairsByExpertInOrder) {
+  Random random;
+  for (const int64_t num_pairs : {0, 1, 64, 1000}) {
+    for (const int64_t num_experts : {1, 7, 5000}) {
+      for (const IndexType type : {IndexType::kInt32, IndexType::kInt64}) {
+        Indices indices;
+        for (int64_t i = 0; i < num_pairs; ++i) indices.push_back(random.below(num_experts));
+        std::vector<int64_t> offsets(num_experts + 2, -1), pairs(num_pairs + 1, -1);
+        schedule({indices.data(type), offsets.data(), pairs.data(), num_pairs, num_experts, type});
+        EXPECT_EQ(offsets.back(), -1);
+        EXPECT_EQ(pairs.back(), -1);
+        ASSERT_EQ(offsets[0], 0);
+        ASSERT_EQ(offsets[num_experts], num_pairs);
+        for (int64_t e = 0; e < num_experts; ++e) {
+          std::vector<int64_t> want;
+          for (int64_t pair = 0; pair < num_pairs; ++pair) {
+            if (indices.wide[pair] == e) want.push_back(pair);
+          }
+          ASSERT_EQ(
+              std::vector<int64_t>(pairs.begin() + offsets[e], pairs.begin() + offsets[e + 1]),
+              want)
+              << "expert " << e;
+        }
+      }
+    }
+  }
+}
+
+TEST(FindInvalidIndex, NamesTheFirst) {
+  for (const IndexType type : {IndexType::kInt32, IndexType::kInt64}) {
+    Indices indices;
+    for (const int64_t id : {0, 4, 2, 1}) indices.push_back(id);
+    const auto find = [&](int64_t count, int64_t num_experts) {
+      return find_invalid_index(indices.data(type), type, count, num_experts);
+    };
+    EXPECT_EQ(find(4, 5), -1);
+    EXPECT_EQ(find(4, 4), 1);
+    EXPECT_EQ(find(4, 2), 1);
+    EXPECT_EQ(find(0, 0), -1);
+    EXPECT_EQ(find(4, 0), 0);
+    indices.push_back(-1);
+    indices.push_back(7);
+    EXPECT_EQ(find(6, 5), 4);
+  }
+  const int64_t wraps_to_zero[] = {int64_t{1} << 32};
+  EXPECT_EQ(find_invalid_index(wraps_to_zero, IndexType::kInt64, 1, 5), 0);
+}
+
+TEST(KernelTables, AreNamedAndEndWithTheBest) {
+  ASSERT_FALSE(kernel_tables().empty());
+  EXPECT_STREQ(kernel_tables().front().capability, "baseline");
+  EXPECT_STREQ(kernels().capability, kernel_tables().back().capability);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, CpuKernels, testing::ValuesIn(kernel_tables()), capability_of);
+
+}  // namespace
+}  // namespace omni_moe::cpu

@@ -1,0 +1,300 @@
+"""Atomic experts forward and backward against the fp64 oracle."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import (
+    ACTIVATIONS,
+    CUDA,
+    ExpertShape,
+    assert_bitwise,
+    assert_close,
+    expert_inputs,
+    on_devices,
+    on_dtypes,
+    run,
+    run_in_double,
+    strided,
+)
+
+import omni_moe
+from omni_moe import reference
+
+ops = torch.ops.omni_moe
+GRADIENTS = ("grad_hidden", "grad_up", "grad_down", "grad_routing")
+
+SHAPES = [
+    ExpertShape(0, 8, 4, 3),
+    ExpertShape(1, 8, 1, 1),
+    ExpertShape(1, 1024, 1024, 33),
+    ExpertShape(37, 8, 16, 0),
+    ExpertShape(37, 100, 36, 3),
+    ExpertShape(37, 1000, 64, 16),
+    ExpertShape(37, 1024, 289, 16),
+    ExpertShape(37, 100, 12, 144),
+    ExpertShape(199, 8, 16, 1),
+    ExpertShape(199, 100, 2000, 5),
+    ExpertShape(199, 1024, 64, 16),
+    ExpertShape(3, 100, 1024, 512),
+]
+
+
+def check_against_oracle(inputs, indices, grad, activation="silu", op=None, oracle=None):
+    op, oracle = op or ops.omni_expert, oracle or reference.omni_expert
+    out, grads = run(lambda *args: op(*args, indices, activation), inputs, grad)
+    want, want_grads = run_in_double(
+        lambda *args: oracle(*args, indices.cpu(), activation), inputs, grad
+    )
+    assert out.dtype == inputs[0].dtype and out.is_contiguous()
+    num_terms = longest_sum(inputs, indices)
+    assert_close(out, want, "out", num_terms=num_terms)
+    for name, got, want_grad in zip(GRADIENTS, grads, want_grads, strict=True):
+        assert_close(got, want_grad, name, num_terms=num_terms)
+
+
+def longest_sum(inputs, indices):
+    """H products in a score, then the K experts of a token or all the pairs of one expert."""
+    counts = indices.flatten().long().bincount()
+    largest_count = counts.max().item() if counts.numel() else 0
+    return inputs[0].shape[1] + max(indices.shape[1], largest_count)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_dtypes
+def test_against_oracle(device, dtype, shape):
+    check_against_oracle(*expert_inputs(shape, device, dtype))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@on_dtypes
+def test_activations(device, dtype, activation):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
+    inputs[1] *= 3  # scores beyond the linear part of every activation
+    check_against_oracle(inputs, indices, grad, activation)
+
+
+@pytest.mark.parametrize("pattern", ["idle", "one", "duplicates"])
+@pytest.mark.parametrize(
+    "shape", [ExpertShape(199, 100, 36, 5), ExpertShape(37, 1024, 300, 16)], ids=str
+)
+@on_dtypes
+def test_index_patterns(device, dtype, shape, pattern):
+    check_against_oracle(*expert_inputs(shape, device, dtype, pattern))
+
+
+@pytest.mark.parametrize("hidden_size", [1, 2, 3, 7, 31, 33, 65, 130, 257, 2056, 4100])
+@on_dtypes
+def test_odd_hidden_sizes(device, dtype, hidden_size):
+    check_against_oracle(*expert_inputs(ExpertShape(9, hidden_size, 11, 4), device, dtype))
+
+
+@on_dtypes
+def test_idle_experts_get_zero_gradients(device, dtype):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 50, 4), device, dtype, "idle")
+    _, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    idle = torch.ones(50, dtype=torch.bool, device=device)
+    idle[indices.flatten()] = False
+    assert idle.sum() > 30
+    for weight_grad in grads[1:3]:
+        assert (weight_grad[idle] == 0).all()
+        assert (weight_grad[~idle] != 0).any(dim=1).all()
+
+
+@on_dtypes
+def test_no_experts_give_zeros(device, dtype):
+    """K = 0: the empty sum, and zero gradients for everything."""
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 16, 0), device, dtype)
+    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    assert out.shape == (37, 100) and (out == 0).all()
+    for got, like in zip(grads, inputs, strict=True):
+        assert got.shape == like.shape and (got == 0).all()
+
+
+@on_dtypes
+def test_no_tokens_give_zero_gradients(device, dtype):
+    inputs, indices, grad = expert_inputs(ExpertShape(0, 100, 16, 3), device, dtype)
+    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    assert out.shape == (0, 100)
+    for got, like in zip(grads, inputs, strict=True):
+        assert got.shape == like.shape and (got == 0).all()
+
+
+@on_dtypes
+def test_int32_and_int64_indices_agree(device, dtype):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
+    want, want_grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    got, grads = run(lambda *args: ops.omni_expert(*args, indices.int()), inputs, grad)
+    for one, other in zip([got, *grads], [want, *want_grads], strict=True):
+        assert_bitwise(one, other)
+
+
+@on_dtypes
+def test_non_contiguous_inputs(device, dtype):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
+    want, want_grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    got, grads = run(
+        lambda *args: ops.omni_expert(*args, strided(indices)),
+        [strided(tensor) for tensor in inputs],
+        strided(grad),
+    )
+    for one, other in zip([got, *grads], [want, *want_grads], strict=True):
+        assert_bitwise(one, other)
+
+
+@on_devices
+def test_expanded_inputs(device):
+    """One row for all tokens, and the gradient of a sum: strides of 0."""
+    inputs, indices, _ = expert_inputs(ExpertShape(37, 100, 36, 5), device, torch.float32)
+    row = inputs[0][:1].requires_grad_()
+    ops.omni_expert(row.expand(37, 100), *inputs[1:], indices).sum().backward()
+    got, row.grad = row.grad, None
+    ops.omni_expert(row.repeat(37, 1), *inputs[1:], indices).backward(
+        torch.ones(37, 100).to(device)
+    )
+    assert_bitwise(got, row.grad)
+
+
+@pytest.mark.parametrize(
+    "wanted", [w for w in itertools.product([False, True], repeat=4) if any(w)], ids=str
+)
+@on_devices
+def test_gradients_of_some_inputs(device, wanted):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, torch.float32)
+    _, want = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    leaves = [t.detach().requires_grad_(on) for t, on in zip(inputs, wanted, strict=True)]
+    ops.omni_expert(*leaves, indices).backward(grad)
+    for leaf, want_grad, on, name in zip(leaves, want, wanted, GRADIENTS, strict=True):
+        assert (leaf.grad is not None) == on, name
+        if on:
+            assert_bitwise(leaf.grad, want_grad, name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation):
+    inputs, indices, _ = expert_inputs(ExpertShape(4, 5, 6, 3), "cpu", torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(
+        lambda *args: ops.omni_expert(*args, indices, activation), inputs
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@on_dtypes
+def test_non_finite_scores(device, dtype, activation):
+    """NaN and infinite scores give what the reference gives, and only in their own tokens."""
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
+    clean, _ = run(lambda *args: ops.omni_expert(*args, indices, activation), inputs, grad)
+    inputs[0][3] = float("nan")
+    inputs[0][4, :] = 0
+    inputs[0][4, 7] = float("inf")
+    inputs[0][5, 9] = float("-inf")
+    if activation != "relu":  # whose derivative of 0 hides NaN from autograd's masked product
+        inputs[3][6, 2] = float("nan")
+        inputs[3][7, 1] = float("inf")
+    out, grads = run(lambda *args: ops.omni_expert(*args, indices, activation), inputs, grad)
+    want, want_grads = run_in_double(
+        lambda *args: reference.omni_expert(*args, indices.cpu(), activation), inputs, grad
+    )
+    assert_close(out, want, "out")
+    untouched = torch.tensor([t for t in range(37) if t not in (3, 4, 5, 6, 7)], device=device)
+    assert_bitwise(out[untouched], clean[untouched])
+    for name, got, want_grad in zip(GRADIENTS, grads, want_grads, strict=True):
+        assert_close(got, want_grad, name)
+
+
+@on_dtypes
+def test_large_scores(device, dtype):
+    """Scores of several hundred, past the range of exp in fp32."""
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
+    inputs[1] *= 300
+    for activation in ACTIVATIONS:
+        check_against_oracle(inputs, indices, grad, activation)
+
+
+# ---- flash_expert, the older naming --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@on_dtypes
+def test_flash_expert(device, dtype, activation):
+    """Its down_weights score and its up_weights project back."""
+    (hidden, up, down, routing), indices, grad = expert_inputs(
+        ExpertShape(37, 100, 36, 5), device, dtype
+    )
+
+    def flash(hidden, up, down, routing):
+        return ops.flash_expert(hidden, up, down, indices, routing, activation)
+
+    def oracle(hidden, up, down, routing):
+        up_rows, down_rows = up[indices.cpu()], down[indices.cpu()]
+        scores = (hidden[:, None, :] * up_rows).sum(-1)
+        gates = reference.ACTIVATION_FUNCTIONS[activation](scores) * routing
+        return (gates[..., None] * down_rows).sum(1)
+
+    out, grads = run(flash, (hidden, up, down, routing), grad)
+    want, want_grads = run_in_double(oracle, (hidden, up, down, routing), grad)
+    assert_close(out, want, "out")
+    for name, got, want_grad in zip(GRADIENTS, grads, want_grads, strict=True):
+        assert_close(got, want_grad, name)
+
+    assert_bitwise(
+        reference.flash_expert(hidden, up, down, indices, routing, activation),
+        reference.omni_expert(hidden, up, down, routing, indices, activation),
+    )
+
+
+@on_devices
+def test_python_functions(device):
+    """The typed functions hand everything on to the ops."""
+    (hidden, up, down, routing), indices, _ = expert_inputs(
+        ExpertShape(37, 100, 36, 5), device, torch.float32
+    )
+    want = ops.omni_expert(hidden, up, down, routing, indices, "gelu")
+    got = omni_moe.ops.omni_expert(hidden, up, down, routing, indices, activation="gelu")
+    assert_bitwise(got, want)
+    got = omni_moe.ops.flash_expert(hidden, up, down, indices, routing, activation="gelu")
+    assert_bitwise(got, want)
+    assert not torch.equal(want, omni_moe.ops.omni_expert(hidden, up, down, routing, indices))
+
+
+# ---- past 2^31 elements --------------------------------------------------------------------------
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as meminfo:
+        facts = dict(line.split(":") for line in meminfo)
+    return int(facts["MemAvailable"].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_weights_past_2_to_the_31_elements(device):
+    """Row offsets of the last experts do not fit in 32 bits."""
+    if _free_bytes(device) < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free memory")
+    hidden_size, num_experts = 8192, 2**18 + 640
+    assert hidden_size * num_experts > 2**31
+    options = {"dtype": torch.bfloat16, "device": device}
+    # Zeros but for the last rows: what is read and written there is seen.
+    up, down = (torch.zeros(num_experts, hidden_size, **options) for _ in range(2))
+    up[-640:] = torch.randn(640, hidden_size, **options) / hidden_size**0.5
+    down[-640:] = torch.randn(640, hidden_size, **options) / hidden_size**0.5
+    hidden = torch.randn(8, hidden_size, **options)
+    routing = torch.rand(8, 5, **options)
+    grad = torch.randn(8, hidden_size, **options)
+    small_indices = torch.randint(640, (8, 5), device=device)
+    indices = small_indices + num_experts - 640
+
+    _, small = run(
+        lambda *args: ops.omni_expert(*args, small_indices),
+        (hidden, up[-640:], down[-640:], routing),
+        grad,
+    )
+    _, grads = run(lambda *args: ops.omni_expert(*args, indices), (hidden, up, down, routing), grad)
+    for got, want in zip(grads, small, strict=True):
+        rows = got[-640:] if got.shape[0] == num_experts else got
+        assert_close(rows, want.double())
+        if got.shape[0] == num_experts:
+            assert not got[:-640].any()

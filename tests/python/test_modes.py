@@ -1,0 +1,252 @@
+"""Autocast, inference mode, checkpointing, repeatability, and no trace left on the inputs."""
+
+import copy
+
+import pytest
+import torch
+from helpers import (
+    CUDA,
+    ExpertShape,
+    assert_bitwise,
+    expert_inputs,
+    mlp_inputs,
+    on_devices,
+    on_dtypes,
+    random_logits,
+    run,
+)
+from torch.utils.checkpoint import checkpoint
+
+ops = torch.ops.omni_moe
+
+
+def cases(device, dtype=torch.float32):
+    """{name: (function of floating-point inputs, inputs, output gradient)}."""
+    logits = random_logits((67, 12, 20), device, dtype)
+    grad_scores = torch.randn(67, 19).to(device, dtype)
+    experts, indices, grad_expert = expert_inputs(ExpertShape(67, 100, 40, 7), device, dtype)
+    mlp, grad_mlp = mlp_inputs((67,), 100, 52, device, dtype)
+    return {
+        "omni_router": (lambda x, y: ops.omni_router(x, y, 19)[0], logits, grad_scores),
+        "omni_softmax_router": (
+            lambda x, y: ops.omni_softmax_router(x, y, 19)[0],
+            logits,
+            grad_scores,
+        ),
+        "omni_softmax_router-norm": (
+            lambda x, y: ops.omni_softmax_router(x, y, 19, True)[0],
+            logits,
+            grad_scores,
+        ),
+        "omni_expert": (lambda *args: ops.omni_expert(*args, indices), experts, grad_expert),
+        "flash_expert": (
+            lambda *args: ops.flash_expert(*args[:3], indices, args[3]),
+            experts,
+            grad_expert,
+        ),
+        "omni_mlp": (lambda *args: ops.omni_mlp(*args), mlp, grad_mlp),
+        "omni_mlp-recompute": (
+            lambda *args: ops.omni_mlp(*args, "silu", True),
+            mlp,
+            grad_mlp,
+        ),
+    }
+
+
+on_cases = pytest.mark.parametrize(
+    "case",
+    [
+        "omni_router",
+        "omni_softmax_router",
+        "omni_softmax_router-norm",
+        "omni_expert",
+        "flash_expert",
+        "omni_mlp",
+        "omni_mlp-recompute",
+    ],
+)
+
+
+def assert_same_run(got, want):
+    assert_bitwise(got[0], want[0], "out")
+    for i, (grad, want_grad) in enumerate(zip(got[1], want[1], strict=True)):
+        assert_bitwise(grad, want_grad, f"gradient {i}")
+
+
+# ---- repeatability -------------------------------------------------------------------------------
+
+
+@on_cases
+@on_dtypes
+def test_repeats_bitwise(device, dtype, case):
+    function, inputs, grad = cases(device, dtype)[case]
+    first = run(function, inputs, grad)
+    for _ in range(3):
+        assert_same_run(run(function, inputs, grad), first)
+
+
+@on_cases
+@on_dtypes
+def test_uninitialised_memory_does_not_show(device, dtype, case, deterministic_memory):
+    """Every output and workspace starts as NaN or as the largest integer."""
+    function, inputs, grad = cases(device, dtype)[case]
+    poisoned = run(function, inputs, grad)
+    torch.use_deterministic_algorithms(False)
+    assert_same_run(run(function, inputs, grad), poisoned)
+
+
+def test_uninitialised_memory_is_poisoned(deterministic_memory):
+    """What the test above relies on."""
+    assert torch.empty(100).isnan().all()
+    assert (torch.empty(100, dtype=torch.uint8) == 255).all()
+
+
+@on_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_number_of_threads_does_not_show(dtype, case):
+    function, inputs, grad = cases("cpu", dtype)[case]
+    if case.startswith("omni_mlp"):
+        pytest.skip("its matrix products are the BLAS library's")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = run(function, inputs, grad)
+        for count in (2, 5):
+            torch.set_num_threads(count)
+            assert torch.get_num_threads() == count
+            assert_same_run(run(function, inputs, grad), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@on_cases
+@on_dtypes
+def test_inputs_are_not_written(device, dtype, case):
+    function, inputs, grad = cases(device, dtype)[case]
+    before = copy.deepcopy(inputs), grad.clone()
+    versions = [tensor._version for tensor in inputs]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    function(*leaves).backward(grad)
+    assert [tensor._version for tensor in inputs] == versions
+    for tensor, copied in zip(inputs, before[0], strict=True):
+        assert_bitwise(tensor, copied)
+    assert_bitwise(grad, before[1])
+
+
+# ---- inference mode, checkpointing, autocast -----------------------------------------------------
+
+
+@on_cases
+@on_devices
+def test_inference_mode(device, case):
+    function, inputs, _ = cases(device)[case]
+    want = function(*inputs)
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    with torch.inference_mode():
+        out = function(*inputs)
+        assert out.is_inference() and not out.requires_grad
+        assert_bitwise(out.clone(), want)
+    with torch.no_grad():
+        out = function(*inputs)
+        assert not out.requires_grad
+        assert_bitwise(out, want)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@on_cases
+@on_devices
+def test_activation_checkpointing(device, case, use_reentrant):
+    function, inputs, grad = cases(device)[case]
+    got = run_checkpointed(function, inputs, grad, use_reentrant)
+    assert_same_run(got, run(function, inputs, grad))
+
+
+def run_checkpointed(function, inputs, grad, use_reentrant):
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = checkpoint(function, *leaves, use_reentrant=use_reentrant)
+    out.backward(grad)
+    return out.detach(), [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", ["omni_expert", "flash_expert", "omni_mlp", "omni_mlp-recompute"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@on_devices
+def test_autocast_of_experts_and_mlp(device, dtype, case):
+    """They run in the autocast dtype; gradients arrive in the dtype of the inputs."""
+    function, inputs, _ = cases(device)[case]
+    want, want_grads = run(
+        function, [t.to(dtype) for t in inputs], torch.ones(67, 100, dtype=dtype, device=device)
+    )
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.autocast(device, dtype=dtype):
+        out = function(*leaves)
+    out.sum().backward()
+    assert_bitwise(out, want)
+    for leaf, want_grad in zip(leaves, want_grads, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        assert_bitwise(leaf.grad, want_grad.float())
+
+
+@pytest.mark.parametrize("case", ["omni_router", "omni_softmax_router", "omni_softmax_router-norm"])
+@on_devices
+def test_autocast_leaves_routers_in_their_dtype(device, case):
+    function, inputs, grad = cases(device)[case]
+    want = run(function, inputs, grad)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = run(function, inputs, grad)
+    assert_same_run(got, want)
+
+
+@pytest.mark.parametrize("op", ["omni_router", "omni_softmax_router"])
+@on_devices
+def test_autocast_brings_both_logits_to_the_wider_dtype(device, op):
+    x, y = random_logits((67, 12, 20), device, torch.float32)
+    route = getattr(ops, op)
+    for x_dtype, y_dtype, wide in (
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ):
+        mixed = x.to(x_dtype), y.to(y_dtype)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            scores, indices = route(*mixed, 19)
+        want_scores, want_indices = route(*(tensor.to(wide) for tensor in mixed), 19)
+        assert scores.dtype == wide
+        assert_bitwise(scores, want_scores)
+        assert_bitwise(indices, want_indices)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_cuda_graph_replays(device):
+    """Captured once, replayed on new inputs: no host synchronisation, no change of addresses."""
+    for function, inputs, grad in cases(device, torch.bfloat16).values():
+        static = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                torch.autograd.grad(function(*static), static, grad)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = function(*static)
+            grads = torch.autograd.grad(out, static, grad)
+        fresh = [torch.randn_like(tensor) for tensor in inputs]
+        with torch.no_grad():
+            for tensor, value in zip(static, fresh, strict=True):
+                tensor.copy_(value)
+        graph.replay()
+        assert_same_run((out, grads), run(function, fresh, grad))
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_any_stream(device):
+    for function, inputs, grad in cases(device).values():
+        want = run(function, inputs, grad)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = run(function, inputs, grad)
+        stream.synchronize()
+        assert_same_run(got, want)

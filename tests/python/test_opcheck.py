@@ -1,0 +1,138 @@
+"""torch.library.opcheck of every op: schema, autograd registration, fake tensors, AOT dispatch."""
+
+import pytest
+import torch
+from helpers import ExpertShape, expert_inputs, mlp_inputs, on_devices, random_logits, strided
+from torch.library import opcheck
+
+ops = torch.ops.omni_moe
+
+T, K = 5, 3
+
+
+def with_grad(*tensors):
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def router_samples(device):
+    x, y = random_logits((T, 4, 6), device, torch.float32)
+    return [
+        (*with_grad(x, y), K),
+        (*with_grad(strided(x), strided(y)), K),
+        (*with_grad(x), y, K),
+        (x, y, 24),
+        (x, y, 0),
+        (x[:0], y[:0], K),
+        (x[:1].half(), y[:1].half(), 1),
+    ]
+
+
+def softmax_router_samples(device):
+    return [(*sample, norm) for sample in router_samples(device)[:4] for norm in (False, True)]
+
+
+def router_backward_samples(device):
+    grad = torch.randn(T, K, device=device)
+    indices = torch.randint(24, (T, K), device=device, dtype=torch.int32)
+    return [(grad, indices, 4, 6), (grad[:0], indices[:0], 4, 6), (strided(grad), indices, 4, 6)]
+
+
+def softmax_router_backward_samples(device):
+    x, y = random_logits((T, 4, 6), device, torch.float32)
+    grad, indices, *_ = router_backward_samples(device)[0]
+    return [(grad, x, y, indices, False), (strided(grad), strided(x), y, indices, True)]
+
+
+def expert_samples(device):
+    inputs, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
+    hidden, up, down, routing = inputs
+    transposed = torch.randn(10, 1, device=device).t()
+    return [
+        (*with_grad(*inputs), indices),
+        (*with_grad(*map(strided, inputs)), strided(indices.int()), "gelu"),
+        (hidden, *with_grad(up), down, routing, indices, "relu"),
+        (*with_grad(hidden[:0]), up, down, *with_grad(routing[:0]), indices[:0]),
+        (transposed, up, down, routing[:1], indices[:1]),
+        (*(tensor.bfloat16() for tensor in inputs), indices),
+    ]
+
+
+def expert_backward_samples(device):
+    inputs, indices, grad = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
+    masks = ([True] * 4, [False] * 4, [True, False, False, True], [False, True, False, False])
+    samples = [(grad, *inputs, indices, "silu", mask) for mask in masks]
+    return [*samples, (strided(grad), *map(strided, inputs), indices.int(), "gelu_tanh", masks[0])]
+
+
+def flash_expert_samples(device):
+    (hidden, up, down, routing), indices, _ = expert_inputs(
+        ExpertShape(T, 10, 7, K), device, torch.float32
+    )
+    return [(*with_grad(hidden, up, down), indices, *with_grad(routing))]
+
+
+def mlp_samples(device):
+    inputs, _ = mlp_inputs((2, T), 10, 6, device, torch.float32)
+    x, *weights = inputs
+    return [
+        (*with_grad(*inputs), "silu", False),
+        (*with_grad(*inputs), "silu", True),
+        (*with_grad(*map(strided, inputs)), "gelu", False),
+        (*with_grad(x), *weights),
+        (x[:, :0], *with_grad(*weights)),
+        (x[0, 0], *weights),
+    ]
+
+
+def mlp_save_gates_samples(device):
+    inputs, _ = mlp_inputs((2, T), 10, 6, device, torch.float32)
+    return [(*inputs, "silu"), (inputs[0][0, 0], *map(strided, inputs[1:]), "relu")]
+
+
+def mlp_backward_samples(device):
+    inputs, grad = mlp_inputs((2, T), 10, 6, device, torch.float32)
+    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
+    masks = ([True] * 4, [False] * 4, [True, False, False, True])
+    samples = [(grad, *inputs, gate, up, "silu", mask) for mask in masks]
+    return [
+        *samples,
+        (grad, *inputs, None, None, "silu", masks[0]),
+        (strided(grad), *map(strided, inputs), strided(gate), strided(up), "silu", masks[0]),
+    ]
+
+
+SAMPLES = {
+    "omni_router": router_samples,
+    "omni_router_backward": router_backward_samples,
+    "omni_softmax_router": softmax_router_samples,
+    "omni_softmax_router_backward": softmax_router_backward_samples,
+    "omni_expert": expert_samples,
+    "omni_expert_backward": expert_backward_samples,
+    "flash_expert": flash_expert_samples,
+    "omni_mlp": mlp_samples,
+    "omni_mlp_save_gates": mlp_save_gates_samples,
+    "omni_mlp_backward": mlp_backward_samples,
+}
+TESTS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+def test_every_op_has_samples():
+    registered = {
+        schema.name.removeprefix("omni_moe::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("omni_moe::")
+    }
+    assert registered == set(SAMPLES)
+
+
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("op", SAMPLES)
+@on_devices
+def test_opcheck(device, op, test):
+    for sample in SAMPLES[op](device):
+        opcheck(getattr(ops, op).default, sample, test_utils=test)
