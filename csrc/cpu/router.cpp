@@ -176,9 +176,10 @@ void sort_best(const T* source, Axis<acc_t<T>>& axis) {
   }
 }
 
-// log Σ exp(logits), NaN where log_softmax is NaN: a NaN or +inf logit, or all logits -inf.
+// log Σ exp(logits - largest), NaN where log_softmax is NaN: a NaN or +inf logit, or all logits
+// -inf.
 template <typename Acc>
-Acc log_sum_exp(const std::vector<Acc>& logits, Acc largest) {
+Acc log_relative_sum(const std::vector<Acc>& logits, Acc largest) {
   if (!(std::abs(largest) <= std::numeric_limits<Acc>::max())) {
     return std::numeric_limits<Acc>::quiet_NaN();
   }
@@ -188,7 +189,7 @@ Acc log_sum_exp(const std::vector<Acc>& logits, Acc largest) {
   for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) sum += exp_of(load(logits.data() + i) - largest);
   Acc total = sum_of_lanes<Acc>(sum);
   for (; i < n; ++i) total += std::exp(logits[i] - largest);
-  return largest + std::log(total);
+  return std::log(total);
 }
 
 // ---- one token ----
@@ -330,33 +331,28 @@ class TokenRouter {
   std::vector<Head<Acc>> heap_;
 };
 
-// The log-sum-exps of a token's two axes, 0 where the score needs none.
-template <typename Acc>
-struct LogSums {
-  Acc x = 0, y = 0;
-};
-
+// log_total is Σ over both axes of log Σ exp(logit - largest); only kSoftmax uses it.
 template <typename Acc, typename T>
-void write_token(const RouterForwardParams& p, const TokenRouter<Acc>& router,
-                 const LogSums<Acc>& log_sums, T* weights, int32_t* indices) {
+void write_token(const RouterForwardParams& p, const TokenRouter<Acc>& router, Acc log_total,
+                 T* weights, int32_t* indices) {
   const int64_t k = p.num_experts_per_token;
-  const Acc largest = from_key<Acc>(key_of<Acc>(router.chosen.front()));
+  // A chosen sum less the largest, axis by axis: the difference of two large sums has lost digits
+  // that log_softmax keeps.
+  const auto relative_sum = [&](int32_t id) {
+    return (router.x.logits[id / p.num_cols] - router.x.best.front()) +
+           (router.y.logits[id % p.num_cols] - router.y.best.front());
+  };
   Acc total = 0;
   if (p.score == RouterScore::kSoftmaxTopK) {
-    for (const auto packed : router.chosen) {
-      total += std::exp(from_key<Acc>(key_of<Acc>(packed)) - largest);
-    }
+    for (const auto packed : router.chosen) total += std::exp(relative_sum(id_of<Acc>(packed)));
   }
   for (int64_t i = 0; i < k; ++i) {
     const int32_t id = id_of<Acc>(router.chosen[i]);
-    const Acc sum = from_key<Acc>(key_of<Acc>(router.chosen[i]));
-    Acc weight = sum;
+    Acc weight = from_key<Acc>(key_of<Acc>(router.chosen[i]));
     if (p.score == RouterScore::kSoftmax) {
-      // Axis by axis: the sum of two large logits has lost digits that their log_softmax keeps.
-      weight = std::exp((router.x.logits[id / p.num_cols] - log_sums.x) +
-                        (router.y.logits[id % p.num_cols] - log_sums.y));
+      weight = std::exp(relative_sum(id) - log_total);
     } else if (p.score == RouterScore::kSoftmaxTopK) {
-      weight = std::exp(sum - largest) / total;
+      weight = std::exp(relative_sum(id)) / total;
     }
     store_scalar(weights + i, weight);
     indices[i] = id;
@@ -373,12 +369,12 @@ void router_forward_tokens(const RouterForwardParams& p, int64_t begin, int64_t 
     int32_t* indices = p.indices + t * k;
     sort_best(static_cast<const T*>(p.logits_x) + t * p.num_rows, router.x);
     sort_best(static_cast<const T*>(p.logits_y) + t * p.num_cols, router.y);
-    LogSums<Acc> log_sums;
+    Acc log_total = 0;
     if (p.score != RouterScore::kLogit) {
-      log_sums = {log_sum_exp(router.x.logits, router.x.best.front()),
-                  log_sum_exp(router.y.logits, router.y.best.front())};
+      log_total = log_relative_sum(router.x.logits, router.x.best.front()) +
+                  log_relative_sum(router.y.logits, router.y.best.front());
     }
-    if (std::isnan(log_sums.x + log_sums.y)) {
+    if (std::isnan(log_total)) {
       for (int64_t i = 0; i < k; ++i) {
         store_scalar(weights + i, std::numeric_limits<Acc>::quiet_NaN());
         indices[i] = static_cast<int32_t>(i);
@@ -386,7 +382,7 @@ void router_forward_tokens(const RouterForwardParams& p, int64_t begin, int64_t 
       continue;
     }
     router.choose();
-    write_token(p, router, log_sums, weights, indices);
+    write_token(p, router, log_total, weights, indices);
   }
 }
 

@@ -34,9 +34,9 @@ struct AxisGradient {
       softmax[i] = std::exp(logits[i] - largest);
       total += softmax[i];
     }
-    const Acc log_total = largest + std::log(total);
+    const Acc log_total = std::log(total);
     for (int64_t i = 0; i < n; ++i) {
-      logits[i] -= log_total;
+      logits[i] = (logits[i] - largest) - log_total;
       softmax[i] /= total;
     }
   }
