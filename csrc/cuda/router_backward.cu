@@ -72,26 +72,87 @@ struct SoftmaxOfAxis {
   float max;
   float sum;
   __device__ float log_sum_exp() const { return max + logf(sum); }
-  __device__ float operator()(float logit) const { return expf(logit - max) / sum; }
 };
+
+// body(i, logits[i]) for this thread's share of the axis, 16 bytes a load where the axis is
+// aligned.
+template <int kWarps, class T, class Body>
+__device__ __forceinline__ void group_for_each(const TokenGroup<kWarps>& group, const T* logits,
+                                               int n, Body body) {
+  constexpr int kVec = kVecWidth<T>;
+  const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+  const int num_vec = aligned ? n / kVec : 0;
+#pragma unroll 2
+  for (int v = group.thread(); v < num_vec; v += group.kSize) {
+    float values[kVec];
+    unpack(load_vec<Vec<T, kVec>>(logits + v * kVec), values);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) body(v * kVec + i, values[i]);
+  }
+#pragma unroll 1
+  for (int i = num_vec * kVec + group.thread(); i < n; i += group.kSize) {
+    body(i, to_float(logits[i]));
+  }
+}
 
 template <int kWarps, class T>
 __device__ __forceinline__ SoftmaxOfAxis group_softmax(const TokenGroup<kWarps>& group,
                                                        const T* logits, int n, int row) {
   SoftmaxOfAxis softmax{-INFINITY, 0.0f};
   bool any_nan = false;
-  for (int i = group.thread(); i < n; i += group.kSize) {
-    const float logit = to_float(logits[i]);
+  group_for_each(group, logits, n, [&](int, float logit) {
     any_nan |= logit != logit;
     softmax.max = fmaxf(softmax.max, logit);
-  }
+  });
   // fmaxf passes NaN over; +inf makes the token undefined just as well.
   softmax.max = group.max(any_nan ? INFINITY : softmax.max, row);
   float sum = 0.0f;
-  for (int i = group.thread(); i < n; i += group.kSize)
-    sum += expf(to_float(logits[i]) - softmax.max);
+  group_for_each(group, logits, n, [&](int, float logit) { sum += expf(logit - softmax.max); });
   softmax.sum = group.sum(sum, row + 1);
   return softmax;
+}
+
+// grad[i] = the sums[i] of all warps, less factor * softmax(logits)[i]; logits may be null where
+// factor is not subtracted.
+template <int kWarps, class T>
+__device__ __forceinline__ void group_write_gradient(const TokenGroup<kWarps>& group,
+                                                     const float* sums, int num_sums,
+                                                     const T* logits, int n,
+                                                     const SoftmaxOfAxis& softmax, float factor,
+                                                     T* grad) {
+  constexpr int kVec = kVecWidth<T>;
+  const auto total = [&](int i) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += sums[static_cast<int64_t>(w) * num_sums + i];
+    return sum;
+  };
+  const float scale = factor / softmax.sum;
+  const bool subtracts = logits != nullptr;
+  const bool aligned =
+      (reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(logits)) % 16 == 0;
+  const int num_vec = aligned ? n / kVec : 0;
+#pragma unroll 1
+  for (int v = group.thread(); v < num_vec; v += group.kSize) {
+    float values[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) values[i] = total(v * kVec + i);
+    if (subtracts) {
+      float axis[kVec];
+      unpack(load_vec<Vec<T, kVec>>(logits + v * kVec), axis);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) values[i] -= scale * expf(axis[i] - softmax.max);
+    }
+    Vec<T, kVec> out;
+    pack(values, out);
+    store_vec(grad + v * kVec, out);
+  }
+#pragma unroll 1
+  for (int i = num_vec * kVec + group.thread(); i < n; i += group.kSize) {
+    float value = total(i);
+    if (subtracts) value -= scale * expf(to_float(logits[i]) - softmax.max);
+    grad[i] = from_float<T>(value);
+  }
 }
 
 // One token's chosen pairs.
@@ -218,18 +279,13 @@ __device__ __forceinline__ void route_backward(const RouterBackwardParams& param
   }
 
   // 3. All warps' sums, less what the softmax takes.
-  const float factor = params.score == RouterScore::kSoftmax ? group.sum(grad_total, 3) : 0.0f;
+  const bool subtracts = params.score == RouterScore::kSoftmax;
+  const float factor = subtracts ? group.sum(grad_total, 3) : 0.0f;
   group.sync();
-  for (int i = thread; i < num_sums; i += group.kSize) {
-    float sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += sums[static_cast<int64_t>(w) * num_sums + i];
-    const bool is_row = i < num_rows;
-    if (params.score == RouterScore::kSoftmax) {
-      sum -= factor * (is_row ? softmax_x(to_float(pairs.logits_x[i]))
-                              : softmax_y(to_float(pairs.logits_y[i - num_rows])));
-    }
-    (is_row ? grad_x[i] : grad_y[i - num_rows]) = from_float<T>(sum);
-  }
+  group_write_gradient(group, sums, num_sums, subtracts ? pairs.logits_x : nullptr, num_rows,
+                       softmax_x, factor, grad_x);
+  group_write_gradient(group, sums + num_rows, num_sums, subtracts ? pairs.logits_y : nullptr,
+                       num_cols, softmax_y, factor, grad_y);
 }
 
 // ---- the kernel ----

@@ -68,11 +68,19 @@ struct AxisElement<T, uint32_t> {
   __device__ static uint32_t pack(T logit, uint32_t position) {
     uint16_t bits;
     __builtin_memcpy(&bits, &logit, sizeof(bits));
-    const uint32_t upper = static_cast<uint32_t>(bits) << 16;
+    return key_of_upper_half(static_cast<uint32_t>(bits) << 16) | (kMaxPosition - position);
+  }
+  // The upper half of the packed element, of the logit's bits in the upper half.
+  __device__ static uint32_t key_of_upper_half(uint32_t upper) {
     const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(upper) >> 31);
     const uint32_t key = upper ^ ((sign & 0x7fff0000u) | 0x80000000u);
-    const bool nan = (upper & 0x7fff0000u) > kInfinityBits << 16;
-    return (nan ? 0xffff0000u : key) | (kMaxPosition - position);
+    bool nan;
+    if constexpr (std::is_same_v<T, __half>) {
+      nan = (upper & 0x7fff0000u) > 0x7c000000u;
+    } else {
+      nan = __uint_as_float(upper) != __uint_as_float(upper);
+    }
+    return nan ? 0xffff0000u : key;
   }
   __device__ static float value(uint32_t packed) {
     const uint32_t key = packed >> 16;
@@ -84,9 +92,6 @@ struct AxisElement<T, uint32_t> {
   __device__ static uint32_t position(uint32_t packed) {
     return kMaxPosition - (packed & kMaxPosition);
   }
-
- private:
-  static constexpr uint32_t kInfinityBits = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
 };
 
 // ---- the warp's sort ----

@@ -72,7 +72,7 @@ __device__ constexpr RankPairs kRankPairs = make_rank_pairs();
 // kCapacity: the width of the sorts, more than K.
 template <int kCapacity>
 struct WarpStorage {
-  uint64_t entries[kCapacity];  // also the scratch of the axis sorts
+  uint64_t entries[kCapacity + 1];  // also the scratch of the axis sorts, with a spare slot
   TopOfAxis<kCapacity> axis[2];
 };
 
@@ -180,6 +180,7 @@ __device__ __noinline__ void warp_choose_from_grid(Token<T> token, uint64_t* ent
 template <class T>
 __device__ __forceinline__ bool warp_any_negative_inf(const T* logits, int n) {
   bool found = false;
+#pragma unroll 1
   for (int i = threadIdx.x % kWarpSize; i < n; i += kWarpSize) {
     found |= to_float(logits[i]) == -INFINITY;
   }
@@ -294,18 +295,20 @@ __device__ __forceinline__ void warp_choose(const Token<T>& token, int num_x, in
 // ---- the kernel ----
 
 // 8 blocks, 64 registers: 4096 tokens on 132 SMs are one wave. fp32 logits need more registers, and
-// on sm_80 so do 1024 logits an axis of any type.
+// on sm_80 so do long axes of any type.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kMinBlocksOfLongAxis = 6;
 #else
 constexpr int kMinBlocksOfLongAxis = 8;
 #endif
-template <class T, int kItems>
-inline constexpr int kMinBlocksPerSm = sizeof(T) == 2 ? (kItems <= 8 ? 8 : kMinBlocksOfLongAxis)
-                                                      : (kItems <= 8 ? 6 : 4);
+template <class T, int kItems, int kCapacity>
+inline constexpr int kMinBlocksPerSm = sizeof(T) != 2                     ? (kItems <= 8 ? 6 : 4)
+                                       : kItems == 32 && kCapacity == 256 ? 6
+                                       : kItems <= 8                      ? 8
+                                                                          : kMinBlocksOfLongAxis;
 
 template <class T, int kItems, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems>)
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity>)
     router_forward_warp_kernel(const RouterForwardParams params, int num_candidates, bool vectors_x,
                                bool vectors_y) {
   __shared__ WarpStorage<kCapacity> block_storage[kWarpsPerBlock];

@@ -78,18 +78,27 @@ struct AxisKeys {
       : lane(lane) {
 #pragma unroll
     for (int chunk = 0; chunk < kItems / kVec; ++chunk) {
-      const int begin = position(chunk * kVec);
+      const auto& vec = logits.chunks[chunk];
+      uint32_t* chunk_keys = keys + chunk * kVec;
+      if constexpr (kDistinct) {
+        static_assert(kVec % 2 == 0);
+        // The position begins at a multiple of kVec: minus i is xor i.
+        const uint32_t last = Element::kMaxPosition - position(chunk * kVec);
+        uint32_t words[kVec / 2];
+        __builtin_memcpy(words, &vec, sizeof(words));
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const T logit = logits.chunks[chunk].data[i];
-        uint32_t key;
-        if constexpr (kDistinct) {
-          key = Element::pack(logit, begin + i);
-        } else {
-          key = ordered_key(logit);
+        for (int i = 0; i < kVec; i += 2) {
+          chunk_keys[i] = Element::key_of_upper_half(words[i / 2] << 16) | (last ^ i);
+          chunk_keys[i + 1] =
+              Element::key_of_upper_half(words[i / 2] & 0xffff0000u) | (last ^ (i + 1));
         }
-        keys[chunk * kVec + i] = begin + i < n ? key : 0;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) chunk_keys[i] = ordered_key(vec.data[i]);
       }
+      const int num_here = n - position(chunk * kVec);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) chunk_keys[i] = i < num_here ? chunk_keys[i] : 0;
     }
   }
 
@@ -142,7 +151,7 @@ struct AxisKeys {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      sum += keys[i] != 0 ? __expf(value(keys[i]) - max) : 0.0f;
+      sum += __expf((keys[i] != 0 ? value(keys[i]) : -INFINITY) - max);
     }
     return max + logf(warp_sum(sum));
   }
@@ -254,12 +263,20 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
 
   // Compact them through shared memory and sort.
   Packed* compact = reinterpret_cast<Packed*>(scratch);
+  constexpr unsigned kSpare = kCapacity;  // scratch holds one more
   const unsigned inclusive = warp_inclusive_scan(kept, lane);
   const int num_top = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
   unsigned slot = inclusive - kept;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (keep(i)) compact[slot++] = axis.packed(i);
+    if constexpr (kItems <= 16) {
+      // The rest go to the spare slot: a select is cheaper than a predicated address.
+      const bool kept_item = keep(i);
+      compact[kept_item ? slot : kSpare] = axis.packed(i);
+      slot += kept_item ? 1 : 0;
+    } else if (keep(i)) {
+      compact[slot++] = axis.packed(i);
+    }
   }
   __syncwarp();
   constexpr int kPerLane = kCapacity / kWarpSize;
