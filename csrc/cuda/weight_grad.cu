@@ -201,20 +201,21 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int64_t part_warps = static_cast<int64_t>(args.num_part_blocks) * kWarps;
-  const auto column_of = [&](int64_t task) {
-    return (task % args.num_slabs * kWarpSize + lane) * kVec;
-  };
+  // Slab after slab: blocks that run together gather the same columns, of which L2 holds all tokens.
+  const auto column_of = [&](int64_t slab) { return (slab * kWarpSize + lane) * kVec; };
   if (warp < part_warps) {
-    const int64_t num_tasks = args.schedule.counters->num_parts * args.num_slabs;
-    for (int64_t task = warp; task < num_tasks; task += part_warps) {
-      sum_part<T, kVec>(args, task / args.num_slabs, column_of(task), lane);
+    const int64_t num_parts = args.schedule.counters->num_parts;
+    for (int64_t task = warp; task < num_parts * args.num_slabs; task += part_warps) {
+      sum_part<T, kVec>(args, task % num_parts, column_of(task / num_parts), lane);
     }
     return;
   }
+  const int64_t num_groups =
+      (args.num_experts + args.experts_per_warp - 1) / args.experts_per_warp;
   const int64_t task = warp - part_warps;
-  const int64_t first_expert = task / args.num_slabs * args.experts_per_warp;
-  if (first_expert >= args.num_experts) return;
-  sum_experts<T, kVec>(args, first_expert, column_of(task), lane);
+  if (task >= num_groups * args.num_slabs) return;
+  sum_experts<T, kVec>(args, task % num_groups * args.experts_per_warp,
+                       column_of(task / num_groups), lane);
 }
 
 // Adds the parts of each long segment: a block per 32 columns of one table's row, warp w taking
