@@ -1,10 +1,11 @@
-// Which kernel an expert pass runs, as a pure function of shape and device.
+// Which kernel an expert pass runs, as a pure function of shape and device. Host code that needs no
+// CUDA toolkit: a CPU-only build can be asked too.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "common/check.h"
+#include "common/device_info.h"
 
 namespace omni_moe::cuda {
 
@@ -24,8 +25,6 @@ enum class RowCopy : int8_t {
 struct ExpertDeviceInfo : DeviceInfo {
   int l2_bytes = 0;
 };
-
-cudaError_t current_expert_device_info(ExpertDeviceInfo* info);
 
 struct TokenPassShape {
   int64_t num_tokens;
@@ -54,6 +53,9 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
 TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device,
                               TokenPassStrategy strategy);
 bool supports(TokenPassStrategy strategy, const TokenPassShape& shape);
+
+const char* name(TokenPassStrategy strategy);
+const char* name(RowCopy copy);
 
 // fp32 words that a pass of this plan keeps in the workspace: the partial sums [T, num_splits, H]
 // of kPhased, or the partial scores [num_tables * slabs, T * K] and coefficients [T * K] of kSlabs.
