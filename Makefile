@@ -10,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml \
   $(shell find cmake csrc tests/cpp -type f)
-CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp')
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 
 .PHONY: all demo test test-cpp test-python bench lint format clean gtest
 all: $(VENV)/.built

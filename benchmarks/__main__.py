@@ -5,6 +5,7 @@ import contextlib
 import gc
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from benchmarks.timing import EventTimer, Timer, Timing, make_timer, measure
 OURS = "omni_moe"
 # Calls inside one CUDA graph, each with inputs of its own.
 GRAPH_CALLS = 16
+# Aim for each case and implementation: a CPU is disturbed more, a GPU's time costs more.
+SECONDS = {"cpu": 2.0, "cuda": 0.4}
+REPETITIONS = (5, 300)  # at least, at most
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,11 +39,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few cases, repetitions and peers")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="aim for each case and implementation"
+        "--seconds", type=float, help=f"aim for each case and implementation, default {SECONDS}"
     )
     parser.add_argument(
-        "--limit-seconds", type=int, default=90, help="give up preparing one implementation after"
+        "--limit-seconds", type=int, default=60, help="give up preparing one implementation after"
     )
+    parser.add_argument("--stop-after", type=float, help="begin no case after so many seconds")
     parser.add_argument("--upstream", type=Path, help="checkout of HKUSTDial/omni-moe")
     parser.add_argument("--ceilings", action="store_true", help="measure ceilings first (GPU)")
     parser.add_argument("--list", action="store_true", help="print the selected cases and stop")
@@ -72,9 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     if ceilings:
         record.header["ceilings"] = vars(ceilings).copy()
 
-    failures = 0
+    failures, start = 0, time.monotonic()
     progress = tqdm(cases, unit="case")
     for case in progress:
+        if args.stop_after and time.monotonic() - start > args.stop_after:
+            progress.write(f"stopped after {args.stop_after:g} s, before {_title(case)}")
+            break
         progress.set_description(f"{case.op} {case.pass_name}")
         failures += _run_case(case, device, args, record, ceilings, progress.write)
         record.save()
@@ -104,39 +112,40 @@ def _impls_of(case: Case, args: argparse.Namespace) -> list[str]:
 def _run_case(case, device, args, record, ceilings, write) -> int:
     """Measures one case; returns 1 if this library failed, and raises if the GPU is lost."""
     torch.compiler.reset()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     timer = make_timer(case.timing, device)
     num_inputs = GRAPH_CALLS if case.timing == "graph" else 1
     problems = [make_problem(case, device)]
     for seed in range(1, num_inputs):
         problems.append(make_problem(case, device, seed, problems[0]))
 
-    samplers, facts, failed = {}, {}, 0
+    samplers, facts, prepare_seconds, failed = {}, {}, {}, 0
     for impl in _impls_of(case, args):
-        row = results.row_of(case, impl, record.header["source"])
+        start = time.monotonic()
         try:
             with _time_limit(args.limit_seconds):
                 samplers[impl], facts[impl] = _prepare(impl, problems, timer, device)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            record.skip(row | {"reason": reason})
+            record.skip(results.row_of(case, impl) | {"reason": reason})
             write(f"{_title(case)}: no {impl}: {reason}")
             failed |= impl == OURS
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # raises if the error has cost us the device
-        _free(device)
+        prepare_seconds[impl] = time.monotonic() - start
 
-    seconds = args.seconds / 10 if args.quick else args.seconds
-    timings = measure(samplers, seconds, (5, 300))
+    seconds = args.seconds or SECONDS[device.type]
+    timings = measure(samplers, seconds / 10 if args.quick else seconds, REPETITIONS)
     known = floors.floors(problems[0], ceilings) if ceilings else {}
     bound = floors.binding(case, known) if known else None
     for impl, timing in timings.items():
-        row = results.row_of(case, impl, record.header["source"]) | _numbers(timing)
+        row = results.row_of(case, impl) | _numbers(timing)
         row |= {"floor_us": _rounded(known.get(bound)), "floor": bound}
         row |= {"floors": {name: _rounded(us) for name, us in known.items()}}
         record.add(row | facts[impl])
-    _write_summary(case, timings, write)
-    del problems, samplers
-    _free(device)
+    _write_summary(case, timings, prepare_seconds, write)
+    del problems, samplers, timer
+    _free(device, before)
     return int(failed)
 
 
@@ -147,9 +156,8 @@ def _prepare(impl: str, problems: list[Problem], timer: Timer, device: torch.dev
     """
     workloads = [peers.build(impl, problem) for problem in problems]
     first = workloads[0]
+    first.run()  # what a kernel leaves in its outputs while it is being tuned is no result
     rel_err = relative_error(problems[0], first.run()) if first.has_oracle else None
-    _free(device)
-    first.run()
     memory = peak_memory(first.run, device)
     facts = {
         "peak_mib": _rounded(memory.peak_mib),
@@ -173,9 +181,15 @@ def _time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
+def _free(device: torch.device, allocated_before: int) -> None:
+    """Hands memory back. Collects garbage only where cycles hold some: with a compiler loaded a
+    collection takes longer than many a case.
+    """
+    if device.type == "cpu":
+        gc.collect()
+    else:
+        if torch.cuda.memory_allocated(device) > allocated_before:
+            gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -202,7 +216,7 @@ def _title(case: Case) -> str:
     return f"{case.table}: {case.op} {case.pass_name} {shape}{ids} {case.dtype} {case.timing}"
 
 
-def _write_summary(case: Case, timings: dict[str, Timing], write) -> None:
+def _write_summary(case: Case, timings: dict[str, Timing], prepare_seconds, write) -> None:
     parts = [f"{impl} {timing.us:.4g}" for impl, timing in timings.items()]
     if OURS in timings and case.goal_us:
         parts.append(f"goal {case.goal_us:g} {_verdict(timings[OURS].us <= case.goal_us)}")
@@ -212,6 +226,9 @@ def _write_summary(case: Case, timings: dict[str, Timing], write) -> None:
         parts.append(f"{speedup:.2f}x eager ({best:.2f}x by the fastest repetitions)")
         if case.goal_speedup:
             parts.append(f"goal {case.goal_speedup:g}x {_verdict(speedup >= case.goal_speedup)}")
+    slow = [f"{impl} {seconds:.0f} s" for impl, seconds in prepare_seconds.items() if seconds > 5]
+    if slow:
+        parts.append(f"prepared slowly: {', '.join(slow)}")
     write(f"{_title(case)}: {', '.join(parts)}")
 
 

@@ -11,6 +11,8 @@ OPS = ("expert", "router", "mlp", "layer")
 PASSES = ("forward", "forward_backward")
 # Dense products over all experts take seconds there, and the published kernels need a GPU.
 CPU_IMPLS = ("omni_moe", "eager", "compile")
+# Of most GPU cases: compiling one takes longer than measuring all the others.
+GPU_IMPLS = ("omni_moe", "eager", "dense_masked", "gemms_only", "upstream_triton", "hf_doge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Case:
     dtype: str
     timing: str
     ids: str | None = None
-    impls: tuple[str, ...] | None = None  # None: all that exist for the op
+    impls: tuple[str, ...] | None = None  # of those that exist for the op; None: all
     goal_us: float | None = None
     goal_speedup: float | None = None
     quick: bool = field(default=False, compare=False)  # part of --quick
@@ -84,11 +86,11 @@ def _cpu_cases() -> Iterator[Case]:
 
 
 def _gpu_cases() -> Iterator[Case]:
-    yield from _gpu_expert()
-    yield from _gpu_router()
-    yield from _gpu_mlp_and_layer()
-    yield from _gpu_decode()
-    yield from _gpu_sweep()
+    for case in (
+        *_gpu_expert(), *_gpu_router(), *_gpu_mlp_and_layer(), *_gpu_decode(), *_gpu_sweep(),
+    ):  # fmt: skip
+        # torch.compile in one case of each kind.
+        yield case if case.impls or case.quick else replace(case, impls=GPU_IMPLS)
 
 
 def _gpu_expert() -> Iterator[Case]:
@@ -162,8 +164,9 @@ def _gpu_mlp_and_layer() -> Iterator[Case]:
     layer = replace(mlp, table="layer", op="layer", goal_us=None)
     for side, goal_forward, goal_train in ((64, 210, 720), (256, 245, 850)):
         shape = {**mlp.shape, "experts": side**2, "rows": side, "cols": side, "k": 16}
-        yield replace(layer, shape=shape, goal_us=goal_forward)
-        yield replace(layer, shape=shape, pass_name="forward_backward", goal_us=goal_train)
+        forward = replace(layer, shape=shape, goal_us=goal_forward, quick=side == 64)
+        yield forward
+        yield replace(forward, pass_name="forward_backward", goal_us=goal_train)
 
     paper = {"hidden": 1024, "intermediate": 1024, "experts": 320**2, "rows": 320, "cols": 320}
     for tokens, k in ((4096, 512), (1024, 4096)):
@@ -173,17 +176,19 @@ def _gpu_mlp_and_layer() -> Iterator[Case]:
 
 def _gpu_decode() -> Iterator[Case]:
     """Few tokens inside a CUDA graph. The layer is in eval mode, as it is when it decodes."""
+    impls = ("omni_moe", "eager")
     for tokens in (1, 64):
         case = Case(
             table="decode", op="expert", pass_name="forward", dtype="bfloat16", timing="graph",
-            ids="uniform", goal_us=5, quick=tokens == 1, impls=("omni_moe", "eager", "compile"),
+            ids="uniform", goal_us=5, quick=tokens == 1, impls=(*impls, "compile"),
             shape={"tokens": tokens, "hidden": 1024, "experts": 65536, "k": 16},
         )  # fmt: skip
         yield case
         router_shape = {"tokens": tokens, "rows": 256, "cols": 256, "k": 16}
-        yield replace(case, op="router", ids=None, shape=router_shape, goal_us=None)
+        others = replace(case, ids=None, goal_us=None, impls=impls)
+        yield replace(others, op="router", shape=router_shape)
         layer_shape = {**case.shape, "intermediate": 4096, "rows": 256, "cols": 256}
-        yield replace(case, op="layer", ids=None, shape=layer_shape, goal_us=None)
+        yield replace(others, op="layer", shape=layer_shape)
 
 
 def _gpu_sweep() -> Iterator[Case]:

@@ -41,7 +41,7 @@ LETTERS = {
 
 def write(directory: Path) -> list[Path]:
     """Rewrites report, summary and plots from all records in a directory."""
-    records = [results.load(path) for path in sorted(directory.glob("*.json"))]
+    records = results.load_all(directory)
     written = []
     sections = []
     for record in records:
@@ -74,7 +74,7 @@ def _section(record: Record, pictures: list[Path]) -> Iterator[str]:
     for table, rows in _by_table(record):
         yield f"### {TITLES.get(table, table)}"
         yield ""
-        yield from _table(rows, header["source"])
+        yield from _table(rows)
         yield ""
     for picture in pictures:
         yield f"![{picture.stem}](plots/{picture.name})"
@@ -99,7 +99,7 @@ def _by_table(record: Record) -> Iterator[tuple[str, list[list[Row]]]]:
     for table in dict.fromkeys(case.table for case in cases):
         groups = []
         for case in cases:
-            wanted = results.row_of(case, "", "")
+            wanted = results.row_of(case, "")
             rows = [row for row in record.rows if _same_case(row, wanted)]
             if case.table == table and rows:
                 groups.append(rows)
@@ -112,7 +112,7 @@ def _same_case(row: Row, other: Row) -> bool:
     return all(row[name] == other[name] for name in names)
 
 
-def _table(groups: list[list[Row]], source: str) -> Iterator[str]:
+def _table(groups: list[list[Row]]) -> Iterator[str]:
     impls = _impls(row for rows in groups for row in rows)
     has_floor = any(rows[0]["floor_us"] for rows in groups)
     columns = ["case", *(f"{impl}, µs" for impl in impls)]
@@ -123,7 +123,7 @@ def _table(groups: list[list[Row]], source: str) -> Iterator[str]:
     for rows in groups:
         by_impl = {row["impl"]: row for row in rows}
         cells = [_case_text(rows[0])]
-        cells += [_time(by_impl.get(impl), source) for impl in impls]
+        cells += [_time(by_impl.get(impl)) for impl in impls]
         if has_floor:
             floor_us, name = rows[0]["floor_us"], rows[0]["floor"]
             cells.append(f"{_short(floor_us)} ({name})" if floor_us else "")
@@ -150,10 +150,8 @@ def _shown_sizes(row: Row) -> list[tuple[str, int]]:
     return [(n, s) for n, s in shape.items() if n != "experts" or "rows" not in shape]
 
 
-def _time(row: Row | None, source: str) -> str:
-    if row is None:
-        return "–"
-    return _short(row["us"]) + ("" if row["source"] == source else " †")
+def _time(row: Row | None) -> str:
+    return "–" if row is None else _short(row["us"])
 
 
 def _speedup(by_impl: dict[str, Row]) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ Row = dict[str, Any]
 
 @dataclass
 class Record:
-    """What was measured on one device. A new measurement replaces the row of its case and impl.
+    """What was measured on one device with one source, whose hash is in the header.
 
-    Each row names the source it was measured with; the header describes the last run.
+    A new measurement replaces the row of its case and impl; the header describes the last run.
     """
 
     path: Path
@@ -57,11 +58,16 @@ def load(path: Path) -> Record:
     return Record(path, content["header"], content["rows"], content["skipped"])
 
 
+def load_all(directory: Path) -> list[Record]:
+    """All records of a directory; `<device>_tests.json` are outcomes of tests, not records."""
+    paths = sorted(directory.glob("*.json"))
+    return [load(path) for path in paths if not path.stem.endswith("_tests")]
+
+
 def open_record(device: torch.device, directory: Path = DIRECTORY) -> Record:
-    """The record of this device, with a new header and the rows measured before."""
+    """The record of this device with a new header: what was measured with this source is kept."""
     path = directory / f"{slug(device)}.json"
-    record = load(path) if path.exists() else Record(path, {})
-    record.header = {
+    header = {
         "device": device_name(device),
         "device_type": device.type,
         "torch": torch.__version__,
@@ -72,10 +78,17 @@ def open_record(device: torch.device, directory: Path = DIRECTORY) -> Record:
         "cpu_capability": omni_moe.build_info()["cpu_capability"],
         "source": source_hash(),
     }
+    record = Record(path, header)
+    if path.exists():
+        earlier = load(path)
+        if all(earlier.header[name] == header[name] for name in ("source", "torch")):
+            record.rows, record.skipped = earlier.rows, earlier.skipped
+        else:
+            print(f"{path}: starts anew, it is of another source or torch", file=sys.stderr)
     return record
 
 
-def row_of(case: Case, impl: str, source: str) -> Row:
+def row_of(case: Case, impl: str) -> Row:
     """The part of a row that says what was measured."""
     return {
         "op": case.op,
@@ -86,7 +99,6 @@ def row_of(case: Case, impl: str, source: str) -> Row:
         "timing": case.timing,
         "impl": impl,
         "table": case.table,
-        "source": source,
     }
 
 

@@ -10,7 +10,17 @@ from omni_moe._library import build_info, check_indices
 from omni_moe import ops, reference  # isort: skip  (need the ops that _library loads)
 from omni_moe.config import OmniMoEConfig
 from omni_moe.modules.omni_moe import OmniMoE
+from omni_moe.plan import GpuProperties, expert_plan
 
 __version__ = build_info()["version"]
 
-__all__ = ["OmniMoE", "OmniMoEConfig", "build_info", "check_indices", "ops", "reference"]
+__all__ = [
+    "GpuProperties",
+    "OmniMoE",
+    "OmniMoEConfig",
+    "build_info",
+    "check_indices",
+    "expert_plan",
+    "ops",
+    "reference",
+]

@@ -1,10 +1,19 @@
-// The token passes with a plan given by the caller, for tests and measurements.
+// The device that the token passes are planned for, and the passes with a plan given by the caller,
+// for tests and measurements.
 #pragma once
 
+#include "common/check.h"
 #include "omni_moe/cuda.h"
 #include "plan.h"
 
 namespace omni_moe::cuda {
+
+inline cudaError_t current_expert_device_info(ExpertDeviceInfo* info) {
+  int device = 0;
+  return run_steps(
+      [&] { return current_device_info(info); }, [&] { return cudaGetDevice(&device); },
+      [&] { return cudaDeviceGetAttribute(&info->l2_bytes, cudaDevAttrL2CacheSize, device); });
+}
 
 TokenPassShape token_pass_shape(const ExpertForwardParams& params);
 TokenPassShape token_pass_shape(const ExpertBackwardParams& params);

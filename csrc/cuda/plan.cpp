@@ -47,13 +47,6 @@ TokenPassStrategy choose_strategy(const TokenPassShape& shape, const ExpertDevic
 
 }  // namespace
 
-cudaError_t current_expert_device_info(ExpertDeviceInfo* info) {
-  int device = 0;
-  return run_steps(
-      [&] { return current_device_info(info); }, [&] { return cudaGetDevice(&device); },
-      [&] { return cudaDeviceGetAttribute(&info->l2_bytes, cudaDevAttrL2CacheSize, device); });
-}
-
 bool supports(TokenPassStrategy strategy, const TokenPassShape& shape) {
   if (strategy == TokenPassStrategy::kPhased) return true;
   const int64_t row_bytes = row_bytes_of(shape);
@@ -90,6 +83,18 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
 
 TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
   return plan_token_pass(shape, device, choose_strategy(shape, device));
+}
+
+const char* name(TokenPassStrategy strategy) {
+  switch (strategy) {
+    case TokenPassStrategy::kPhased:
+      return "phased";
+    case TokenPassStrategy::kColumns:
+      return "columns";
+    case TokenPassStrategy::kSlabs:
+      return "slabs";
+  }
+  return "unknown";
 }
 
 size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassPlan& plan) {

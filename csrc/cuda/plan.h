@@ -1,11 +1,12 @@
 // Which kernel an expert pass runs, as a pure function of shape and device; forward and backward
-// are the same pass (token_pass.cuh).
+// are the same pass (token_pass.cuh). Host code that needs no CUDA toolkit: a CPU-only build can be
+// asked too.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "common/check.h"
+#include "common/device_info.h"
 
 namespace omni_moe::cuda {
 
@@ -18,8 +19,6 @@ enum class TokenPassStrategy : int8_t {
 struct ExpertDeviceInfo : DeviceInfo {
   int l2_bytes = 0;
 };
-
-cudaError_t current_expert_device_info(ExpertDeviceInfo* info);
 
 struct TokenPassShape {
   int64_t num_tokens;
@@ -45,6 +44,8 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
 TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device,
                               TokenPassStrategy strategy);
 bool supports(TokenPassStrategy strategy, const TokenPassShape& shape);
+
+const char* name(TokenPassStrategy strategy);
 
 // fp32 words that a pass of this plan keeps in the workspace: the partial sums [T, num_splits, H]
 // of kPhased, or the partial dots [slabs, T * K] and coefficients [T * K] of kSlabs.

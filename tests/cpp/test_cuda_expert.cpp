@@ -502,7 +502,7 @@ std::vector<Case> awkward_shapes() {
   return cases;
 }
 
-// One shape per path: splits and their second stage, many tokens (both row widths of the ring),
+// One shape per path: splits and their second stage, many tokens (both row widths of the columns),
 // long and huge segments, both schedules, rows past a tile, rows without alignment.
 std::vector<Case> paths() {
   std::vector<Case> cases;
@@ -515,7 +515,7 @@ std::vector<Case> paths() {
     cases.push_back({5, 1024, 3, 70001, dtype, i64, Routing::kHalfIdle});    // many idle experts
     cases.push_back({37, 4096, 5, 20, dtype, i32});                          // rows past one tile
     cases.push_back({37, 5000, 3, 20, dtype, i64});                          // the same, ragged
-    cases.push_back({1200, 1024, 5, 97, dtype, i32, Routing::kDuplicates});  // ring, radix sort
+    cases.push_back({1200, 1024, 5, 97, dtype, i32, Routing::kDuplicates});  // radix sort
     cases.push_back({1200, 40, 37, 2000, dtype, i64, Routing::kHalfIdle});   // ids past a window
     cases.push_back({50, 1024, 70, 300, dtype, i32});                        // two windows, a tail
     cases.push_back({203, 520, 64, 100, dtype, i64, Routing::kDuplicates});  // ragged last slab
@@ -526,7 +526,7 @@ std::vector<Case> paths() {
     cases.push_back({37, 128, 3, 50, dtype, i32, Routing::kUniform, Activation::kSilu, 1});
     cases.push_back({1200, 128, 5, 50, dtype, i32, Routing::kUniform, Activation::kSilu, 1});
   }
-  cases.push_back({1200, 2048, 5, 97, DType::kBFloat16, i32});  // ring, wide rows
+  cases.push_back({1200, 2048, 5, 97, DType::kBFloat16, i32});  // wide rows
   for (const Activation activation :
        {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu, Activation::kIdentity}) {
     cases.push_back({37, 100, 3, 50, DType::kFloat32, i32, Routing::kUniform, activation});

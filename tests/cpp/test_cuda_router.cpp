@@ -1,131 +1,22 @@
-// CUDA router and gated activation against host oracles: brute force over the whole grid for the
-// router's choice (exact), double precision for weights and gradients.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
+// CUDA router against host oracles: brute force over the whole grid for the choice (exact), double
+// precision for weights and gradients.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "cuda_kernel_testing.h"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// ---- host and device memory ----
-
-struct DTypeInfo {
-  DType dtype;
-  const char* name;
-  size_t bytes;
-  double epsilon;   // relative error of one rounding
-  double smallest;  // absolute error of one rounding near zero
-};
-constexpr DTypeInfo kDTypes[] = {{DType::kFloat32, "fp32", 4, 6e-8, 1e-38},
-                                 {DType::kFloat16, "fp16", 2, 4.9e-4, 3e-8},
-                                 {DType::kBFloat16, "bf16", 2, 3.91e-3, 1e-38}};
-
-float round_to(DType dtype, float value) {
-  if (dtype == DType::kFloat16) return __half2float(__float2half_rn(value));
-  if (dtype == DType::kBFloat16) return __bfloat162float(__float2bfloat16_rn(value));
-  return value;
-}
-
-std::vector<unsigned char> encode(const DTypeInfo& type, const std::vector<float>& values) {
-  std::vector<unsigned char> bytes(values.size() * type.bytes);
-  for (size_t i = 0; i < values.size(); ++i) {
-    unsigned char* to = bytes.data() + i * type.bytes;
-    if (type.dtype == DType::kFloat16) {
-      const __half v = __float2half_rn(values[i]);
-      std::memcpy(to, &v, 2);
-    } else if (type.dtype == DType::kBFloat16) {
-      const __nv_bfloat16 v = __float2bfloat16_rn(values[i]);
-      std::memcpy(to, &v, 2);
-    } else {
-      std::memcpy(to, &values[i], 4);
-    }
-  }
-  return bytes;
-}
-
-std::vector<float> decode(const DTypeInfo& type, const std::vector<unsigned char>& bytes) {
-  std::vector<float> values(bytes.size() / type.bytes);
-  for (size_t i = 0; i < values.size(); ++i) {
-    const unsigned char* from = bytes.data() + i * type.bytes;
-    if (type.dtype == DType::kFloat16) {
-      __half v;
-      std::memcpy(&v, from, 2);
-      values[i] = __half2float(v);
-    } else if (type.dtype == DType::kBFloat16) {
-      __nv_bfloat16 v;
-      std::memcpy(&v, from, 2);
-      values[i] = __bfloat162float(v);
-    } else {
-      std::memcpy(&values[i], from, 4);
-    }
-  }
-  return values;
-}
-
-constexpr unsigned char kPoison = 0xff;
-constexpr size_t kGuard = 256;  // bytes after every buffer that must stay poisoned
-
-// Device bytes, poisoned, `offset` bytes past an aligned address.
-class DeviceBuffer {
- public:
-  explicit DeviceBuffer(size_t size, size_t offset = 0) : size_(size), offset_(offset) {
-    EXPECT_EQ(cudaSuccess, cudaMalloc(&base_, size + offset + kGuard));
-    EXPECT_EQ(cudaSuccess, cudaMemset(base_, kPoison, size + offset + kGuard));
-  }
-  explicit DeviceBuffer(const std::vector<unsigned char>& bytes, size_t offset = 0)
-      : DeviceBuffer(bytes.size(), offset) {
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(data(), bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
-  }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-  ~DeviceBuffer() { cudaFree(base_); }
-
-  void* data() const { return static_cast<unsigned char*>(base_) + offset_; }
-
-  // The bytes; fails the test where the guard was written.
-  std::vector<unsigned char> read() const {
-    std::vector<unsigned char> bytes(size_ + kGuard);
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(bytes.data(), data(), bytes.size(), cudaMemcpyDeviceToHost));
-    for (size_t i = size_; i < bytes.size(); ++i) {
-      EXPECT_EQ(kPoison, bytes[i]) << "written past the end, byte " << i - size_;
-      if (bytes[i] != kPoison) break;
-    }
-    bytes.resize(size_);
-    return bytes;
-  }
-
- private:
-  void* base_ = nullptr;
-  size_t size_;
-  size_t offset_;
-};
-
-class CudaRouter : public testing::Test {
- protected:
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-      GTEST_SKIP() << "needs a CUDA device, and there is none";
-    }
-  }
-};
-using CudaGatedActivation = CudaRouter;
+using CudaRouter = CudaKernelTest;
 
 // ---- cases ----
 
@@ -266,14 +157,6 @@ Oracle route_token(const Case& c, const float* x, const float* y) {
   return oracle;
 }
 
-void expect_close(double got, double want, double tolerance, const std::string& what) {
-  if (std::isnan(want)) {
-    EXPECT_TRUE(std::isnan(got)) << what << ": " << got << " instead of NaN";
-  } else if (got != want) {
-    EXPECT_LE(std::abs(got - want), tolerance) << what << ": " << got << " instead of " << want;
-  }
-}
-
 void check_forward(const Case& c, unsigned seed = 1) {
   const Routed routed = route(c, seed);
   const std::vector<float> weights = decode(c.type, routed.weights);
@@ -357,6 +240,23 @@ TEST_F(CudaRouter, ForwardLongAxes) {
     check_forward({2, 3, 40000, 200, type, RouterScore::kSoftmax, Logits::kTies});
     check_forward({2, 3, 40000, 70, type, RouterScore::kLogit, Logits::kBothInfinities});
     check_forward({2, 1, 70000, 9, type, RouterScore::kLogit, Logits::kNormal});
+  }
+}
+
+// The widest warp path: 128 experts per token from axes that fill more than 8 registers a lane.
+TEST_F(CudaRouter, ForwardMostExpertsOfAWarp) {
+  for (const DTypeInfo& type : kDTypes) {
+    for (const Grid& grid : {Grid{257, 320}, Grid{512, 300}, Grid{1024, 1024}}) {
+      for (const int64_t k : {127, 128, 129}) {
+        for (const Logits logits : kFiniteLogits) {
+          check_forward({3, grid.num_rows, grid.num_cols, k, type, RouterScore::kSoftmax, logits});
+        }
+        for (const Logits logits : kOddLogits) {
+          check_forward({3, grid.num_rows, grid.num_cols, k, type, RouterScore::kLogit, logits});
+        }
+        if (testing::Test::HasFailure()) return;
+      }
+    }
   }
 }
 
@@ -541,6 +441,14 @@ TEST_F(CudaRouter, BackwardLongAxes) {
   }
 }
 
+TEST_F(CudaRouter, BackwardMostExpertsOfAWarp) {
+  for (const DTypeInfo& type : kDTypes) {
+    for (const RouterScore score : kScores) {
+      check_backward({3, 512, 300, 128, type, score, Logits::kNormal});
+    }
+  }
+}
+
 TEST_F(CudaRouter, BackwardEmpty) {
   for (const DTypeInfo& type : kDTypes) {
     for (const RouterScore score : kScores) {
@@ -548,168 +456,6 @@ TEST_F(CudaRouter, BackwardEmpty) {
       check_backward({5, 8, 8, 0, type, score, Logits::kNormal});
     }
   }
-}
-
-// ---- gated activation ----
-
-struct ActivationValue {
-  double value, derivative;
-};
-
-ActivationValue activate(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kSilu: {
-      const double s = 1 / (1 + std::exp(-x));
-      return {x * s, s * (1 + x * (1 - s))};
-    }
-    case Activation::kGelu: {
-      const double cdf = 0.5 * (1 + std::erf(x * std::sqrt(0.5)));
-      return {x * cdf, cdf + x * std::exp(-0.5 * x * x) / std::sqrt(2 * M_PI)};
-    }
-    case Activation::kGeluTanh: {
-      const double a = std::sqrt(2 / M_PI);
-      const double th = std::tanh(a * (x + 0.044715 * x * x * x));
-      return {0.5 * x * (1 + th),
-              0.5 * (1 + th) + 0.5 * x * (1 - th * th) * a * (1 + 3 * 0.044715 * x * x)};
-    }
-    case Activation::kRelu:
-      return {x > 0 ? x : 0, x > 0 ? 1.0 : 0.0};
-    case Activation::kIdentity:
-      return {x, 1};
-  }
-  return {kNan, kNan};
-}
-
-constexpr Activation kActivations[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
-                                       Activation::kRelu, Activation::kIdentity};
-
-// How the operands lie: apart and dense, as halves of one [T, 2I] matrix, or one element off 16
-// bytes.
-enum class Layout { kDense, kHalves, kMisaligned };
-
-struct GatedOperands {
-  std::vector<float> gate, up, grad;  // [T, I]
-  int64_t num_tokens, size;
-  const DTypeInfo& type;
-  Layout layout;
-
-  int64_t stride() const { return layout == Layout::kHalves ? 2 * size : size; }
-  size_t offset() const { return layout == Layout::kMisaligned ? type.bytes : 0; }
-
-  // gate | up as [T, 2I], or gate then up.
-  std::unique_ptr<DeviceBuffer> upload() const {
-    std::vector<float> both(2 * num_tokens * size);
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      for (int64_t i = 0; i < size; ++i) {
-        both[t * stride() + i] = gate[t * size + i];
-        both[up_offset() + t * stride() + i] = up[t * size + i];
-      }
-    }
-    return std::make_unique<DeviceBuffer>(encode(type, both), offset());
-  }
-  int64_t up_offset() const { return layout == Layout::kHalves ? size : num_tokens * size; }
-  void* up_of(void* both) const {
-    return static_cast<unsigned char*>(both) + up_offset() * type.bytes;
-  }
-};
-
-void check_gated(const GatedOperands& op, Activation activation) {
-  const std::string name = std::string(op.type.name) + " T" + std::to_string(op.num_tokens) + " I" +
-                           std::to_string(op.size) + " layout " +
-                           std::to_string(static_cast<int>(op.layout)) + " act " +
-                           std::to_string(static_cast<int>(activation));
-  const int64_t count = op.num_tokens * op.size;
-  const auto input = op.upload();
-  const auto near = [&](float got, double want, double magnitude, const char* what, int64_t i) {
-    expect_close(got, want, op.type.epsilon * std::abs(want) + 2e-6 * magnitude + op.type.smallest,
-                 name + " " + what + " at " + std::to_string(i));
-  };
-
-  // Forward.
-  const DeviceBuffer activated(count * op.type.bytes, op.offset());
-  const GatedActivationForwardParams forward{
-      input->data(), op.up_of(input->data()), activated.data(), op.num_tokens, op.size, op.stride(),
-      op.stride(),   op.type.dtype,           activation};
-  ASSERT_EQ(cudaSuccess, cuda::gated_activation_forward(forward, nullptr)) << name;
-  ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize()) << name;
-  const auto got = decode(op.type, activated.read());
-  for (int64_t i = 0; i < count && !testing::Test::HasFailure(); ++i) {
-    const ActivationValue act = activate(activation, op.gate[i]);
-    near(got[i], act.value * op.up[i], std::abs(op.gate[i] * op.up[i]), "activated", i);
-  }
-
-  // Backward, with the recomputed product written over the gradient it came from.
-  const DeviceBuffer grad(encode(op.type, op.grad), op.offset());
-  const DeviceBuffer grads(2 * count * op.type.bytes, op.offset());
-  const GatedActivationBackwardParams backward{grad.data(),
-                                               input->data(),
-                                               op.up_of(input->data()),
-                                               grads.data(),
-                                               op.up_of(grads.data()),
-                                               grad.data(),
-                                               op.num_tokens,
-                                               op.size,
-                                               op.stride(),
-                                               op.stride(),
-                                               op.stride(),
-                                               op.stride(),
-                                               op.type.dtype,
-                                               activation};
-  ASSERT_EQ(cudaSuccess, cuda::gated_activation_backward(backward, nullptr)) << name;
-  ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize()) << name;
-  const auto both = decode(op.type, grads.read());
-  const auto again = decode(op.type, grad.read());
-  for (int64_t i = 0; i < count && !testing::Test::HasFailure(); ++i) {
-    const int64_t at = i / op.size * op.stride() + i % op.size;
-    const ActivationValue act = activate(activation, op.gate[i]);
-    const double scale = (1 + std::abs(op.gate[i])) * std::abs(op.grad[i]);
-    near(both[at], op.grad[i] * op.up[i] * act.derivative, scale * std::abs(op.up[i]), "grad_gate",
-         i);
-    near(both[op.up_offset() + at], op.grad[i] * act.value, scale, "grad_up", i);
-    EXPECT_EQ(got[i], again[i]) << name << " activated again at " << i;
-  }
-}
-
-TEST_F(CudaGatedActivation, ForwardAndBackward) {
-  for (const DTypeInfo& type : kDTypes) {
-    for (const Activation activation : kActivations) {
-      for (const Layout layout : {Layout::kDense, Layout::kHalves, Layout::kMisaligned}) {
-        for (const int64_t size : {1, 8, 100, 1000}) {
-          for (const int64_t num_tokens : {1, 37}) {
-            const int64_t count = num_tokens * size;
-            const auto make = [&](unsigned seed) {
-              return make_logits(Logits::kNormal, type.dtype, count, false, seed);
-            };
-            check_gated({make(1), make(2), make(3), num_tokens, size, type, layout}, activation);
-            if (testing::Test::HasFailure()) return;
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST_F(CudaGatedActivation, MoreRowsThanTheGrid) {
-  // Strided operands of one element a row: rows beyond 65535 blocks of 256.
-  constexpr int64_t kRows = 65535 * 256 + 3;
-  const DTypeInfo& type = kDTypes[2];
-  const DeviceBuffer both(2 * kRows * type.bytes), out(kRows * type.bytes);
-  ASSERT_EQ(cudaSuccess, cudaMemset(both.data(), 0x3f, 2 * kRows * type.bytes));
-  const GatedActivationForwardParams params{both.data(),
-                                            static_cast<unsigned char*>(both.data()) + type.bytes,
-                                            out.data(),
-                                            kRows,
-                                            1,
-                                            2,
-                                            2,
-                                            type.dtype,
-                                            Activation::kIdentity};
-  ASSERT_EQ(cudaSuccess, cuda::gated_activation_forward(params, nullptr));
-  ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
-  const auto got = decode(type, out.read());
-  const float half = 0.74609375f;  // 0x3f3f
-  EXPECT_TRUE(std::all_of(got.begin(), got.end(),
-                          [&](float v) { return v == round_to(DType::kBFloat16, half * half); }));
 }
 
 }  // namespace

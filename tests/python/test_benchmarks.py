@@ -130,11 +130,11 @@ def test_every_op_has_a_floor(op, pass_name):
 def test_every_case_is_well_formed():
     for device_type in ("cpu", "cuda"):
         cases = cases_for(device_type)
-        keys = [results._key(results.row_of(case, "x", "")) for case in cases]
+        keys = [results._key(results.row_of(case, "x")) for case in cases]
         assert len(set(keys)) == len(keys)
         assert any(case.quick for case in cases)
         for case in cases:
-            assert set(case.impls or ()) <= set(peers.names(case.op))
+            assert set(case.impls or ()) <= set(peers.names())
             assert (case.timing == "wall") == (device_type == "cpu")
             if "rows" in case.shape and "experts" in case.shape:
                 assert case.shape["rows"] * case.shape["cols"] == case.shape["experts"]
@@ -173,6 +173,46 @@ def test_a_run_writes_record_report_and_plots(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "plots").glob("*-sweep.svg"))
 
 
+def test_a_record_is_of_one_source(tmp_path, monkeypatch, capsys):
+    case = small_case("expert")
+    row = results.row_of(case, "omni_moe") | {"us": 1.0}
+    record = results.open_record(CPU, tmp_path)
+    record.add(row)
+    record.save()
+    again = results.open_record(CPU, tmp_path)
+    assert again.rows == [row]
+    again.add(row | {"us": 2.0})
+    again.add(row | {"impl": "eager"})
+    assert [(r["impl"], r["us"]) for r in again.rows] == [("omni_moe", 2.0), ("eager", 1.0)]
+    monkeypatch.setattr(results, "source_hash", lambda: "another")
+    assert results.open_record(CPU, tmp_path).rows == []
+    assert "starts anew" in capsys.readouterr().err
+
+
+def test_outcomes_of_tests_are_no_records(tmp_path):
+    record = results.open_record(CPU, tmp_path)
+    record.save()
+    (tmp_path / f"{record.path.stem}_tests.json").write_text('{"suites": {}}')
+    assert [found.path for found in results.load_all(tmp_path)] == [record.path]
+
+
+def test_a_run_out_of_time_keeps_what_it_has(tmp_path, monkeypatch):
+    cases = [small_case("expert"), small_case("router", table="cpu_router")]
+    monkeypatch.setattr(entry, "cases_for", lambda _: cases)
+    monkeypatch.setattr(upstream, "set_path", lambda _: None)
+    threads = torch.get_num_threads()
+    run = ["--device", "cpu", "--seconds", "0.01", "--no-report", "--results", str(tmp_path)]
+    try:
+        assert entry.main([*run, "--stop-after", "1e-9"]) == 0
+        assert not list(tmp_path.iterdir())
+        monkeypatch.setattr(entry.time, "monotonic", iter(range(100)).__next__)
+        assert entry.main([*run, "--stop-after", "3", "--impl", "omni_moe"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (record,) = results.load_all(tmp_path)
+    assert [row["op"] for row in record.rows] == ["expert"]
+
+
 def test_reports_replace_only_the_text_between_the_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -204,3 +244,29 @@ def test_upstream_is_loaded_beside_this_package(tmp_path, monkeypatch):
         upstream.softmax_router(small_case("router"))
     with pytest.raises(FileNotFoundError, match="--upstream"):
         upstream.set_path(tmp_path / "nothing")
+
+
+def test_published_kernels_are_compiled_before_they_are_tuned():
+    pytest.importorskip("triton")
+    log = []
+
+    class Tuner:
+        """What of Triton's Autotuner matters here."""
+
+        keys, arg_names = ["size"], ["x", "size"]
+
+        def warmup(self, *args, grid, **kwargs):
+            log.append(("warmup", args, kwargs))
+
+        def run(self, *args, grid, warmup, **kwargs):
+            log.append(("run", args, kwargs))
+            return "kernel"
+
+    tuner = Tuner()
+    upstream._tune_faster(tuner)
+    for size in (8, 8, 16):
+        assert tuner.run("x", size, grid=(1,), warmup=False, flag=True) == "kernel"
+    assert [(name, args[1]) for name, args, _ in log] == [
+        ("warmup", 8), ("run", 8), ("run", 8), ("warmup", 16), ("run", 16),
+    ]  # fmt: skip
+    assert all(kwargs == {"flag": True} for _, _, kwargs in log)

@@ -316,3 +316,54 @@ def test_weights_past_2_to_the_31_elements(device):
         assert_close(rows, want.double())
         if got.shape[0] == num_experts:
             assert not got[:-640].any()
+
+
+# Named after the strategies that these shapes are for on a Hopper: every row, every pair and every
+# slab of the tables is in reach.
+@pytest.mark.parametrize(
+    ("hidden_size", "num_experts"),
+    [
+        pytest.param(1024, 2_100_000, id="slabs"),
+        pytest.param(1024, 2_200_000, id="columns"),
+        pytest.param(1001, 2_200_000, id="phased"),
+    ],
+)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("device", [CUDA])
+def test_pairs_and_weights_past_2_to_the_31_elements(device, hidden_size, num_experts, index_dtype):
+    """T K H and E H: some experts and all tokens that chose them, against the oracle."""
+    if _free_bytes(device) < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    num_tokens, k = 33_600, 64
+    assert min(num_tokens * k, num_experts) * hidden_size > 2**31
+    options = {"dtype": torch.bfloat16, "device": device}
+    hidden = torch.randn(num_tokens, hidden_size, **options)
+    up, down = (
+        torch.randn(num_experts, hidden_size, **options).mul_(hidden_size**-0.5) for _ in range(2)
+    )
+    routing = torch.rand(num_tokens, k, **options)
+    grad = torch.randn(num_tokens, hidden_size, **options)
+    indices = torch.randint(num_experts, (num_tokens, k), device=device, dtype=index_dtype)
+    out, grads = run(
+        lambda *args: ops.omni_expert(*args, indices), (hidden, up, down, routing), grad
+    )
+
+    chosen = indices.flatten().long().bincount(minlength=num_experts).bool()
+    used, idle = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+    # The experts with the largest ids, and those of the last and of the first pairs.
+    experts = torch.cat([used[-8:], indices[-1, -4:].long(), indices[0, :4].long()]).unique()
+    tokens = torch.isin(indices, experts).any(dim=1).nonzero().flatten()
+    rows, ids = indices[tokens].long().unique(return_inverse=True)
+    sample = (hidden[tokens], up[rows], down[rows], routing[tokens])
+    want, want_grads = run_in_double(
+        lambda *args: reference.omni_expert(*args, ids.cpu()), sample, grad[tokens]
+    )
+    num_terms = hidden_size + k
+    assert_close(out[tokens], want, "out", num_terms=num_terms)
+    here = torch.searchsorted(rows, experts).cpu()
+    for name, got, want_grad in zip(GRADIENTS, grads, want_grads, strict=True):
+        is_table = got.shape[0] == num_experts
+        got, want_grad = (got[experts], want_grad[here]) if is_table else (got[tokens], want_grad)
+        assert_close(got, want_grad, name, num_terms=num_terms)
+        if is_table:
+            assert not grads[GRADIENTS.index(name)][idle[-8:]].any()

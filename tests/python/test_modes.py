@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from helpers import (
-    CUDA,
     ExpertShape,
     assert_bitwise,
     expert_inputs,
@@ -215,38 +214,3 @@ def test_autocast_brings_both_logits_to_the_wider_dtype(device, op):
         assert scores.dtype == wide
         assert_bitwise(scores, want_scores)
         assert_bitwise(indices, want_indices)
-
-
-@pytest.mark.parametrize("device", [CUDA])
-def test_cuda_graph_replays(device):
-    """Captured once, replayed on new inputs: no host synchronisation, no change of addresses."""
-    for function, inputs, grad in cases(device, torch.bfloat16).values():
-        static = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                torch.autograd.grad(function(*static), static, grad)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = function(*static)
-            grads = torch.autograd.grad(out, static, grad)
-        fresh = [torch.randn_like(tensor) for tensor in inputs]
-        with torch.no_grad():
-            for tensor, value in zip(static, fresh, strict=True):
-                tensor.copy_(value)
-        graph.replay()
-        assert_same_run((out, grads), run(function, fresh, grad))
-
-
-@pytest.mark.parametrize("device", [CUDA])
-def test_any_stream(device):
-    for function, inputs, grad in cases(device).values():
-        want = run(function, inputs, grad)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            got = run(function, inputs, grad)
-        stream.synchronize()
-        assert_same_run(got, want)

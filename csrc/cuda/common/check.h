@@ -6,11 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define OMNI_MOE_HOST_DEVICE __host__ __device__
-#else
-#define OMNI_MOE_HOST_DEVICE
-#endif
+#include "device_info.h"
 
 namespace omni_moe::cuda {
 
@@ -27,15 +23,8 @@ cudaError_t run_steps(Steps&&... steps) {
   return status;
 }
 
-// The properties of the current device that launch plans read. cudaDeviceGetAttribute takes tens of
-// nanoseconds, so nothing is cached and several devices just work.
-struct DeviceInfo {
-  int num_sms = 1;
-  int compute_capability = 80;     // 10 * major + minor
-  int shared_bytes_per_sm = 0;     // what one SM shares among its blocks
-  int shared_bytes_per_block = 0;  // the opt-in limit of one block
-};
-
+// cudaDeviceGetAttribute takes tens of nanoseconds, so nothing is cached and several devices just
+// work.
 inline cudaError_t current_device_info(DeviceInfo* info) {
   int device = 0;
   int major = 0;
@@ -61,16 +50,6 @@ cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
   if (bytes <= kAlwaysAllowed) return cudaSuccess;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
-template <class Int>
-OMNI_MOE_HOST_DEVICE constexpr Int ceil_div(Int a, Int b) {
-  return (a + b - 1) / b;
-}
-
-template <class Int>
-OMNI_MOE_HOST_DEVICE constexpr Int round_up(Int a, Int b) {
-  return ceil_div(a, b) * b;
 }
 
 inline bool is_aligned(const void* pointer, size_t bytes) {

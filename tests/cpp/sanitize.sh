@@ -1,0 +1,43 @@
+#!/bin/sh
+# Runs compute-sanitizer over a small part of the CUDA tests: every kernel, few elements.
+#
+#   tests/cpp/sanitize.sh [build directory] [tool ...]
+#
+# Defaults: build/cmake, and the tools memcheck and racecheck. Needs a GPU and compute-sanitizer (of
+# the CUDA toolkit; COMPUTE_SANITIZER names it where it is not on PATH). Exits with 1 if a program
+# failed, reported an error or took more than SECONDS_EACH (60).
+set -u
+
+build=${1:-build/cmake}
+[ $# -gt 0 ] && shift
+[ $# -gt 0 ] || set -- memcheck racecheck
+sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
+
+# All strategies and copies of the experts; pairs split over blocks; both schedules, long segments.
+expert='*CudaExpert.*OfEveryStrategy/T37_H1024_K3_*'
+expert=$expert:'*CudaExpert.*/T1_H100_K200_*:*CudaExpert.Backward/T199_H128_K16_E500_*'
+expert=$expert:'*CudaExpert.Backward/T50_H1024_K70_*:*CudaExpert.Backward/T1200_H64_K40_*'
+# Tails in every dimension, fewer and more tiles than one.
+linear='*GatedLinear.*/T37_H200_I136_*:*GatedLinear.*/T199_H200_I264_*:*GatedLinear.*/T257_H64_I128_*'
+# Warp and block kernels, all dtypes and special values; shared and global workspaces.
+router='CudaRouter.ForwardGrid5x7:CudaRouter.ForwardManyExpertsPerToken:CudaRouter.ForwardEmpty'
+router=$router:'CudaRouter.BackwardSpecialValues:CudaRouter.BackwardLongAxes'
+activation='CudaGatedActivation.ForwardAndBackward'
+
+status=0
+for tool in "$@"; do
+  for pair in "expert $expert" "gated_linear $linear" "router $router" \
+    "gated_activation $activation"; do
+    name=test_cuda_${pair%% *}
+    start=$(date +%s)
+    if timeout "${SECONDS_EACH:-60}" "$sanitizer" --tool "$tool" --error-exitcode 1 \
+      --print-limit 3 "$build/tests/cpp/$name" --gtest_brief=1 --gtest_filter="${pair#* }"; then
+      result=passed
+    else
+      result=FAILED
+      status=1
+    fi
+    echo "$tool $name: $result in $(($(date +%s) - start)) s"
+  done
+done
+exit $status

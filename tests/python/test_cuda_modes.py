@@ -1,0 +1,246 @@
+"""What CUDA adds: graphs, streams, several devices, dirty memory, no waiting for the device.
+
+Every kernel strategy has a case; results are compared bit for bit with a plain serial run.
+"""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+from helpers import (
+    ExpertShape,
+    assert_bitwise,
+    expert_inputs,
+    mlp_inputs,
+    needs_gpu,
+    random_logits,
+    run,
+)
+
+from omni_moe import OmniMoE, OmniMoEConfig
+
+ops = torch.ops.omni_moe
+BF16 = torch.bfloat16
+pytestmark = needs_gpu
+
+
+def router_case(shape, k, name, device):
+    logits = random_logits(shape, device, BF16)
+    grad = torch.randn(shape[0], k).to(device, BF16)
+    return lambda x, y: getattr(ops, name)(x, y, k)[0], logits, grad
+
+
+def expert_case(shape, index_dtype, device):
+    inputs, indices, grad = expert_inputs(ExpertShape(*shape), device, BF16)
+    indices = indices.to(index_dtype)
+    return lambda *args: ops.omni_expert(*args, indices), inputs, grad
+
+
+def mlp_case(hidden_size, intermediate_size, recompute, device):
+    inputs, grad = mlp_inputs((67,), hidden_size, intermediate_size, device, BF16)
+    return lambda *args: ops.omni_mlp(*args, "silu", recompute), inputs, grad
+
+
+def layer_case(device):
+    config = OmniMoEConfig(
+        hidden_size=64, intermediate_size=96, num_experts=400, num_experts_per_token=9
+    )
+    layer = OmniMoE(config).to(device, BF16).eval()
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+    inputs = [torch.randn(67, 64).to(device, BF16), *(p.detach() for p in layer.parameters())]
+    return function, inputs, torch.randn(67, 64).to(device, BF16)
+
+
+# Named after what is meant to run on a Hopper. Shapes of the experts: T, H, E, K.
+CASES = {
+    "router": partial(router_case, (67, 12, 20), 19, "omni_router"),
+    "softmax_router": partial(router_case, (67, 30, 40), 16, "omni_softmax_router"),
+    "router_large_k": partial(router_case, (37, 64, 48), 700, "omni_softmax_router"),
+    "expert_phased": partial(expert_case, (67, 100, 40, 7), torch.int64),
+    "expert_splits": partial(expert_case, (2, 256, 300, 200), torch.int32),
+    "expert_columns": partial(expert_case, (67, 256, 300, 8), torch.int32),
+    "expert_columns_int64": partial(expert_case, (67, 256, 300, 8), torch.int64),
+    "expert_slabs": partial(expert_case, (1024, 512, 2000, 16), torch.int32),
+    "expert_slabs_int64": partial(expert_case, (1024, 512, 2000, 16), torch.int64),
+    "mlp_cublas": partial(mlp_case, 100, 52, False),
+    "mlp_fused": partial(mlp_case, 256, 512, False),
+    "mlp_fused_recompute": partial(mlp_case, 256, 512, True),
+    "layer": layer_case,
+}
+on_cases = pytest.mark.parametrize("case", CASES)
+
+
+def assert_same_run(got, want):
+    assert_bitwise(got[0], want[0], "out")
+    for i, (grad, want_grad) in enumerate(zip(got[1], want[1], strict=True)):
+        assert_bitwise(grad, want_grad, f"gradient {i}")
+
+
+# ---- graphs --------------------------------------------------------------------------------------
+
+
+def capture(function, leaves, grad):
+    """A graph of forward and backward, and its output and gradients."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # cuBLAS and lazily loaded kernels before the capture
+            torch.autograd.grad(function(*leaves), leaves, grad)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*leaves)
+        grads = torch.autograd.grad(out, leaves, grad)
+    return graph, (out, grads)
+
+
+@on_cases
+def test_graph_replays(case):
+    """Captured once, replayed on new inputs: no host synchronisation, no change of addresses."""
+    function, inputs, grad = CASES[case]("cuda")
+    static = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    graph, results = capture(function, static, grad)
+    for _ in range(2):
+        fresh = [torch.randn_like(tensor) for tensor in inputs]
+        with torch.no_grad():
+            for tensor, value in zip(static, fresh, strict=True):
+                tensor.copy_(value)
+        graph.replay()
+        assert_same_run(results, run(function, fresh, grad))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(67, 256, 300, 8), (1024, 512, 2000, 16)], ids=str)
+def test_graph_replays_on_other_experts(shape, index_dtype):
+    """Nothing of the schedule is decided at capture: from even to a single expert and back."""
+    shape = ExpertShape(*shape)
+    inputs, indices, grad = expert_inputs(shape, "cuda", BF16)
+    static = indices.to(index_dtype)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    graph, results = capture(lambda *args: ops.omni_expert(*args, static), leaves, grad)
+    others = [torch.full_like(static, 17), static.clone(), static.flip(0) // 2 * 2]
+    for ids in others:
+        static.copy_(ids)
+        graph.replay()
+        want = run(lambda *args, ids=ids: ops.omni_expert(*args, ids), inputs, grad)
+        assert_same_run(results, want)
+
+
+# ---- streams and devices -------------------------------------------------------------------------
+
+
+def test_concurrent_streams():
+    """All cases at once, several rounds on four streams, as if one came after the other."""
+    made = {name: make("cuda") for name, make in CASES.items()}
+    want = {name: run(*case) for name, case in made.items()}
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    got = []
+    for turn in range(3):
+        for i, (name, case) in enumerate(made.items()):
+            with torch.cuda.stream(streams[(turn + i) % len(streams)]):
+                got.append((name, run(*case)))
+    torch.cuda.synchronize()
+    for name, results in got:
+        assert_same_run(results, want[name])
+
+
+@on_cases
+def test_tensors_of_another_device(case):
+    """The device of the tensors counts, not the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    if torch.cuda.get_device_name(0) != torch.cuda.get_device_name(1):
+        pytest.skip("GPUs of two kinds may differ in the last bits")
+    want = run(*CASES[case]("cuda:0"))
+    torch.manual_seed(0)
+    assert torch.cuda.current_device() == 0
+    out, grads = run(*CASES[case]("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert all(tensor.device.index == 1 for tensor in (out, *grads))
+    assert_same_run((out.to("cuda:0"), [grad.to("cuda:0") for grad in grads]), want)
+
+
+def test_tensors_of_two_devices_are_refused():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    _, (x, y), _ = CASES["router"]("cuda:0")
+    with pytest.raises(ValueError, match="cuda:1"):
+        ops.omni_router(x, y.to("cuda:1"), 19)
+
+
+# ---- memory and synchronisation ------------------------------------------------------------------
+
+
+def leave_behind(byte):
+    """Fills the blocks that the caching allocator will hand out next."""
+    torch.cuda.empty_cache()
+    sizes = [2**power for power in range(9, 26)]
+    for _ in range(2):  # the second round finds the blocks of the first
+        blocks = [
+            torch.full((size,), byte, dtype=torch.uint8, device="cuda")
+            for size in sizes
+            for _ in range(6)
+        ]
+        del blocks
+
+
+@on_cases
+def test_dirty_memory_does_not_show(case):
+    """Outputs and workspaces that start as NaN (0xff), as zero, or as what a run left there."""
+    function, inputs, grad = CASES[case]("cuda")
+    leave_behind(0xFF)
+    first = run(function, inputs, grad)
+    assert_same_run(run(function, inputs, grad), first)
+    leave_behind(0)
+    assert_same_run(run(function, inputs, grad), first)
+
+
+@contextlib.contextmanager
+def synchronisation_raises():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@on_cases
+def test_no_synchronisation(case):
+    function, inputs, grad = CASES[case]("cuda")
+    want = run(function, inputs, grad)
+    with synchronisation_raises():
+        got = run(function, inputs, grad)
+    assert_same_run(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_no_synchronisation_in_a_training_layer():
+    """Batch statistics, load counters and the optimiser's view of the gradients included."""
+    config = OmniMoEConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_experts=400,
+        num_experts_per_token=9,
+        track_expert_load=True,
+    )
+    layer = OmniMoE(config).to("cuda", BF16)
+    x = torch.randn(2, 33, 64, device="cuda", dtype=BF16)
+    for checked in (contextlib.nullcontext(), synchronisation_raises()):
+        with checked:
+            layer(x).square().mean().backward()
+    assert layer.expert_load().counts.sum() == 2 * 66 * 9
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_synchronisation_is_seen():
+    """What the tests above rely on."""
+    with synchronisation_raises(), pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones(3, device="cuda").sum().item()
