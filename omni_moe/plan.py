@@ -44,10 +44,11 @@ def expert_plan(
     num_experts_per_token: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    backward: bool = False,
     gpu: GpuProperties | None = None,
 ) -> dict[str, str | int]:
     """How `omni_expert` runs on a GPU: a pure function, which needs neither a GPU nor CUDA.
+
+    The token passes of forward and backward run by the same plan.
 
     Args:
         num_tokens: T.
@@ -55,13 +56,11 @@ def expert_plan(
         num_experts: E.
         num_experts_per_token: K.
         dtype: of the operands; fp32, fp16 or bf16.
-        backward: the plan of the backward's token pass instead of the forward's.
         gpu: the device; by default the current CUDA device.
 
     Returns:
-        ``strategy`` (``phased``, ``columns``, ``ring`` or ``slabs``), the numbers that this
-        strategy uses (``threads``, ``num_splits`` and ``pairs_per_split``; ``copy`` and
-        ``chunks_per_lane``; ``slab_bytes``), and ``workspace_bytes`` of the pass. Operands are
+        ``strategy`` (``phased``, ``columns`` or ``slabs``), the numbers that this
+        strategy uses (``threads``, ``num_splits`` and ``pairs_per_split``; ``slab_bytes``), and ``workspace_bytes`` of the pass. Operands are
         taken to start at multiples of 16 bytes, as PyTorch allocates them.
 
     Raises:
@@ -87,7 +86,6 @@ def expert_plan(
     return _C.expert_plan(
         **sizes,
         element_size=dtype.itemsize,
-        backward=backward,
         num_sms=gpu.num_sms,
         compute_capability=10 * major + minor,
         shared_bytes_per_sm=gpu.shared_bytes_per_sm,

@@ -2,7 +2,8 @@
 //
 // Forward, token by token: s = x · up[i], out += act(s) * routing * down[i]; each pair reads its
 // two rows once (2·T·K·H elements), the token's row and its fp32 sum stay in L1. Backward, two
-// passes: token by token (dhidden, drouting, and two coefficients a pair), then expert by expert
+// passes: token by token (dhidden, drouting, and two coefficients a pair, from the scores that the
+// forward saved), then expert by expert
 // over the pairs in schedule order (dup, ddown), each gradient row written exactly once. Every sum
 // runs in one fixed order whatever the number of threads, so results repeat bitwise.
 #include <algorithm>
@@ -69,6 +70,7 @@ void expert_forward_tokens(const ExpertForwardParams& p, int64_t begin, int64_t 
   const auto* routing = static_cast<const T*>(p.routing_weights);
   const auto* indices = static_cast<const Index*>(p.indices);
   auto* out = static_cast<T*>(p.expert_states);
+  auto* scores = static_cast<Acc*>(p.scores);
   const std::unique_ptr<Acc[]> scratch(new Acc[2 * H]);
   Acc* x = scratch.get();
   Acc* sum = x + H;
@@ -83,6 +85,7 @@ void expert_forward_tokens(const ExpertForwardParams& p, int64_t begin, int64_t 
       }
       const int64_t row = indices[pair] * H;
       const Acc score = dot(x, up + row, H);
+      if (scores) scores[pair] = score;
       accumulate(sum, activate(p.activation, score) * load_scalar(routing + pair), down + row, H);
     }
     narrow(sum, out + t * H, H);
@@ -95,20 +98,18 @@ void expert_backward_tokens(const ExpertBackwardParams& p, PairCoefficients<acc_
   using Acc = acc_t<T>;
   const int64_t H = p.hidden_size, K = p.num_experts_per_token;
   const auto* grad = static_cast<const T*>(p.grad_expert_states);
-  const auto* hidden = static_cast<const T*>(p.hidden_states);
   const auto* up = static_cast<const T*>(p.up_weights);
   const auto* down = static_cast<const T*>(p.down_weights);
   const auto* routing = static_cast<const T*>(p.routing_weights);
   const auto* indices = static_cast<const Index*>(p.indices);
+  const auto* scores = static_cast<const Acc*>(p.scores);
   auto* grad_hidden = static_cast<T*>(p.grad_hidden_states);
   auto* grad_routing = static_cast<T*>(p.grad_routing_weights);
-  const std::unique_ptr<Acc[]> scratch(new Acc[3 * H]);
-  Acc* x = scratch.get();
-  Acc* dout = x + H;
+  const std::unique_ptr<Acc[]> scratch(new Acc[2 * H]);
+  Acc* dout = scratch.get();
   Acc* sum = dout + H;
 
   for (int64_t t = begin; t < end; ++t) {
-    widen(hidden + t * H, x, H);
     widen(grad + t * H, dout, H);
     std::fill_n(sum, H, Acc(0));
     for (int64_t pair = t * K; pair < (t + 1) * K; ++pair) {
@@ -117,7 +118,7 @@ void expert_backward_tokens(const ExpertBackwardParams& p, PairCoefficients<acc_
         prefetch_row(down + indices[pair + 1] * H, H);
       }
       const int64_t row = indices[pair] * H;
-      const Acc score = dot(x, up + row, H);
+      const Acc score = scores[pair];
       const Acc grad_value = dot(dout, down + row, H);  // d loss / d (act(s) * routing)
       const Acc activated = activate(p.activation, score);
       const Acc weight = load_scalar(routing + pair);

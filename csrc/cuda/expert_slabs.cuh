@@ -1,20 +1,20 @@
-// Token passes over tables that outgrow L2 while their rows are used several times: the hidden
-// dimension is cut into slabs so narrow that one slab of all rows lives in L2, and blocks run slab
-// by slab, all tokens in each. A table then leaves HBM once per pass, in pieces, and the gathers
-// run at the rate of L2. Three launches:
-//   scores: partial[slab][pair] = vector[t, slab] · table[i, slab]
-//   coefficients: per pair, the sum over slabs in order, activation, routing
-//   sum: out[t, slab] = Σ_k coefficient[pair] table[i, slab]
+// Token pass over tables whose rows are used several times: the hidden dimension is cut into slabs
+// so narrow that one slab of all rows lives in L2, and blocks run slab by slab, all tokens in each.
+// A table then leaves HBM once per pass, in pieces, and the gathers run at the rate of L2. Three
+// launches:
+//   dots: partial[slab][pair] = vector[t, slab] · scored[i, slab]
+//   coefficients: per pair, from the sum over slabs in order
+//   sum: out[t, slab] = Σ_k coefficient[pair] added[i, slab]
 // A warp owns a (token, slab). Beside the rows, 4 bytes per pair and slab are written and read.
 #pragma once
 
-#include "common/activation.cuh"
+#include <algorithm>
+
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/row_columns.cuh"
 #include "expert_launch.cuh"
-#include "expert_pair_grads.cuh"
-#include "omni_moe/expert.h"
+#include "token_pass.cuh"
 
 namespace omni_moe::cuda {
 
@@ -38,19 +38,6 @@ __device__ __forceinline__ SlabTask slab_task(int64_t num_tokens) {
                         threadIdx.x / kWarpSize;
   return {static_cast<int>(slab), min(token, num_tokens - 1), token < num_tokens};
 }
-
-struct SlabScoreArgs {
-  const void* vectors[2];  // [T, H] each
-  const void* tables[2];   // [E, H] each
-  const void* indices;     // [T, K]
-  IndexType index_type;
-  int64_t num_tokens;
-  int64_t num_experts;
-  int num_pairs;  // K
-  int row_bytes;
-  int num_slabs;   // per table; slabs num_slabs … belong to tables[1]
-  float* partial;  // [num_slabs per table in use, T * K]
-};
 
 // Where a lane stands: kLanes lanes cover a slab of one row, a warp-wide load kRows rows.
 template <class T, class Slab>
@@ -94,21 +81,19 @@ __device__ __forceinline__ void for_each_batch(int num_pairs, Body&& body) {
 
 template <class T, class Slab>
 __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
-    expert_slab_scores_kernel(const __grid_constant__ SlabScoreArgs args) {
+    expert_slab_dots_kernel(const __grid_constant__ TokenPassArgs args,
+                            float* partial) {  // [num_slabs, T * K]
   using Lane = SlabLane<T, Slab>;
   const SlabTask task = slab_task<Slab>(args.num_tokens);
-  const bool second = task.slab >= args.num_slabs;
-  const Lane lane(second ? task.slab - args.num_slabs : task.slab, args.row_bytes);
-  const void* vectors = second ? args.vectors[1] : args.vectors[0];
-  const void* rows = second ? args.tables[1] : args.tables[0];
-  const char* table = static_cast<const char*>(rows) + lane.byte;
-  const int num_pairs = args.num_pairs;
+  const Lane lane(task.slab, static_cast<int>(args.hidden_size * sizeof(T)));
+  const char* table = static_cast<const char*>(args.scored) + lane.byte;
+  const int num_pairs = static_cast<int>(args.num_experts_per_token);
   const int64_t first_pair = task.token * num_pairs;
-  float* partial = args.partial + task.slab * (args.num_tokens * num_pairs) + first_pair;
+  partial += task.slab * (args.num_tokens * num_pairs) + first_pair;
 
   IdWindow ids(args.indices, args.index_type, first_pair, num_pairs, args.num_experts, lane.lane);
-  const RowPiece vector_piece = load_piece(static_cast<const char*>(vectors) + lane.byte,
-                                           static_cast<int32_t>(task.token), args.row_bytes);
+  const RowPiece vector_piece = load_piece(static_cast<const char*>(args.vectors) + lane.byte,
+                                           static_cast<int32_t>(task.token), lane.row_bytes);
   for_each_batch<Slab, Lane::kRows>(num_pairs, [&](int first, auto tag) {
     constexpr int kLoads = decltype(tag)::value;
     if (first % kWarpSize == 0) ids.open(first);
@@ -132,68 +117,35 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
   ids.check();
 }
 
-// A pair's score, slabs in order.
-__device__ __forceinline__ float sum_slabs(const float* partial, int64_t pair, int64_t all_pairs,
-                                           int num_slabs) {
-  float sum = 0.0f;
+inline constexpr int kSlabCoefficientThreads = 256;
+
+// A kernel of its own: with the sum over 8 slabs repeated by the warps of each, T16384 E65536 K32
+// took 360 µs instead of 325, and T4096 E4096 K16 gained less than 1.
+template <class Pairs>
+__global__ void __launch_bounds__(kSlabCoefficientThreads)
+    expert_slab_coefficients_kernel(const __grid_constant__ Pairs pairs,
+                                    const float* partial,  // [num_slabs, T * K]
+                                    int num_slabs, int64_t all_pairs, int num_pairs,
+                                    float* coefficients) {  // [T * K]
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kSlabCoefficientThreads + threadIdx.x;
+  if (pair >= all_pairs) return;
+  const auto inputs = pairs.load(pair, /*stores=*/true);
+  wait_for_previous_kernel();  // only the dots are that kernel's
+  float dot = 0.0f;
 #pragma unroll 8
-  for (int slab = 0; slab < num_slabs; ++slab) sum += partial[slab * all_pairs + pair];
-  return sum;
+  for (int slab = 0; slab < num_slabs; ++slab) dot += partial[slab * all_pairs + pair];
+  coefficients[pair] = pairs.finish(inputs, pair, pair / num_pairs, dot, /*stores=*/true);
 }
-
-template <class T>
-__global__ void __launch_bounds__(256)
-    expert_forward_slab_coefficients_kernel(const __grid_constant__ ExpertForwardParams params,
-                                            const float* partial, int num_slabs,
-                                            float* coefficients) {
-  wait_for_previous_kernel();
-  const int64_t all_pairs = params.num_tokens * params.num_experts_per_token;
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (pair >= all_pairs) return;
-  const float score = sum_slabs(partial, pair, all_pairs, num_slabs);
-  const float weight = to_float(static_cast<const T*>(params.routing_weights)[pair]);
-  coefficients[pair] = activate(params.activation, score) * weight;
-}
-
-// The partial sums of the second table follow those of the first.
-template <class T>
-__global__ void __launch_bounds__(256)
-    expert_backward_slab_coefficients_kernel(const __grid_constant__ ExpertBackwardParams params,
-                                             PairOutputs outputs, const float* partial,
-                                             int num_slabs, float* coefficients) {
-  wait_for_previous_kernel();
-  const int64_t all_pairs = params.num_tokens * params.num_experts_per_token;
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (pair >= all_pairs) return;
-  const uint32_t position = outputs.position(pair);
-  const float score = sum_slabs(partial, pair, all_pairs, num_slabs);
-  const float grad = sum_slabs(partial + num_slabs * all_pairs, pair, all_pairs, num_slabs);
-  const float weight = to_float(static_cast<const T*>(params.routing_weights)[pair]);
-  const PairGrads result = pair_grads(params.activation, score, grad, weight);
-  store_pair<T>(params, outputs, pair, position, pair / params.num_experts_per_token, result);
-  coefficients[pair] = result.up_coefficient;
-}
-
-struct SlabSumArgs {
-  const void* table;    // [E, H]
-  const void* indices;  // [T, K], checked before
-  IndexType index_type;
-  const float* coefficients;  // [T * K]
-  void* out;                  // [T, H]
-  int64_t num_tokens;
-  int64_t num_experts;
-  int num_pairs;  // K
-  int row_bytes;
-};
 
 template <class T, class Slab>
 __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
-    expert_slab_sum_kernel(const __grid_constant__ SlabSumArgs args) {
+    expert_slab_sum_kernel(const __grid_constant__ TokenPassArgs args,  // indices checked before
+                           const float* coefficients_of_pairs) {        // [T * K]
   using Lane = SlabLane<T, Slab>;
   const SlabTask task = slab_task<Slab>(args.num_tokens);
-  const Lane lane(task.slab, args.row_bytes);
-  const char* table = static_cast<const char*>(args.table) + lane.byte;
-  const int num_pairs = args.num_pairs;
+  const Lane lane(task.slab, static_cast<int>(args.hidden_size * sizeof(T)));
+  const char* table = static_cast<const char*>(args.added) + lane.byte;
+  const int num_pairs = static_cast<int>(args.num_experts_per_token);
   const int64_t first_pair = task.token * num_pairs;
 
   IdWindow ids(args.indices, args.index_type, first_pair, num_pairs, args.num_experts, lane.lane);
@@ -207,7 +159,8 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
     lane.load_rows(table, ids, window, pieces);
     if (first == 0) wait_for_previous_kernel();  // the rows need no coefficients
     if (window == 0) {
-      coefficients = args.coefficients[first_pair + min(first + lane.lane, num_pairs - 1)];
+      const int64_t pair = first_pair + min(first + lane.lane, num_pairs - 1);
+      coefficients = coefficients_of_pairs[pair];
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -225,123 +178,42 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
     for (int i = 0; i < kVecWidth<T>; ++i) sum[i] += __shfl_xor_sync(kFullWarp, sum[i], offset);
   }
   if (lane.in_row && lane.row_in_load == 0 && task.exists) {
-    char* out = static_cast<char*>(args.out) + task.token * args.row_bytes + lane.byte;
+    char* out = static_cast<char*>(args.out) + task.token * lane.row_bytes + lane.byte;
     store_vec_streaming(out, pack_piece<T>(sum));
   }
 }
 
-// ---- Launchers ----------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------
 
-template <class Slab>
-cudaError_t slab_blocks(int64_t num_tokens, int64_t num_slabs, unsigned* blocks) {
-  const int64_t wanted = ceil_div<int64_t>(num_tokens, Slab::kWarps) * num_slabs;
-  if (wanted > INT32_MAX) return cudaErrorInvalidValue;
-  *blocks = static_cast<unsigned>(wanted);
-  return cudaSuccess;
-}
-
-template <class T, class Slab>
-cudaError_t launch_slab_scores(const SlabScoreArgs& args, int num_tables, cudaStream_t stream) {
-  unsigned blocks = 0;
+// `workspace` holds the partial dots [num_slabs, T * K], then the coefficients [T * K].
+template <class T, class Slab, class Pairs>
+cudaError_t launch_slabs(const TokenPassArgs& args, const Pairs& pairs, float* workspace,
+                         const DeviceInfo& device, cudaStream_t stream) {
+  constexpr unsigned kThreads = Slab::kWarps * kWarpSize;
+  const int64_t row_bytes = args.hidden_size * static_cast<int64_t>(sizeof(T));
+  const int64_t num_slabs = ceil_div<int64_t>(row_bytes, Slab::kBytes);
+  const int64_t num_blocks = ceil_div<int64_t>(args.num_tokens, Slab::kWarps) * num_slabs;
+  const int64_t all_pairs = args.num_tokens * args.num_experts_per_token;
+  const int64_t pair_blocks = ceil_div<int64_t>(all_pairs, kSlabCoefficientThreads);
+  if (std::max(num_blocks, pair_blocks) > INT32_MAX) return cudaErrorInvalidValue;
+  float* coefficients = workspace + num_slabs * all_pairs;
   return run_steps(
-      [&] { return slab_blocks<Slab>(args.num_tokens, num_tables * args.num_slabs, &blocks); },
       [&] {
-        expert_slab_scores_kernel<T, Slab><<<blocks, Slab::kWarps * kWarpSize, 0, stream>>>(args);
+        expert_slab_dots_kernel<T, Slab>
+            <<<static_cast<unsigned>(num_blocks), kThreads, 0, stream>>>(args, workspace);
         return launch_status();
+      },
+      [&] {
+        return launch_early(expert_slab_coefficients_kernel<Pairs>,
+                            static_cast<unsigned>(pair_blocks), kSlabCoefficientThreads, device,
+                            stream, pairs, workspace, static_cast<int>(num_slabs), all_pairs,
+                            static_cast<int>(args.num_experts_per_token), coefficients);
+      },
+      [&] {
+        if (args.out == nullptr) return cudaSuccess;
+        return launch_early(expert_slab_sum_kernel<T, Slab>, static_cast<unsigned>(num_blocks),
+                            kThreads, device, stream, args, coefficients);
       });
-}
-
-template <class T, class Slab>
-cudaError_t launch_slab_sum(const SlabSumArgs& args, int num_slabs, const DeviceInfo& device,
-                            cudaStream_t stream) {
-  unsigned blocks = 0;
-  return run_steps([&] { return slab_blocks<Slab>(args.num_tokens, num_slabs, &blocks); },
-                   [&] {
-                     return launch_early(expert_slab_sum_kernel<T, Slab>, blocks,
-                                         Slab::kWarps * kWarpSize, device, stream, args);
-                   });
-}
-
-// What the passes leave in the workspace.
-struct SlabWorkspace {
-  float* partial;       // [tables * slabs, T * K]
-  float* coefficients;  // [T * K]
-};
-
-template <class T, class Slab>
-cudaError_t launch_forward_slabs(const ExpertForwardParams& params, const SlabWorkspace& workspace,
-                                 const DeviceInfo& device, cudaStream_t stream) {
-  const int num_pairs = static_cast<int>(params.num_experts_per_token);
-  const int row_bytes = static_cast<int>(params.hidden_size * sizeof(T));
-  const int num_slabs = ceil_div(row_bytes, Slab::kBytes);
-  const int64_t all_pairs = params.num_tokens * num_pairs;
-  SlabScoreArgs scores{{params.hidden_states, nullptr},
-                       {params.up_weights, nullptr},
-                       params.indices,
-                       params.index_type,
-                       params.num_tokens,
-                       params.num_experts,
-                       num_pairs,
-                       row_bytes,
-                       num_slabs,
-                       workspace.partial};
-  SlabSumArgs sum{params.down_weights,
-                  params.indices,
-                  params.index_type,
-                  workspace.coefficients,
-                  params.expert_states,
-                  params.num_tokens,
-                  params.num_experts,
-                  num_pairs,
-                  row_bytes};
-  return run_steps([&] { return launch_slab_scores<T, Slab>(scores, 1, stream); },
-                   [&] {
-                     return launch_early(expert_forward_slab_coefficients_kernel<T>,
-                                         static_cast<unsigned>(ceil_div<int64_t>(all_pairs, 256)),
-                                         256, device, stream, params, workspace.partial, num_slabs,
-                                         workspace.coefficients);
-                   },
-                   [&] { return launch_slab_sum<T, Slab>(sum, num_slabs, device, stream); });
-}
-
-template <class T, class Slab>
-cudaError_t launch_backward_slabs(const ExpertBackwardParams& params, const PairOutputs& outputs,
-                                  const SlabWorkspace& workspace, const DeviceInfo& device,
-                                  cudaStream_t stream) {
-  const int num_pairs = static_cast<int>(params.num_experts_per_token);
-  const int row_bytes = static_cast<int>(params.hidden_size * sizeof(T));
-  const int num_slabs = ceil_div(row_bytes, Slab::kBytes);
-  const int64_t all_pairs = params.num_tokens * num_pairs;
-  SlabScoreArgs scores{{params.hidden_states, params.grad_expert_states},
-                       {params.up_weights, params.down_weights},
-                       params.indices,
-                       params.index_type,
-                       params.num_tokens,
-                       params.num_experts,
-                       num_pairs,
-                       row_bytes,
-                       num_slabs,
-                       workspace.partial};
-  SlabSumArgs sum{params.up_weights,
-                  params.indices,
-                  params.index_type,
-                  workspace.coefficients,
-                  params.grad_hidden_states,
-                  params.num_tokens,
-                  params.num_experts,
-                  num_pairs,
-                  row_bytes};
-  return run_steps([&] { return launch_slab_scores<T, Slab>(scores, 2, stream); },
-                   [&] {
-                     return launch_early(expert_backward_slab_coefficients_kernel<T>,
-                                         static_cast<unsigned>(ceil_div<int64_t>(all_pairs, 256)),
-                                         256, device, stream, params, outputs, workspace.partial,
-                                         num_slabs, workspace.coefficients);
-                   },
-                   [&] {
-                     if (params.grad_hidden_states == nullptr) return cudaSuccess;
-                     return launch_slab_sum<T, Slab>(sum, num_slabs, device, stream);
-                   });
 }
 
 }  // namespace omni_moe::cuda

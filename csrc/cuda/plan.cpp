@@ -8,8 +8,6 @@
 namespace omni_moe::cuda {
 namespace {
 
-constexpr int64_t kLoadBytes = 16;
-constexpr int64_t kWarpLoadBytes = 32 * kLoadBytes;
 constexpr int64_t kMaxColumnsRowBytes = 4096;
 
 int64_t row_bytes_of(const TokenPassShape& shape) {
@@ -28,11 +26,6 @@ int64_t phased_splits(const TokenPassShape& shape, const DeviceInfo& device) {
   return std::max({int64_t{1}, needed, std::min(wanted, useful)});
 }
 
-// Both tables together: a pass that does not cut slabs reads them side by side.
-bool tables_fit_l2(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
-  return 2 * shape.num_experts * row_bytes_of(shape) <= device.l2_bytes;
-}
-
 // Medians in µs on an H200, bf16, H 1024, uniform ids; forward: columns / slabs of 256 bytes.
 TokenPassStrategy choose_strategy(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
   if (!supports(TokenPassStrategy::kColumns, shape)) return TokenPassStrategy::kPhased;
@@ -42,18 +35,14 @@ TokenPassStrategy choose_strategy(const TokenPassShape& shape, const ExpertDevic
     return phased_splits(shape, device) > 1 ? TokenPassStrategy::kPhased
                                             : TokenPassStrategy::kColumns;
   }
-  // Slabs read the tables twice as often from L2, once from HBM: T16384 E65536 K32 510 / 325,
-  // T4096 E65536 K16 74.9 / 63.7, and without reuse T4096 E1048576 K64 269 / 273. A row used once
-  // on average gains already: uniform ids that repeat find L2 cold otherwise. In tables that fit L2
-  // the forward gains too (T4096 E4096 K16 51.4 / 43.9, T1024 K32 28.2 / 25.8), the backward, which
-  // fetches the up rows a second time, does not (T1024 K32, all gradients 76.2 / 82.6).
+  // Slabs leave HBM once: T16384 E65536 K32 510 / 325, T4096 E65536 K16 74.9 / 63.7, and without
+  // reuse T4096 E1048576 K64 269 / 273. A row used once on average gains already: uniform ids that
+  // repeat find L2 cold otherwise. Tables that fit L2 gain too: T4096 E4096 K16 51.4 / 43.9.
   const bool rows_recur = shape.num_tokens * shape.num_experts_per_token >= shape.num_experts;
   const bool slabs_follow =
       shape.num_tokens >= int64_t{SlabPlanTuning::kMinTokensPerSm} * device.num_sms &&
       row_bytes_of(shape) >= int64_t{SlabPlanTuning::kMinSlabs} * SlabTuning<256>::kBytes;
-  const bool pays = shape.num_scored_tables == 1 || !tables_fit_l2(shape, device);
-  return rows_recur && slabs_follow && pays ? TokenPassStrategy::kSlabs
-                                            : TokenPassStrategy::kColumns;
+  return rows_recur && slabs_follow ? TokenPassStrategy::kSlabs : TokenPassStrategy::kColumns;
 }
 
 }  // namespace
@@ -66,8 +55,6 @@ bool supports(TokenPassStrategy strategy, const TokenPassShape& shape) {
   switch (strategy) {
     case TokenPassStrategy::kColumns:
       return has_rows && row_bytes <= kMaxColumnsRowBytes;
-    case TokenPassStrategy::kRing:
-      return has_rows && row_bytes <= 8 * kWarpLoadBytes;
     case TokenPassStrategy::kSlabs:
       return has_rows && row_bytes <= INT32_MAX;
     default:
@@ -79,7 +66,6 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
                               TokenPassStrategy strategy) {
   TokenPassPlan plan{};
   plan.strategy = strategy;
-  const int64_t row_bytes = row_bytes_of(shape);
   const int64_t splits = phased_splits(shape, device);
   plan.pairs_per_split =
       std::max<int64_t>(1, ceil_div<int64_t>(shape.num_experts_per_token, splits));
@@ -90,8 +76,6 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
                          int64_t{PhasedTuning::kDecodeTokensPerSm} * device.num_sms
                      ? PhasedTuning::kDecodeThreads
                      : PhasedTuning::kThreads;
-  plan.copy = device.compute_capability >= 90 ? RowCopy::kBulk : RowCopy::kAsync;
-  plan.chunks_per_lane = row_bytes <= 4 * kWarpLoadBytes ? 4 : 8;
   const double wide_slab_bytes = 512.0 * static_cast<double>(shape.num_experts);
   plan.slab_bytes = wide_slab_bytes <= SlabPlanTuning::kL2Share * device.l2_bytes ? 512 : 256;
   return plan;
@@ -107,15 +91,11 @@ const char* name(TokenPassStrategy strategy) {
       return "phased";
     case TokenPassStrategy::kColumns:
       return "columns";
-    case TokenPassStrategy::kRing:
-      return "ring";
     case TokenPassStrategy::kSlabs:
       return "slabs";
   }
   return "unknown";
 }
-
-const char* name(RowCopy copy) { return copy == RowCopy::kBulk ? "cp.async.bulk" : "cp.async"; }
 
 size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassPlan& plan) {
   if (plan.strategy == TokenPassStrategy::kPhased && plan.num_splits > 1) {
@@ -123,8 +103,7 @@ size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassP
   }
   if (plan.strategy == TokenPassStrategy::kSlabs) {
     const int64_t num_slabs = ceil_div<int64_t>(row_bytes_of(shape), plan.slab_bytes);
-    return static_cast<size_t>(shape.num_tokens) * shape.num_experts_per_token *
-           (shape.num_scored_tables * num_slabs + 1);
+    return static_cast<size_t>(shape.num_tokens) * shape.num_experts_per_token * (num_slabs + 1);
   }
   return 0;
 }

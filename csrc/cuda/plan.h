@@ -1,5 +1,6 @@
-// Which kernel an expert pass runs, as a pure function of shape and device. Host code that needs no
-// CUDA toolkit: a CPU-only build can be asked too.
+// Which kernel an expert pass runs, as a pure function of shape and device; forward and backward
+// are the same pass (token_pass.cuh). Host code that needs no CUDA toolkit: a CPU-only build can be
+// asked too.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +13,7 @@ namespace omni_moe::cuda {
 enum class TokenPassStrategy : int8_t {
   kPhased,   // a block per token (or part of one): scores by warp, then sums by column
   kColumns,  // a block per token, 16 bytes of the row per thread
-  kRing,     // a warp per token; row pairs stream through a ring in shared memory
-  kSlabs,    // a slab of columns of all tokens after the other: tables past L2
-};
-
-// How the ring's rows reach shared memory.
-enum class RowCopy : int8_t {
-  kAsync,  // cp.async, 16 bytes per lane (sm_80)
-  kBulk,   // cp.async.bulk, a row per instruction (sm_90)
+  kSlabs,    // a slab of columns of all tokens after the other: rows that are used again
 };
 
 struct ExpertDeviceInfo : DeviceInfo {
@@ -32,14 +26,11 @@ struct TokenPassShape {
   int64_t num_experts;
   int64_t num_experts_per_token;
   size_t element_size;
-  bool is_aligned;        // every row of every operand starts at a multiple of 16 bytes
-  int num_scored_tables;  // 1 in the forward (up), 2 in the backward (up and down)
+  bool is_aligned;  // every row of every operand starts at a multiple of 16 bytes
 };
 
 struct TokenPassPlan {
   TokenPassStrategy strategy;
-  RowCopy copy;             // kRing
-  int chunks_per_lane;      // kRing: 16-byte loads per row and lane
   int slab_bytes;           // kSlabs: 256 or 512
   int threads;              // kPhased: per block
   int num_splits;           // kPhased: blocks per token; above 1 a second stage adds their sums
@@ -55,10 +46,9 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
 bool supports(TokenPassStrategy strategy, const TokenPassShape& shape);
 
 const char* name(TokenPassStrategy strategy);
-const char* name(RowCopy copy);
 
 // fp32 words that a pass of this plan keeps in the workspace: the partial sums [T, num_splits, H]
-// of kPhased, or the partial scores [num_tables * slabs, T * K] and coefficients [T * K] of kSlabs.
+// of kPhased, or the partial dots [slabs, T * K] and coefficients [T * K] of kSlabs.
 size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassPlan& plan);
 
 }  // namespace omni_moe::cuda

@@ -71,7 +71,6 @@ struct TokenGroup {
 struct SoftmaxOfAxis {
   float max;
   float sum;
-  __device__ float log_sum_exp() const { return max + logf(sum); }
 };
 
 // body(i, logits[i]) for this thread's share of the axis, 16 bytes a load where the axis is
@@ -165,6 +164,8 @@ struct ChosenPairs {
   int num_rows;
   int num_cols;
   int k;
+  float max_x = 0.0f;  // of the logits
+  float max_y = 0.0f;
 
   struct Pair {
     int row;
@@ -177,19 +178,20 @@ struct ChosenPairs {
     const int row = static_cast<int>(static_cast<unsigned>(id) / static_cast<unsigned>(num_cols));
     return {row, id - row * num_cols, to_float(grad_weights[i])};
   }
-  __device__ float sum_of(const Pair& pair) const {
-    return to_float(logits_x[pair.row]) + to_float(logits_y[pair.col]);
+  // Less the largest sum, axis by axis: a sum of large logits has lost digits.
+  __device__ float relative_sum(const Pair& pair) const {
+    return (to_float(logits_x[pair.row]) - max_x) + (to_float(logits_y[pair.col]) - max_y);
   }
 };
 
 // What turns the gradient of a weight into that of its pair's sum.
 struct GradOfSum {
-  float shift;  // w = exp(sum - shift) * scale
+  float shift;  // w = exp(relative_sum - shift) * scale
   float scale;
   float mean_grad;  // kSoftmaxTopK: Σ grad w
 
-  __device__ float operator()(float grad, float sum) const {
-    return expf(sum - shift) * scale * (grad - mean_grad);
+  __device__ float operator()(float grad, float relative_sum) const {
+    return expf(relative_sum - shift) * scale * (grad - mean_grad);
   }
 };
 
@@ -198,14 +200,14 @@ __device__ __forceinline__ GradOfSum group_softmax_top_k(const TokenGroup<kWarps
                                                          const ChosenPairs<T>& pairs) {
   float max = -INFINITY;
   for (int i = group.thread(); i < pairs.k; i += group.kSize) {
-    max = fmaxf(max, pairs.sum_of(pairs.at(i)));
+    max = fmaxf(max, pairs.relative_sum(pairs.at(i)));
   }
   max = group.max(max, 0);
   float total = 0.0f;
   float total_grad = 0.0f;
   for (int i = group.thread(); i < pairs.k; i += group.kSize) {
     const auto pair = pairs.at(i);
-    const float weight = expf(pairs.sum_of(pair) - max);
+    const float weight = expf(pairs.relative_sum(pair) - max);
     total += weight;
     total_grad += weight * pair.grad;
   }
@@ -225,7 +227,7 @@ __device__ __forceinline__ void route_backward(const RouterBackwardParams& param
   const int k = static_cast<int>(params.num_experts_per_token);
   const int thread = group.thread();
   const bool is_logit = params.score == RouterScore::kLogit;
-  const ChosenPairs<T> pairs{
+  ChosenPairs<T> pairs{
       static_cast<const T*>(params.grad_weights) + t * k,
       params.indices + t * k,
       is_logit ? nullptr : static_cast<const T*>(params.logits_x) + t * num_rows,
@@ -250,11 +252,13 @@ __device__ __forceinline__ void route_backward(const RouterBackwardParams& param
       for (int i = thread; i < num_cols; i += group.kSize) grad_y[i] = nan;
       return;
     }
+    pairs.max_x = softmax_x.max;
+    pairs.max_y = softmax_y.max;
     group.sync();
     if (params.score == RouterScore::kSoftmaxTopK) {
       grad_of_sum = group_softmax_top_k(group, pairs);
     } else {
-      grad_of_sum.shift = softmax_x.log_sum_exp() + softmax_y.log_sum_exp();
+      grad_of_sum.shift = logf(softmax_x.sum) + logf(softmax_y.sum);
     }
   }
   group.sync();
@@ -271,7 +275,7 @@ __device__ __forceinline__ void route_backward(const RouterBackwardParams& param
     float grad = 0.0f;
     if (i < end) {
       pair = pairs.at(i);
-      grad = is_logit ? pair.grad : grad_of_sum(pair.grad, pairs.sum_of(pair));
+      grad = is_logit ? pair.grad : grad_of_sum(pair.grad, pairs.relative_sum(pair));
     }
     grad_total += grad;
     warp_add_in_order(warp_sums, pair.row, grad);

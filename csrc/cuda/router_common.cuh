@@ -1,5 +1,5 @@
-// What the router kernels share: order-preserving integer keys, the warp sort, and the map from a
-// chosen sum to the weight that is written.
+// What the router kernels share: order-preserving integer keys, the warp sort, and the weights of
+// chosen pairs.
 //
 // A pair is an entry: its sum's key in the upper 32 bits, the complement of its id in the lower, so
 // that one unsigned comparison means "larger sum, then smaller id". Axis elements are packed the
@@ -190,17 +190,22 @@ __device__ __forceinline__ bool log_softmax_is_nan(float max_x, float max_y) {
 // along a sorted axis. `max` is the greatest logit of an axis (NaN greatest).
 __device__ __forceinline__ bool may_exceed_finite(float max) { return !(max < INFINITY); }
 
-// The weight written for a chosen sum.
-struct WeightOfSum {
-  RouterScore score;
-  float shift_x;  // kSoftmax: log-sum-exp of x; kSoftmaxTopK: the largest sum
-  float shift_y;  // kSoftmax: log-sum-exp of y
-  float total;    // kSoftmaxTopK: Σ exp(sum - shift_x) over the K chosen
+// The softmax weights of chosen pairs, from their ids: a chosen sum less the largest, axis by axis.
+// The difference of two large sums has lost digits that log_softmax keeps.
+template <class T>
+struct SoftmaxWeights {
+  const T* logits_x;  // [num_rows]
+  const T* logits_y;  // [num_cols]
+  uint32_t num_cols;
+  float max_x;
+  float max_y;
+  float log_total;  // log Σ exp(logit - max), summed over the axes
 
-  __device__ __forceinline__ float operator()(float sum) const {
-    if (score == RouterScore::kLogit) return sum;
-    if (score == RouterScore::kSoftmax) return expf(sum - shift_x - shift_y);
-    return expf(sum - shift_x) / total;
+  __device__ __forceinline__ float operator()(uint32_t id) const {
+    const uint32_t row = id / num_cols;
+    const float x = to_float(logits_x[row]) - max_x;
+    const float y = to_float(logits_y[id - row * num_cols]) - max_y;
+    return expf(x + y - log_total);
   }
 };
 

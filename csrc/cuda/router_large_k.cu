@@ -295,8 +295,10 @@ struct BlockRouter {
     }
   }
 
-  // 4. indices[filled … k) = the pairs of key `key` with the smallest ids.
-  __device__ void write_ties(uint32_t key, int filled, T weight, T* weights, int32_t* indices) {
+  // 4. indices[filled … k) = the pairs of key `key` with the smallest ids; weights[filled … k) = their
+  // sum.
+  __device__ void write_ties(uint32_t key, int filled, T* weights, int32_t* indices) {
+    const T sum = from_float<T>(value_of_key(key));
     const int lane = threadIdx.x % kWarpSize;
     for (int tile = 0; filled < k && tile < num_rows; tile += kThreads) {
       const int row = tile + threadIdx.x;
@@ -317,7 +319,7 @@ struct BlockRouter {
           const unsigned mask = __ballot_sync(kFullWarp, tied);
           const int target = slot + __popc(mask & ((1u << lane) - 1));
           if (tied && target < end) {
-            weights[target] = weight;
+            weights[target] = sum;
             indices[target] = (tile + i) * num_cols + col;
           }
           slot += __popc(mask);
@@ -328,10 +330,29 @@ struct BlockRouter {
     }
   }
 
-  __device__ float log_sum_exp(const float* values, int n, float* sums) {
+  // log Σ exp(values - values[0])
+  __device__ float log_sum_exp_below(const float* values, int n, float* sums) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < n; i += kThreads) sum += __expf(values[i] - values[0]);
-    return values[0] + logf(block_sum<kWarps>(sum, sums));
+    return logf(block_sum<kWarps>(sum, sums));
+  }
+
+  // 5. The softmax weights of indices[0 … k).
+  __device__ void write_softmax_weights(RouterScore score, T* weights, const int32_t* indices) {
+    SoftmaxWeights<T> weight_of{logits_x,  logits_y,  static_cast<uint32_t>(num_cols),
+                                grid.x[0], grid.y[0], 0.0f};
+    float scale = 1.0f;
+    if (score == RouterScore::kSoftmax) {
+      weight_of.log_total = log_sum_exp_below(grid.x, num_rows, scratch.sums[0]) +
+                            log_sum_exp_below(grid.y, num_cols, scratch.sums[1]);
+    } else {
+      float sum = 0.0f;
+      for (int i = threadIdx.x; i < k; i += kThreads) sum += weight_of(indices[i]);
+      scale = block_sum<kWarps>(sum, scratch.sums[0]);
+    }
+    for (int i = threadIdx.x; i < k; i += kThreads) {
+      weights[i] = from_float<T>(weight_of(indices[i]) / scale);
+    }
   }
 
   __device__ void route(RouterScore score, T* weights, int32_t* indices) {
@@ -351,28 +372,15 @@ struct BlockRouter {
     const uint64_t* sorted = block_merge_chunks(entries, entries_other, num_listed);
     const int num_sorted = min(num_listed, k);
 
-    WeightOfSum weight_of{score, 0.0f, 0.0f, 1.0f};
-    const float tied_sum = value_of_key(threshold);
-    if (score == RouterScore::kSoftmax) {
-      weight_of.shift_x = log_sum_exp(grid.x, num_rows, scratch.sums[0]);
-      weight_of.shift_y = log_sum_exp(grid.y, num_cols, scratch.sums[1]);
-    } else if (score == RouterScore::kSoftmaxTopK) {
-      weight_of.shift_x = num_sorted > 0 ? value_of_key(key_of_entry(sorted[0])) : tied_sum;
-      float sum = 0.0f;
-      for (int i = threadIdx.x; i < num_sorted; i += kThreads) {
-        sum += expf(value_of_key(key_of_entry(sorted[i])) - weight_of.shift_x);
-      }
-      weight_of.total = block_sum<kWarps>(sum, scratch.sums[0]);
-      if (tied) weight_of.total += (k - num_sorted) * expf(tied_sum - weight_of.shift_x);
-    }
     for (int i = threadIdx.x; i < num_sorted; i += kThreads) {
       const uint64_t entry = sorted[i];
-      weights[i] = from_float<T>(weight_of(value_of_key(key_of_entry(entry))));
+      weights[i] = from_float<T>(value_of_key(key_of_entry(entry)));
       indices[i] = static_cast<int32_t>(id_of_entry(entry));
     }
-    if (tied) {
-      write_ties(threshold, num_sorted, from_float<T>(weight_of(tied_sum)), weights, indices);
-    }
+    if (tied) write_ties(threshold, num_sorted, weights, indices);
+    if (score == RouterScore::kLogit) return;
+    __syncthreads();  // every thread's ids are there
+    write_softmax_weights(score, weights, indices);
   }
 };
 

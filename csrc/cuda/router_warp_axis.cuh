@@ -147,13 +147,14 @@ struct AxisKeys {
     return __reduce_min_sync(kFullWarp, least) + 1;
   }
 
-  __device__ float warp_log_sum_exp(float max) const {
+  // log Σ exp(logit - max)
+  __device__ float warp_log_sum_exp_below(float max) const {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       sum += __expf((keys[i] != 0 ? value(keys[i]) : -INFINITY) - max);
     }
-    return max + logf(warp_sum(sum));
+    return logf(warp_sum(sum));
   }
 };
 

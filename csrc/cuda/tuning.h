@@ -19,67 +19,23 @@ struct PhasedTuning {
   static constexpr int kSplitBlocksPerSm = 1;  // a token is split while there are SMs to spare
 };
 
-// The backward reads two vectors per pair (hidden, grad) in phase one.
-struct BackwardPhasedTuning {
-  static constexpr int kThreads = 128;
-  static constexpr int kBlocksPerSm = 4;  // 128 registers per thread
-  static constexpr int kScoreRows = 2;
-  static constexpr int kColumnRows = 8;
-};
-
-// Token pass with a warp per token, whose rows stream through a ring in shared memory.
-struct RingTuning {
-  static constexpr int kWarpsPerBlock = 4;
-  static constexpr int kMinTokensPerSm = 4;  // fewer leave too few warps in flight
-  static constexpr int kMinPairs = 4;        // shorter tokens never fill the ring
-};
-
-// What the ring spends for rows of up to kChunks 16-byte loads per lane: about 200 KB per SM.
-template <int kChunks>
-struct RingShape;
-template <>
-struct RingShape<4> {  // rows up to 2 KB
-  static constexpr int kStages = 3;
-  static constexpr int kBlocksPerSm = 4;  // 128 registers per thread
-};
-template <>
-struct RingShape<8> {  // rows up to 4 KB
-  static constexpr int kStages = 3;
-  static constexpr int kBlocksPerSm = 2;
-};
-
 // Token pass with a block per token and 16 bytes of the row per thread. kPairs pairs of rows are in
 // flight per block, in 8 registers per thread and pair.
 template <int kMaxRowBytes>
-struct ForwardColumnsTuning;
+struct ColumnsTuning;
 template <>
-struct ForwardColumnsTuning<2048> {
+struct ColumnsTuning<2048> {
   static constexpr int kThreads = 128;
   static constexpr int kPairs = 16;
   static constexpr int kBlocksPerSm = 3;  // 168 registers per thread
 };
 template <>
-struct ForwardColumnsTuning<4096> {
+struct ColumnsTuning<4096> {
   static constexpr int kThreads = 256;
   static constexpr int kPairs = 8;
   static constexpr int kBlocksPerSm = 2;  // 128 registers per thread
 };
-template <int kMaxRowBytes>
-struct BackwardColumnsTuning;
-template <>
-struct BackwardColumnsTuning<2048> {
-  static constexpr int kThreads = 128;
-  static constexpr int kPairs = 8;
-  static constexpr int kBlocksPerSm = 4;  // 128 registers per thread
-};
-template <>
-struct BackwardColumnsTuning<4096> {
-  static constexpr int kThreads = 256;
-  static constexpr int kPairs = 8;
-  static constexpr int kBlocksPerSm = 2;
-};
-
-// Token pass slab by slab, for tables past L2 whose rows are used again. A warp-wide load covers
+// Token pass slab by slab, for rows that are used again. A warp-wide load covers
 // 512 bytes, of one row or of two.
 template <int kSlabBytes>
 struct SlabTuning;
@@ -100,7 +56,6 @@ struct SlabTuning<512> {
 struct SlabPlanTuning {
   static constexpr int kMinTokensPerSm = 6;  // fewer, and all slabs are in work at once
   static constexpr int kMinSlabs = 2;
-  static constexpr int kMinBackwardReuse = 4;  // pairs per expert
   // A 512-byte slab of all rows must fit this share of L2, or slabs are 256 bytes wide.
   static constexpr double kL2Share = 0.4;
 };

@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "omni_moe/expert.h"
+#include "plan.h"
 #include "schedule.h"
 
 namespace omni_moe::cuda {
@@ -26,7 +27,7 @@ inline size_t weight_grad_partial_count(const ExpertSchedule& schedule, int64_t 
 
 // Writes every row of grad_up_weights and grad_down_weights (where not null).
 cudaError_t weight_grad(const ExpertBackwardParams& params, const ExpertSchedule& schedule,
-                        const PairRecord* records, float* partial, const DeviceInfo& device,
+                        const PairRecord* records, float* partial, const ExpertDeviceInfo& device,
                         cudaStream_t stream);
 
 }  // namespace omni_moe::cuda

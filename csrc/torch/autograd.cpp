@@ -5,6 +5,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <functional>
+
 #include "ops.h"
 
 namespace omni_moe::torch_api {
@@ -17,6 +20,12 @@ using torch::autograd::variable_list;
 
 // A gradient that was not asked for came back empty: hand autograd an undefined tensor instead.
 Tensor if_wanted(bool wanted, const Tensor& grad) { return wanted ? grad : Tensor(); }
+
+bool any_needs_grad(std::initializer_list<std::reference_wrapper<const Tensor>> inputs) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(inputs.begin(), inputs.end(),
+                     [](const Tensor& input) { return input.requires_grad(); });
+}
 
 class RouterFunction : public Function<RouterFunction> {
  public:
@@ -68,10 +77,12 @@ class ExpertFunction : public Function<ExpertFunction> {
                         const Tensor& down_weights, const Tensor& routing_weights,
                         const Tensor& indices, std::string_view activation) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({hidden_states, up_weights, down_weights, routing_weights, indices});
+    auto [expert_states, scores] = omni_expert_save_scores(hidden_states, up_weights, down_weights,
+                                                           routing_weights, indices, activation);
+    ctx->save_for_backward(
+        {hidden_states, up_weights, down_weights, routing_weights, indices, scores});
     ctx->saved_data["activation"] = std::string(activation);
-    return omni_expert(hidden_states, up_weights, down_weights, routing_weights, indices,
-                       activation);
+    return expert_states;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -80,7 +91,7 @@ class ExpertFunction : public Function<ExpertFunction> {
                                       ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
     auto [grad_hidden, grad_up, grad_down, grad_routing] =
         omni_expert_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                             ctx->saved_data["activation"].toStringRef(), mask);
+                             ctx->saved_data["activation"].toStringRef(), mask, saved[5]);
     return {if_wanted(mask[0], grad_hidden),
             if_wanted(mask[1], grad_up),
             if_wanted(mask[2], grad_down),
@@ -143,6 +154,12 @@ std::tuple<Tensor, Tensor> omni_softmax_router_autograd(const Tensor& router_log
 Tensor omni_expert_autograd(const Tensor& hidden_states, const Tensor& up_weights,
                             const Tensor& down_weights, const Tensor& routing_weights,
                             const Tensor& indices, std::string_view activation) {
+  // Without a gradient to come, the scores need not be kept.
+  if (!any_needs_grad({hidden_states, up_weights, down_weights, routing_weights})) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return omni_expert(hidden_states, up_weights, down_weights, routing_weights, indices,
+                       activation);
+  }
   return ExpertFunction::apply(hidden_states, up_weights, down_weights, routing_weights, indices,
                                activation);
 }
@@ -150,10 +167,7 @@ Tensor omni_expert_autograd(const Tensor& hidden_states, const Tensor& up_weight
 Tensor omni_mlp_autograd(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
                          const Tensor& down_weight, std::string_view activation, bool recompute) {
   // Without a gradient to come, the two products need not be kept.
-  const bool needs_grad =
-      at::GradMode::is_enabled() && (x.requires_grad() || gate_weight.requires_grad() ||
-                                     up_weight.requires_grad() || down_weight.requires_grad());
-  if (!needs_grad) {
+  if (!any_needs_grad({x, gate_weight, up_weight, down_weight})) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute);
   }
@@ -167,8 +181,9 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
   m.impl("omni_softmax_router", omni_softmax_router_autograd);
   m.impl("omni_expert", omni_expert_autograd);
   m.impl("omni_mlp", omni_mlp_autograd);
-  for (const char* op : {"omni_router_backward", "omni_softmax_router_backward",
-                         "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward"}) {
+  for (const char* op :
+       {"omni_router_backward", "omni_softmax_router_backward", "omni_expert_save_scores",
+        "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -108,13 +108,26 @@ void check_expert(const char* op, const at::Tensor& hidden_states, const at::Ten
 void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& hidden_states, const at::Tensor& up_weights,
                            const at::Tensor& down_weights, const at::Tensor& routing_weights,
-                           const at::Tensor& indices) {
+                           const at::Tensor& indices, const std::optional<at::Tensor>& scores) {
   check_expert(op, hidden_states, up_weights, down_weights, routing_weights, indices);
   const Argument grad{op, "grad_expert_states", grad_expert_states};
   check_rank(grad, 2);
   check_like(grad, {op, "hidden_states", hidden_states});
   check_size(grad, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
   check_size(grad, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
+  if (!scores) return;
+  const Argument saved{op, "scores", *scores};
+  check_rank(saved, 2);
+  check_like(saved, {op, "hidden_states", hidden_states}, /*same_dtype=*/false);
+  const auto dtype = accumulation_dtype(hidden_states.scalar_type());
+  TORCH_CHECK_VALUE(scores->scalar_type() == dtype, op, ": expected scores to be ", dtype,
+                    ", but got ", scores->scalar_type());
+  check_size(saved, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
+  check_size(saved, 1, indices.sym_size(1), "experts per token of indices");
+}
+
+at::ScalarType accumulation_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weight,

@@ -10,37 +10,65 @@ namespace omni_moe::torch_api {
 
 namespace {
 
-Tensor omni_expert_kernel(const Tensor& hidden_states, const Tensor& up_weights,
-                          const Tensor& down_weights, const Tensor& routing_weights,
-                          const Tensor& indices, std::string_view activation) {
-  constexpr auto kOp = "omni_expert";
-  const Activation act = parse_activation(kOp, activation);
-  check_expert(kOp, hidden_states, up_weights, down_weights, routing_weights, indices);
-  check_indices(kOp, indices, up_weights.size(0));
+constexpr auto kForwardOp = "omni_expert";
+
+// Scores are undefined where not wanted.
+std::tuple<Tensor, Tensor> expert_forward(const Tensor& hidden_states, const Tensor& up_weights,
+                                          const Tensor& down_weights, const Tensor& routing_weights,
+                                          const Tensor& indices, std::string_view activation,
+                                          bool want_scores) {
+  const Activation act = parse_activation(kForwardOp, activation);
+  check_expert(kForwardOp, hidden_states, up_weights, down_weights, routing_weights, indices);
+  check_indices(kForwardOp, indices, up_weights.size(0));
   const Tensor hidden = hidden_states.contiguous(), up = up_weights.contiguous(),
                down = down_weights.contiguous(), routing = routing_weights.contiguous(),
                ids = indices.contiguous();
   Tensor out = at::empty_like(hidden);
+  Tensor scores;
+  if (want_scores) {
+    const auto dtype = accumulation_dtype(hidden.scalar_type());
+    scores = at::empty(ids.sizes(), hidden.options().dtype(dtype));
+  }
   launch({hidden.const_data_ptr(), up.const_data_ptr(), down.const_data_ptr(),
-          routing.const_data_ptr(), ids.const_data_ptr(), out.mutable_data_ptr(), hidden.size(0),
-          hidden.size(1), up.size(0), ids.size(1), to_dtype(hidden), to_index_type(ids), act,
+          routing.const_data_ptr(), ids.const_data_ptr(), out.mutable_data_ptr(),
+          want_scores ? scores.mutable_data_ptr() : nullptr, hidden.size(0), hidden.size(1),
+          up.size(0), ids.size(1), to_dtype(hidden), to_index_type(ids), act,
           /*workspace=*/nullptr},
          hidden.device());
-  return out;
+  return {out, scores};
+}
+
+Tensor omni_expert_kernel(const Tensor& hidden_states, const Tensor& up_weights,
+                          const Tensor& down_weights, const Tensor& routing_weights,
+                          const Tensor& indices, std::string_view activation) {
+  return std::get<0>(expert_forward(hidden_states, up_weights, down_weights, routing_weights,
+                                    indices, activation, /*want_scores=*/false));
+}
+
+std::tuple<Tensor, Tensor> omni_expert_save_scores_kernel(
+    const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation) {
+  return expert_forward(hidden_states, up_weights, down_weights, routing_weights, indices,
+                        activation, /*want_scores=*/true);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
-    std::string_view activation, std::array<bool, 4> output_mask) {
+    std::string_view activation, std::array<bool, 4> output_mask,
+    const std::optional<Tensor>& saved_scores) {
   constexpr auto kOp = "omni_expert_backward";
   const Activation act = parse_activation(kOp, activation);
   check_expert_backward(kOp, grad_expert_states, hidden_states, up_weights, down_weights,
-                        routing_weights, indices);
+                        routing_weights, indices, saved_scores);
   check_indices(kOp, indices, up_weights.size(0));
   const Tensor grad = grad_expert_states.contiguous(), hidden = hidden_states.contiguous(),
                up = up_weights.contiguous(), down = down_weights.contiguous(),
                routing = routing_weights.contiguous(), ids = indices.contiguous();
+  const Tensor scores = saved_scores
+                            ? saved_scores->contiguous()
+                            : std::get<1>(expert_forward(hidden, up, down, routing, ids, activation,
+                                                         /*want_scores=*/true));
   const auto wanted = [&](bool asked, const Tensor& like) {
     return asked ? empty_like_on_huge_pages(like) : at::empty({0}, like.options());
   };
@@ -49,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
          grad_down = wanted(output_mask[2], down), grad_routing = wanted(output_mask[3], routing);
   launch({grad.const_data_ptr(), hidden.const_data_ptr(), up.const_data_ptr(),
           down.const_data_ptr(), routing.const_data_ptr(), ids.const_data_ptr(),
-          data(output_mask[0], grad_hidden), data(output_mask[1], grad_up),
+          scores.const_data_ptr(), data(output_mask[0], grad_hidden), data(output_mask[1], grad_up),
           data(output_mask[2], grad_down), data(output_mask[3], grad_routing), hidden.size(0),
           hidden.size(1), up.size(0), ids.size(1), to_dtype(hidden), to_index_type(ids), act,
           /*workspace=*/nullptr},
@@ -67,6 +95,7 @@ Tensor flash_expert_composite(const Tensor& hidden_states, const Tensor& down_we
 
 void register_kernels(torch::Library& m) {
   m.impl("omni_expert", omni_expert_kernel);
+  m.impl("omni_expert_save_scores", omni_expert_save_scores_kernel);
   m.impl("omni_expert_backward", omni_expert_backward_kernel);
 }
 

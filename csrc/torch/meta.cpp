@@ -61,13 +61,23 @@ Tensor omni_expert_meta(const Tensor& hidden_states, const Tensor& up_weights,
   return empty_like_contiguous(hidden_states);
 }
 
+std::tuple<Tensor, Tensor> omni_expert_save_scores_meta(
+    const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation) {
+  const auto dtype = accumulation_dtype(hidden_states.scalar_type());
+  return {omni_expert_meta(hidden_states, up_weights, down_weights, routing_weights, indices,
+                           activation),
+          at::empty_symint(indices.sym_sizes(), hidden_states.options().dtype(dtype))};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_meta(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
-    std::string_view activation, std::array<bool, 4> output_mask) {
+    std::string_view activation, std::array<bool, 4> output_mask,
+    const std::optional<Tensor>& scores) {
   parse_activation("omni_expert_backward", activation);
   check_expert_backward("omni_expert_backward", grad_expert_states, hidden_states, up_weights,
-                        down_weights, routing_weights, indices);
+                        down_weights, routing_weights, indices, scores);
   return {if_wanted(output_mask[0], hidden_states), if_wanted(output_mask[1], up_weights),
           if_wanted(output_mask[2], down_weights), if_wanted(output_mask[3], routing_weights)};
 }
@@ -111,6 +121,7 @@ TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
   m.impl("omni_softmax_router", omni_softmax_router_meta);
   m.impl("omni_softmax_router_backward", omni_softmax_router_backward_meta);
   m.impl("omni_expert", omni_expert_meta);
+  m.impl("omni_expert_save_scores", omni_expert_save_scores_meta);
   m.impl("omni_expert_backward", omni_expert_backward_meta);
   m.impl("omni_mlp", omni_mlp_meta);
   m.impl("omni_mlp_save_gates", omni_mlp_save_gates_meta);

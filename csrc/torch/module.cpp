@@ -22,18 +22,13 @@ pybind11::dict build_info() {
 
 // The strategy of a token pass and the numbers that it uses.
 pybind11::dict expert_plan(int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
-                           int64_t num_experts_per_token, size_t element_size, bool backward,
-                           int num_sms, int compute_capability, int shared_bytes_per_sm,
+                           int64_t num_experts_per_token, size_t element_size, int num_sms,
+                           int compute_capability, int shared_bytes_per_sm,
                            int shared_bytes_per_block, int l2_bytes) {
   using omni_moe::cuda::TokenPassStrategy;
   const bool rows_are_aligned = hidden_size * element_size % 16 == 0;
-  const omni_moe::cuda::TokenPassShape shape{num_tokens,
-                                             hidden_size,
-                                             num_experts,
-                                             num_experts_per_token,
-                                             element_size,
-                                             rows_are_aligned,
-                                             /*num_scored_tables=*/backward ? 2 : 1};
+  const omni_moe::cuda::TokenPassShape shape{
+      num_tokens, hidden_size, num_experts, num_experts_per_token, element_size, rows_are_aligned};
   const omni_moe::cuda::ExpertDeviceInfo device{
       {num_sms, compute_capability, shared_bytes_per_sm, shared_bytes_per_block}, l2_bytes};
   const auto plan = plan_token_pass(shape, device);
@@ -46,10 +41,6 @@ pybind11::dict expert_plan(int64_t num_tokens, int64_t hidden_size, int64_t num_
       facts["pairs_per_split"] = plan.pairs_per_split;
       break;
     case TokenPassStrategy::kColumns:
-      break;
-    case TokenPassStrategy::kRing:
-      facts["copy"] = name(plan.copy);
-      facts["chunks_per_lane"] = plan.chunks_per_lane;
       break;
     case TokenPassStrategy::kSlabs:
       facts["slab_bytes"] = plan.slab_bytes;
@@ -69,8 +60,8 @@ PYBIND11_MODULE(_C, m) {
         "CUDA), compiled GPU architectures, compiler, and the CPU kernels in use.");
   m.def("expert_plan", &expert_plan, py::kw_only(), py::arg("num_tokens"), py::arg("hidden_size"),
         py::arg("num_experts"), py::arg("num_experts_per_token"), py::arg("element_size"),
-        py::arg("backward"), py::arg("num_sms"), py::arg("compute_capability"),
-        py::arg("shared_bytes_per_sm"), py::arg("shared_bytes_per_block"), py::arg("l2_bytes"),
+        py::arg("num_sms"), py::arg("compute_capability"), py::arg("shared_bytes_per_sm"),
+        py::arg("shared_bytes_per_block"), py::arg("l2_bytes"),
         "The CUDA kernel that an expert pass runs; see omni_moe.expert_plan.");
   m.def("set_check_indices", &omni_moe::torch_api::set_check_indices, py::arg("enabled"));
 }

@@ -52,13 +52,21 @@ Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
   return op.call(hidden_states, up_weights, down_weights, routing_weights, indices, activation);
 }
 
+std::tuple<Tensor, Tensor> omni_expert_save_scores(
+    const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation) {
+  static const auto op = find_op("omni_moe::omni_expert_save_scores", omni_expert_save_scores);
+  return op.call(hidden_states, up_weights, down_weights, routing_weights, indices, activation);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
-    std::string_view activation, std::array<bool, 4> output_mask) {
+    std::string_view activation, std::array<bool, 4> output_mask,
+    const std::optional<Tensor>& scores) {
   static const auto op = find_op("omni_moe::omni_expert_backward", omni_expert_backward);
   return op.call(grad_expert_states, hidden_states, up_weights, down_weights, routing_weights,
-                 indices, activation, output_mask);
+                 indices, activation, output_mask, scores);
 }
 
 Tensor flash_expert(const Tensor& hidden_states, const Tensor& down_weights,

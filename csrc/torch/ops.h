@@ -29,10 +29,14 @@ std::tuple<Tensor, Tensor> omni_softmax_router_backward(const Tensor& grad_routi
 Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
                    const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
                    std::string_view activation = "silu");
+std::tuple<Tensor, Tensor> omni_expert_save_scores(
+    const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation);
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
-    std::string_view activation, std::array<bool, 4> output_mask);
+    std::string_view activation, std::array<bool, 4> output_mask,
+    const std::optional<Tensor>& scores = std::nullopt);
 Tensor flash_expert(const Tensor& hidden_states, const Tensor& down_weights,
                     const Tensor& up_weights, const Tensor& indices, const Tensor& routing_weights,
                     std::string_view activation = "silu");

@@ -21,15 +21,21 @@ TORCH_LIBRARY(omni_moe, m) {
       "-> (Tensor grad_router_logits_x, Tensor grad_router_logits_y)");
 
   // Atomic experts: hidden (T, H), up and down (E, H), routing and indices (T, K) -> (T, H).
-  // A gradient that output_mask does not ask for comes back empty.
+  // omni_expert_save_scores also returns s = hidden[t] . up[i] (T, K) in the accumulation type,
+  // which the backward computes again where it is not given. A gradient that output_mask does not
+  // ask for comes back empty.
   m.def(
       "omni_expert(Tensor hidden_states, Tensor up_weights, Tensor down_weights, "
       "Tensor routing_weights, Tensor indices, str activation=\"silu\") -> Tensor");
   m.def(
+      "omni_expert_save_scores(Tensor hidden_states, Tensor up_weights, Tensor down_weights, "
+      "Tensor routing_weights, Tensor indices, str activation) "
+      "-> (Tensor expert_states, Tensor scores)");
+  m.def(
       "omni_expert_backward(Tensor grad_expert_states, Tensor hidden_states, Tensor up_weights, "
       "Tensor down_weights, Tensor routing_weights, Tensor indices, str activation, "
-      "bool[4] output_mask) -> (Tensor grad_hidden_states, Tensor grad_up_weights, "
-      "Tensor grad_down_weights, Tensor grad_routing_weights)");
+      "bool[4] output_mask, Tensor? scores=None) -> (Tensor grad_hidden_states, "
+      "Tensor grad_up_weights, Tensor grad_down_weights, Tensor grad_routing_weights)");
   m.def(
       "flash_expert(Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor indices, "
       "Tensor routing_weights, str activation=\"silu\") -> Tensor");

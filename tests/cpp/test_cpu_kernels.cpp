@@ -133,36 +133,51 @@ ExpertGradients expert_backward_oracle(const ExpertCase& c) {
 // ---- experts
 // -------------------------------------------------------------------------------------
 
-Buffer run_forward(const KernelTable& table, ExpertCase& c, IndexType type,
-                   const Executor& executor) {
+// Expert states, then scores.
+std::pair<Buffer, Buffer> run_forward(const KernelTable& table, ExpertCase& c, IndexType type,
+                                      const Executor& executor) {
   const auto& s = c.shape;
   Buffer out(c.dtype, s.num_tokens * s.hidden_size);
+  const auto score_dtype = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  Buffer scores(score_dtype, s.num_tokens * s.k);
   table.expert_forward({c.hidden.data(), c.up.data(), c.down.data(), c.routing.data(),
-                        c.indices.data(type), out.data(), s.num_tokens, s.hidden_size,
-                        s.num_experts, s.k, c.dtype, type, c.activation, /*workspace=*/nullptr},
+                        c.indices.data(type), out.data(), scores.data(), s.num_tokens,
+                        s.hidden_size, s.num_experts, s.k, c.dtype, type, c.activation,
+                        /*workspace=*/nullptr},
                        executor);
-  return out;
+  return {std::move(out), std::move(scores)};
 }
 
 // The gradients of hidden, up, down and routing; those not wanted stay NaN.
 std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexType type,
                                  const Executor& executor, unsigned wanted = 0b1111) {
   const auto& s = c.shape;
+  Buffer scores = run_forward(table, c, type, executor).second;
   std::vector<Buffer> grads;
   for (const int64_t size : {s.num_tokens * s.hidden_size, s.num_experts * s.hidden_size,
                              s.num_experts * s.hidden_size, s.num_tokens * s.k}) {
     grads.emplace_back(c.dtype, size);
   }
   const auto data = [&](int i) { return wanted >> i & 1 ? grads[i].data() : nullptr; };
-  ExpertBackwardParams params = {c.grad.data(),    c.hidden.data(),
-                                 c.up.data(),      c.down.data(),
-                                 c.routing.data(), c.indices.data(type),
-                                 data(0),          data(1),
-                                 data(2),          data(3),
-                                 s.num_tokens,     s.hidden_size,
-                                 s.num_experts,    s.k,
-                                 c.dtype,          type,
-                                 c.activation,     /*workspace=*/nullptr};
+  ExpertBackwardParams params = {c.grad.data(),
+                                 c.hidden.data(),
+                                 c.up.data(),
+                                 c.down.data(),
+                                 c.routing.data(),
+                                 c.indices.data(type),
+                                 scores.data(),
+                                 data(0),
+                                 data(1),
+                                 data(2),
+                                 data(3),
+                                 s.num_tokens,
+                                 s.hidden_size,
+                                 s.num_experts,
+                                 s.k,
+                                 c.dtype,
+                                 type,
+                                 c.activation,
+                                 /*workspace=*/nullptr};
   // Bytes of the workspace as doubles, for the alignment; NaN and a guard, as in the outputs.
   const size_t bytes = expert_backward_workspace_size(params);
   Buffer workspace(DType::kFloat64, (bytes + 7) / 8);
@@ -174,10 +189,10 @@ std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexT
 
 void check_experts(const KernelTable& table, ExpertCase& c, const Executor& serial,
                    const Executor& two_threads) {
-  const Buffer out = run_forward(table, c, IndexType::kInt64, serial);
-  expect_close(c.dtype, out, expert_oracle(c), c.num_terms());
-  EXPECT_EQ(run_forward(table, c, IndexType::kInt64, two_threads), out);
-  EXPECT_EQ(run_forward(table, c, IndexType::kInt32, two_threads), out);
+  const auto forward = run_forward(table, c, IndexType::kInt64, serial);
+  expect_close(c.dtype, forward.first, expert_oracle(c), c.num_terms());
+  EXPECT_EQ(run_forward(table, c, IndexType::kInt64, two_threads), forward);
+  EXPECT_EQ(run_forward(table, c, IndexType::kInt32, two_threads), forward);
 
   const auto grads = run_backward(table, c, IndexType::kInt64, serial);
   const auto want = expert_backward_oracle(c);

@@ -145,6 +145,14 @@ struct Tensor {
     device.upload(bytes);
   }
 
+  void upload_values() {
+    std::vector<char> bytes(values.size() * size_of(dtype));
+    for (size_t i = 0; i < values.size(); ++i) {
+      encode(dtype, static_cast<float>(values[i]), bytes.data() + i * size_of(dtype));
+    }
+    device.upload(bytes);
+  }
+
   DType dtype;
   std::vector<double> values;  // inputs: what was uploaded; outputs: the oracle
   DeviceBytes device;
@@ -186,6 +194,7 @@ struct Problem {
         grad_up(c, c.num_experts * c.hidden_size),
         grad_down(c, c.num_experts * c.hidden_size),
         grad_routing(c, c.num_tokens * c.num_experts_per_token),
+        scores(in_fp32(c), c.num_tokens * c.num_experts_per_token),
         ids(c.num_tokens * c.num_experts_per_token),
         device_ids(ids.size() * index_size(), 0) {
     std::mt19937_64 random(7);
@@ -197,6 +206,11 @@ struct Problem {
     routing.fill_random(random, 1.0);
     fill_ids(random);
     solve();
+  }
+
+  static Case in_fp32(Case c) {
+    c.dtype = DType::kFloat32;
+    return c;
   }
 
   size_t index_size() const { return c.index_type == IndexType::kInt32 ? 4 : 8; }
@@ -235,7 +249,8 @@ struct Problem {
     for (int64_t pair = 0; pair < int64_t(ids.size()); ++pair) {
       const int64_t token = pair / c.num_experts_per_token * width;
       const int64_t expert = ids[pair] * width;
-      double score = 0, gradient = 0;
+      double& score = scores.values[pair];
+      double gradient = 0;
       for (int64_t h = 0; h < width; ++h) {
         score += hidden.values[token + h] * up.values[expert + h];
         gradient += grad.values[token + h] * down.values[expert + h];
@@ -261,6 +276,7 @@ struct Problem {
     params.routing_weights = routing.device.data();
     params.indices = device_ids.data();
     params.expert_states = out.device.data();
+    params.scores = scores.device.data();
     fill_shape(&params);
     return params;
   }
@@ -273,6 +289,8 @@ struct Problem {
     params.down_weights = down.device.data();
     params.routing_weights = routing.device.data();
     params.indices = device_ids.data();
+    scores.upload_values();
+    params.scores = scores.device.data();
     params.grad_hidden_states = grad_hidden.device.data();
     params.grad_up_weights = grad_up.device.data();
     params.grad_down_weights = grad_down.device.data();
@@ -295,6 +313,7 @@ struct Problem {
   Case c;
   Tensor hidden, grad, up, down, routing;
   Tensor out, grad_hidden, grad_up, grad_down, grad_routing;
+  Tensor scores;  // output of the forward, input of the backward
   std::vector<int64_t> ids;
   DeviceBytes device_ids;
 };
@@ -342,8 +361,8 @@ void check(const std::vector<std::pair<const char*, Tensor*>>& outputs, size_t w
 
 void check_forward(Problem& problem) {
   ExpertForwardParams params = problem.forward_params();
-  check({{"expert_states", &problem.out}}, cuda::expert_forward_workspace_size(params),
-        [&](void* workspace) {
+  check({{"expert_states", &problem.out}, {"scores", &problem.scores}},
+        cuda::expert_forward_workspace_size(params), [&](void* workspace) {
           params.workspace = workspace;
           return cuda::expert_forward(params, nullptr);
         });
@@ -385,7 +404,6 @@ TEST_P(CudaExpert, Backward) {
 // Every strategy that takes the shape at all, not only the one that is fastest for it.
 template <class Params>
 std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params& params) {
-  using cuda::RowCopy;
   using cuda::TokenPassStrategy;
   cuda::ExpertDeviceInfo device;
   EXPECT_EQ(cuda::current_expert_device_info(&device), cudaSuccess);
@@ -400,9 +418,6 @@ std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params
   const auto as_is = [](cuda::TokenPassPlan*) {};
   add("phased", TokenPassStrategy::kPhased, as_is);
   add("columns", TokenPassStrategy::kColumns, as_is);
-  add("ring", TokenPassStrategy::kRing, as_is);
-  add("ring, cp.async", TokenPassStrategy::kRing,
-      [](cuda::TokenPassPlan* plan) { plan->copy = RowCopy::kAsync; });
   add("slabs of 256 bytes", TokenPassStrategy::kSlabs,
       [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 256; });
   add("slabs of 512 bytes", TokenPassStrategy::kSlabs,
@@ -415,8 +430,8 @@ TEST_P(CudaExpert, ForwardOfEveryStrategy) {
   ExpertForwardParams params = problem.forward_params();
   for (const auto& [name, plan] : every_plan(params)) {
     SCOPED_TRACE(name);
-    check({{"expert_states", &problem.out}}, cuda::expert_forward_workspace_size(params, plan),
-          [&, &plan = plan](void* workspace) {
+    check({{"expert_states", &problem.out}, {"scores", &problem.scores}},
+          cuda::expert_forward_workspace_size(params, plan), [&, &plan = plan](void* workspace) {
             params.workspace = workspace;
             return cuda::expert_forward(params, plan, nullptr);
           });
@@ -487,7 +502,7 @@ std::vector<Case> awkward_shapes() {
   return cases;
 }
 
-// One shape per path: splits and their second stage, many tokens (both row widths of the ring),
+// One shape per path: splits and their second stage, many tokens (both row widths of the columns),
 // long and huge segments, both schedules, rows past a tile, rows without alignment.
 std::vector<Case> paths() {
   std::vector<Case> cases;
@@ -500,7 +515,7 @@ std::vector<Case> paths() {
     cases.push_back({5, 1024, 3, 70001, dtype, i64, Routing::kHalfIdle});    // many idle experts
     cases.push_back({37, 4096, 5, 20, dtype, i32});                          // rows past one tile
     cases.push_back({37, 5000, 3, 20, dtype, i64});                          // the same, ragged
-    cases.push_back({1200, 1024, 5, 97, dtype, i32, Routing::kDuplicates});  // ring, radix sort
+    cases.push_back({1200, 1024, 5, 97, dtype, i32, Routing::kDuplicates});  // radix sort
     cases.push_back({1200, 40, 37, 2000, dtype, i64, Routing::kHalfIdle});   // ids past a window
     cases.push_back({50, 1024, 70, 300, dtype, i32});                        // two windows, a tail
     cases.push_back({203, 520, 64, 100, dtype, i64, Routing::kDuplicates});  // ragged last slab
@@ -511,7 +526,7 @@ std::vector<Case> paths() {
     cases.push_back({37, 128, 3, 50, dtype, i32, Routing::kUniform, Activation::kSilu, 1});
     cases.push_back({1200, 128, 5, 50, dtype, i32, Routing::kUniform, Activation::kSilu, 1});
   }
-  cases.push_back({1200, 2048, 5, 97, DType::kBFloat16, i32});  // ring, wide rows
+  cases.push_back({1200, 2048, 5, 97, DType::kBFloat16, i32});  // wide rows
   for (const Activation activation :
        {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu, Activation::kIdentity}) {
     cases.push_back({37, 100, 3, 50, DType::kFloat32, i32, Routing::kUniform, activation});

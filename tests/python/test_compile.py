@@ -165,6 +165,10 @@ def expected_outputs(t, k):
             [((t, 4), half), ((t, 6), half)],
         ),
         "omni_expert": ((*expert, indices), shapes[:1]),
+        "omni_expert_save_scores": (
+            (*expert, indices, "silu"),
+            [shapes[0], ((t, k), torch.float32)],
+        ),
         "flash_expert": ((*expert[:3], indices, routing), shapes[:1]),
         "omni_expert_backward": (
             (empty(t, 10), *expert, indices, "silu", [True, False, True, False]),

@@ -35,6 +35,7 @@ def arguments(op, device="cpu"):
         "grad_output": (2, T, H),
         "gate": (2, T, I),
         "up": (2, T, I),
+        "scores": (T, K),
     }
     others = {
         "num_experts_per_token": K,
@@ -72,6 +73,7 @@ ALL_OPS = (
     "omni_softmax_router",
     "omni_softmax_router_backward",
     "omni_expert",
+    "omni_expert_save_scores",
     "omni_expert_backward",
     "flash_expert",
     "omni_mlp",
@@ -151,6 +153,19 @@ SHAPE_CASES = [
         size_message("grad_expert_states", 0, "number of tokens of hidden_states", T, (T + 1, H)),
     ),
     (["omni_expert_backward"], "grad_expert_states", (H,), "expected grad_expert_states to have 2"),
+    (["omni_expert_backward"], "scores", (T * K,), rank_message("scores", 2, (T * K,))),
+    (
+        ["omni_expert_backward"],
+        "scores",
+        (T + 1, K),
+        size_message("scores", 0, "number of tokens of hidden_states", T, (T + 1, K)),
+    ),
+    (
+        ["omni_expert_backward"],
+        "scores",
+        (T, K + 1),
+        size_message("scores", 1, "experts per token of indices", K, (T, K + 1)),
+    ),
     (
         ["omni_router_backward"],
         "grad_scores",
@@ -266,7 +281,7 @@ FLOATS = [
     (op, argument.name)
     for op in ALL_OPS
     for argument in getattr(ops, op).default._schema.arguments
-    if "Tensor" in str(argument.type) and argument.name != "indices"
+    if "Tensor" in str(argument.type) and argument.name not in ("indices", "scores")
 ]
 
 
@@ -391,6 +406,25 @@ def test_activation(device, op):
     )
     with pytest.raises(ValueError, match=message):
         call_with(op, device, activation="mish")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+@pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.float64])
+def test_dtype_of_saved_scores(dtype, expected, given):
+    """Scores come in the dtype that sums are taken in."""
+    arguments_of_dtype = {
+        name: value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments("omni_expert_backward").items()
+    } | {"scores": torch.zeros(T, K, dtype=given)}
+    if given == expected:
+        call_with("omni_expert_backward", **arguments_of_dtype)
+        return
+    with pytest.raises(ValueError, match="omni_expert_backward: expected scores to be "):
+        call_with("omni_expert_backward", **arguments_of_dtype)
 
 
 @pytest.mark.parametrize("missing", ["gate", "up"])

@@ -89,6 +89,24 @@ def test_odd_hidden_sizes(device, dtype, hidden_size):
     check_against_oracle(*expert_inputs(ExpertShape(9, hidden_size, 11, 4), device, dtype))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_dtypes
+def test_saved_scores(device, dtype, shape):
+    """The saved scores are hidden . up, and the backward is the same without them."""
+    inputs, indices, grad = expert_inputs(shape, device, dtype)
+    out, scores = ops.omni_expert_save_scores(*inputs, indices, "silu")
+    assert_bitwise(out, ops.omni_expert(*inputs, indices, "silu"))
+    hidden, up = inputs[0].cpu().double(), inputs[1].cpu().double()
+    want = (hidden[:, None] * up[indices.cpu().long()]).sum(-1)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(scores, want, "scores", num_terms=shape.hidden_size)
+    mask = [True] * 4
+    with_scores = ops.omni_expert_backward(grad, *inputs, indices, "silu", mask, scores)
+    without = ops.omni_expert_backward(grad, *inputs, indices, "silu", mask)
+    for one, other in zip(with_scores, without, strict=True):
+        assert_bitwise(one, other)
+
+
 @on_dtypes
 def test_idle_experts_get_zero_gradients(device, dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 50, 4), device, dtype, "idle")

@@ -57,10 +57,20 @@ def expert_samples(device):
     ]
 
 
+def expert_save_scores_samples(device):
+    samples = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, dtype)
+        samples.append((*inputs, indices, "silu"))
+    return samples
+
+
 def expert_backward_samples(device):
     inputs, indices, grad = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
+    _, scores = ops.omni_expert_save_scores(*inputs, indices, "silu")
     masks = ([True] * 4, [False] * 4, [True, False, False, True], [False, True, False, False])
-    samples = [(grad, *inputs, indices, "silu", mask) for mask in masks]
+    samples = [(grad, *inputs, indices, "silu", mask, scores) for mask in masks]
+    samples.append((grad, *inputs, indices, "silu", masks[0], strided(scores)))
     return [*samples, (strided(grad), *map(strided, inputs), indices.int(), "gelu_tanh", masks[0])]
 
 
@@ -107,6 +117,7 @@ SAMPLES = {
     "omni_softmax_router": softmax_router_samples,
     "omni_softmax_router_backward": softmax_router_backward_samples,
     "omni_expert": expert_samples,
+    "omni_expert_save_scores": expert_save_scores_samples,
     "omni_expert_backward": expert_backward_samples,
     "flash_expert": flash_expert_samples,
     "omni_mlp": mlp_samples,

@@ -18,19 +18,18 @@ H200 = GpuProperties(
 
 
 @pytest.mark.parametrize(
-    ("shape", "forward", "backward"),
+    ("shape", "strategy", "slab_bytes"),
     [
-        ((1024, 1024, 4096, 32), ("slabs", 512), ("columns", None)),
-        ((4096, 1024, 65536, 16), ("slabs", 256), ("slabs", 256)),
-        ((4096, 1024, 1048576, 64), ("columns", None), ("columns", None)),
-        ((1024, 1024, 102400, 4096), ("slabs", 256), ("slabs", 256)),
-        ((64, 1024, 65536, 16), ("columns", None), ("columns", None)),
+        ((1024, 1024, 4096, 32), "slabs", 512),
+        ((4096, 1024, 65536, 16), "slabs", 256),
+        ((4096, 1024, 1048576, 64), "columns", None),
+        ((1024, 1024, 102400, 4096), "slabs", 256),
+        ((64, 1024, 65536, 16), "columns", None),
     ],
 )
-def test_strategies(shape, forward, backward):
-    for is_backward, want in ((False, forward), (True, backward)):
-        plan = expert_plan(*shape, gpu=H200, backward=is_backward)
-        assert (plan["strategy"], plan.get("slab_bytes")) == want
+def test_strategies(shape, strategy, slab_bytes):
+    plan = expert_plan(*shape, gpu=H200)
+    assert (plan["strategy"], plan.get("slab_bytes")) == (strategy, slab_bytes)
 
 
 def test_only_the_numbers_of_the_strategy_are_given():

@@ -7,7 +7,8 @@
 
 namespace omni_moe {
 
-// Indices must lie in [0, E); the torch boundary (CPU) or the kernel (CUDA) sees to it.
+// With s = hidden[t] · up[i], which the backward wants again. Indices must lie in [0, E); the torch
+// boundary (CPU) or the kernel (CUDA) sees to it.
 struct ExpertForwardParams {
   const void* hidden_states;    // [T, H]
   const void* up_weights;       // [E, H]
@@ -15,6 +16,7 @@ struct ExpertForwardParams {
   const void* routing_weights;  // [T, K]
   const void* indices;          // [T, K], of index_type
   void* expert_states;          // [T, H]
+  void* scores;                 // [T, K] s in fp32 (fp64 for fp64), or null: not wanted
   int64_t num_tokens;
   int64_t hidden_size;
   int64_t num_experts;
@@ -25,7 +27,7 @@ struct ExpertForwardParams {
   void* workspace;  // CUDA: expert_forward_workspace_size(params) bytes; CPU: unused
 };
 
-// With s = hidden[t] · up[i], g = grad[t] · down[i] for each pair (t, k), i = idx[t,k]:
+// With s of the forward and g = grad[t] · down[i] for each pair (t, k), i = idx[t,k]:
 //   grad_routing[t,k] = act(s) g          grad_hidden[t] += routing act'(s) g  up[i]
 //   grad_down[i] += routing act(s) grad[t]     grad_up[i] += routing act'(s) g  hidden[t]
 // Every row of the dense weight gradients is written once, those of idle experts with zeros.
@@ -36,6 +38,7 @@ struct ExpertBackwardParams {
   const void* down_weights;        // [E, H]
   const void* routing_weights;     // [T, K]
   const void* indices;             // [T, K], of index_type
+  const void* scores;              // [T, K], of the forward
   void* grad_hidden_states;        // [T, H], or null: not wanted
   void* grad_up_weights;           // [E, H], or null: not wanted
   void* grad_down_weights;         // [E, H], or null: not wanted
