@@ -170,7 +170,7 @@ def _gpu_mlp_and_layer() -> Iterator[Case]:
 
     paper = {"hidden": 1024, "intermediate": 1024, "experts": 320**2, "rows": 320, "cols": 320}
     for tokens, k in ((4096, 512), (1024, 4096)):
-        shape = {**paper, "tokens": tokens, "k": k}
+        shape = {"tokens": tokens, **paper, "k": k}
         yield replace(layer, table="layer_paper", shape=shape, quick=False)
 
 

@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 from benchmarks.results import Record, Row
 
 SWEPT = {"experts": "experts E", "k": "experts per token K", "tokens": "tokens T"}
-MARKERS = {"omni_moe": "o", "eager": "s", "compile": "^", "dense_masked": "D"}
+MARKERS = {
+    "omni_moe": "o", "eager": "s", "compile": "^", "dense_masked": "D", "gemms_only": "+",
+    "hf_doge": "P",
+}  # fmt: skip
 
 
 def draw(record: Record, directory: Path) -> list[Path]:
@@ -32,10 +35,11 @@ def _sweep(rows: list[Row]) -> Figure | None:
     if not swept:
         return None
     base = _base_shape(swept)
-    first = swept[0]
+    first, impls = swept[0], {row["impl"] for row in swept}
     same = [
         row for row in rows
-        if all(row[name] == first[name] for name in ("op", "pass", "ids", "dtype", "timing"))
+        if row["impl"] in impls
+        and all(row[name] == first[name] for name in ("op", "pass", "ids", "dtype", "timing"))
         and row["shape"].keys() == base.keys()
     ]  # fmt: skip
     figure = Figure(figsize=(12, 3.6), layout="constrained")

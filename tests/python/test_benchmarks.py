@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import needs_gpu
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -135,6 +136,7 @@ def test_every_case_is_well_formed():
         assert any(case.quick for case in cases)
         for case in cases:
             assert set(case.impls or ()) <= set(peers.names())
+            assert case.table in report.TITLES
             assert (case.timing == "wall") == (device_type == "cpu")
             if "rows" in case.shape and "experts" in case.shape:
                 assert case.shape["rows"] * case.shape["cols"] == case.shape["experts"]
@@ -171,6 +173,32 @@ def test_a_run_writes_record_report_and_plots(tmp_path, monkeypatch, capsys):
     assert "| expert forward + backward, T37 H24 E36 K3, float32 |" in page
     assert page.count(report.BEGIN) == page.count(report.END) == 1
     assert list((tmp_path / "plots").glob("*-sweep.svg"))
+
+
+@needs_gpu
+def test_a_run_on_the_gpu(tmp_path, monkeypatch):
+    cases = [
+        small_case(op, pass_name, timing="events", dtype="bfloat16", table=op)
+        for op in SIZES
+        for pass_name in ("forward", "forward_backward")
+    ]
+    decode = [replace(case, timing="graph", table="decode") for case in cases[::2]]
+    monkeypatch.setattr(entry, "cases_for", lambda _: [*cases, *decode])
+    monkeypatch.setattr(upstream, "set_path", lambda _: None)
+    run = ["--device", "cuda", "--seconds", "0.01", "--no-report", "--results", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        assert entry.main(run) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (record,) = results.load_all(tmp_path)
+    assert record.header["device_type"] == "cuda" and not record.skipped
+    assert len(record.rows) == 2 * (len(cases) + len(decode))
+    for row in record.rows:
+        assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
+        assert row["peak_mib"] > 0
+        if row["impl"] == "omni_moe":
+            assert row["rel_err"] < 0.02
 
 
 def test_a_record_is_of_one_source(tmp_path, monkeypatch, capsys):
