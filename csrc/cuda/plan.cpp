@@ -26,6 +26,16 @@ int64_t phased_splits(const TokenPassShape& shape, const DeviceInfo& device) {
   return std::max({int64_t{1}, needed, std::min(wanted, useful)});
 }
 
+bool wide_slabs_pay(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
+  using Wide = SlabTuning<512>;
+  const int64_t blocks = ceil_div<int64_t>(row_bytes_of(shape), Wide::kBytes) *
+                         ceil_div<int64_t>(shape.num_tokens, Wide::kWarps);
+  const int64_t wave = int64_t{Wide::kBlocksPerSm} * device.num_sms;
+  return double{Wide::kBytes} * static_cast<double>(shape.num_experts) <=
+             SlabPlanTuning::kWideL2Share * device.l2_bytes &&
+         blocks >= SlabPlanTuning::kMinWideWaves * wave;
+}
+
 // Medians in µs on an H200, bf16, H 1024, uniform ids; forward: columns / slabs of 256 bytes.
 TokenPassStrategy choose_strategy(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
   if (!supports(TokenPassStrategy::kColumns, shape)) return TokenPassStrategy::kPhased;
@@ -76,8 +86,7 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
                          int64_t{PhasedTuning::kDecodeTokensPerSm} * device.num_sms
                      ? PhasedTuning::kDecodeThreads
                      : PhasedTuning::kThreads;
-  const double wide_slab_bytes = 512.0 * static_cast<double>(shape.num_experts);
-  plan.slab_bytes = wide_slab_bytes <= SlabPlanTuning::kL2Share * device.l2_bytes ? 512 : 256;
+  plan.slab_bytes = wide_slabs_pay(shape, device) ? 512 : 256;
   return plan;
 }
 

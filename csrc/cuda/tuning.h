@@ -56,8 +56,11 @@ struct SlabTuning<512> {
 struct SlabPlanTuning {
   static constexpr int kMinTokensPerSm = 6;  // fewer, and all slabs are in work at once
   static constexpr int kMinSlabs = 2;
-  // A 512-byte slab of all rows must fit this share of L2, or slabs are 256 bytes wide.
-  static constexpr double kL2Share = 0.4;
+  // Slabs are 512 bytes wide, not 256, where one of all rows fits this share of L2 and so many
+  // waves of blocks are left. Wide / narrow in µs, H 1024: T4096 E4096 K16 39.4 / 41.5, but T1024
+  // E4096 K32 (one wave) 26.4 / 24.9, H 2048 T4096 E16384 K16 86.5 / 82.6 (H200).
+  static constexpr double kWideL2Share = 1.0 / 16;
+  static constexpr int kMinWideWaves = 2;
 };
 
 struct ScheduleTuning {

@@ -46,7 +46,7 @@ std::string plan_text(const TokenPassShape& shape, const ExpertDeviceInfo& devic
 }
 
 TEST(Plan, BenchmarkedShapes) {
-  EXPECT_EQ(plan_text(bf16(1024, 1024, 4096, 32)), "slabs 512");
+  EXPECT_EQ(plan_text(bf16(1024, 1024, 4096, 32)), "slabs 256");
   EXPECT_EQ(plan_text(bf16(4096, 1024, 4096, 16)), "slabs 512");
   EXPECT_EQ(plan_text(bf16(4096, 1024, 65536, 16)), "slabs 256");
   EXPECT_EQ(plan_text(bf16(16384, 1024, 65536, 32)), "slabs 256");
@@ -69,9 +69,9 @@ TEST(Plan, RowsWithoutAlignmentArePhased) {
 }
 
 TEST(Plan, ReadsTheDeviceItIsGiven) {
-  // A smaller L2 holds no 512-byte slab of 65536 rows, fewer SMs take smaller shares of a token.
-  EXPECT_EQ(plan_text(bf16(1024, 1024, 40000, 64), h200()), "slabs 512");
-  EXPECT_EQ(plan_text(bf16(1024, 1024, 40000, 64), a100()), "slabs 256");
+  // A smaller L2 holds no 512-byte slab of 6000 rows, fewer SMs take smaller shares of a token.
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 6000, 64), h200()), "slabs 512");
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 6000, 64), a100()), "slabs 256");
   EXPECT_EQ(plan_text(bf16(2, 1024, 65536, 4096), a100()), "phased 512 x54");
 }
 

@@ -20,7 +20,8 @@ H200 = GpuProperties(
 @pytest.mark.parametrize(
     ("shape", "strategy", "slab_bytes"),
     [
-        ((1024, 1024, 4096, 32), "slabs", 512),
+        ((1024, 1024, 4096, 32), "slabs", 256),
+        ((4096, 1024, 4096, 16), "slabs", 512),
         ((4096, 1024, 65536, 16), "slabs", 256),
         ((4096, 1024, 1048576, 64), "columns", None),
         ((1024, 1024, 102400, 4096), "slabs", 256),
@@ -53,7 +54,7 @@ def test_dtype_and_device_count():
     wide = expert_plan(4096, 1004, 65536, 16, dtype=torch.float32, gpu=H200)
     assert wide["strategy"] == "slabs"
     small_l2 = replace(H200, l2_bytes=2**20)
-    assert expert_plan(1024, 1024, 4096, 32, gpu=small_l2)["slab_bytes"] == 256
+    assert expert_plan(4096, 1024, 4096, 16, gpu=small_l2)["slab_bytes"] == 256
 
 
 def test_errors():
