@@ -13,7 +13,7 @@ build=${1:-build/cmake}
 [ $# -gt 0 ] || set -- memcheck racecheck
 sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
 
-# All strategies and copies of the experts; pairs split over blocks; both schedules, long segments.
+# All strategies of the experts; pairs split over blocks; both schedules, long segments.
 expert='*CudaExpert.*OfEveryStrategy/T37_H1024_K3_*'
 expert=$expert:'*CudaExpert.*/T1_H100_K200_*:*CudaExpert.Backward/T199_H128_K16_E500_*'
 expert=$expert:'*CudaExpert.Backward/T50_H1024_K70_*:*CudaExpert.Backward/T1200_H64_K40_*'
