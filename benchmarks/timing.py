@@ -87,10 +87,12 @@ class EventTimer:
     """GPU time between two events around the call, L2 flushed before.
 
     The GPU is kept busy with a spin kernel while the host enqueues the call, so that launch
-    latency is not measured unless the call itself waits for the GPU.
+    latency is not measured unless the call itself waits for the GPU. A sample in which the host
+    took longer than the spin is taken again, with a longer one.
     """
 
     MOST_HOST_US = 5000.0
+    MOST_TRIES = 4
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
@@ -105,23 +107,32 @@ class EventTimer:
     def sampler(self, calls: Sequence[Call]) -> Sampler:
         (call,) = calls
         _warm_up(call)
-        torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        call()
-        host_us = (time.perf_counter() - start) * 1e6
-        return lambda: self._time(call, host_us)
+        spin_us = 50.0
 
-    def _time(self, call: Call, host_us: float) -> float:
+        def sample() -> float:
+            nonlocal spin_us
+            for _ in range(self.MOST_TRIES):
+                gpu_us, host_us = self._time(call, spin_us)
+                if host_us <= spin_us or spin_us >= self.MOST_HOST_US:
+                    break
+                spin_us = min(1.5 * host_us, self.MOST_HOST_US)
+            return gpu_us
+
+        return sample
+
+    def _time(self, call: Call, spin_us: float) -> tuple[float, float]:
+        """Microseconds of the call on the GPU, and of the host to enqueue it."""
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         self.flush_buffer.zero_()
-        spin_us = 1.5 * min(host_us, self.MOST_HOST_US) + 20
         torch.cuda._sleep(int(spin_us * self.cycles_per_us))
+        host_start = time.perf_counter()
         start.record()
         call()
         end.record()
+        host_us = (time.perf_counter() - host_start) * 1e6
         end.synchronize()
-        return start.elapsed_time(end) * 1e3
+        return start.elapsed_time(end) * 1e3, host_us
 
 
 class GraphTimer(EventTimer):
@@ -144,7 +155,7 @@ class GraphTimer(EventTimer):
                 call()
         graph.replay()
         torch.cuda.synchronize(self.device)
-        return lambda: self._time(graph.replay, host_us=100) / len(calls)
+        return lambda: self._time(graph.replay, spin_us=200)[0] / len(calls)
 
 
 def _warm_up(call: Call, repetitions: int = 2) -> None:
