@@ -56,12 +56,10 @@ struct Axis {
       std::memcpy(keys.data() + i, &value_keys, sizeof(value_keys));
     }
     if (i < n) {
-      const Vec<Acc> values = load_partial(source + i, n - i);
-      const auto inside = lane_numbers<Key<Acc>>() < Key<Acc>(n - i);
-      const auto value_keys =
-          inside ? to_key<Acc, KeyVec<Acc>>(values) : KeyVec<Acc>{} + kNoKey<Acc>;
-      store(logits.data() + i, inside ? values : Vec<Acc>{} - kInfinity<Acc>);
-      std::memcpy(keys.data() + i, &value_keys, sizeof(value_keys));
+      const Vec<Acc> values = load_partial(source + i, n - i, -kInfinity<Acc>);
+      store(logits.data() + i, values);
+      std::fill(keys.begin() + i, keys.end(), kNoKey<Acc>);
+      for (; i < n; ++i) keys[i] = to_key<Acc>(logits[i]);
     }
 
     selector.best(keys.data(), n, m, order.data());

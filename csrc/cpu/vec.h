@@ -71,6 +71,20 @@ inline V load_bits(const void* source) {
   return v;
 }
 
+// 0, 1, 2, …
+template <typename Int, int kCount = kVectorBytes / static_cast<int>(sizeof(Int))>
+inline auto lane_numbers() {
+  using V = typename VectorOf<Int, kCount* static_cast<int>(sizeof(Int))>::type;
+  V v;
+  for (int lane = 0; lane < kCount; ++lane) v[lane] = static_cast<Int>(lane);
+  return v;
+}
+
+template <typename Acc>
+inline int64_t whole_vectors(int64_t n) {
+  return (n + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+}
+
 // ---- storage type -> accumulators ----
 
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
@@ -117,13 +131,19 @@ inline void store(Float16* p, Vec<float> v) {
 #endif
 }
 
-// ---- the first `count` lanes only; the others read as zero ----
+// ---- the first `count` lanes only; the others read as zero, or as `rest` ----
 
 template <typename T>
 inline Vec<acc_t<T>> load_partial(const T* p, int64_t count) {
   T lanes[kLanes<acc_t<T>>] = {};
   std::memcpy(lanes, p, count * sizeof(T));
   return load(lanes);
+}
+template <typename T>
+inline Vec<acc_t<T>> load_partial(const T* p, int64_t count, acc_t<T> rest) {
+  using Int = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
+  const auto loaded = lane_numbers<Int>() < static_cast<Int>(count);
+  return loaded ? load_partial(p, count) : Vec<acc_t<T>>{} + rest;
 }
 template <typename T>
 inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t count) {
@@ -179,20 +199,6 @@ inline Acc sum_of_lanes(Vec<Acc> v) {
 }
 
 // ---- compaction ----
-
-// 0, 1, 2, …
-template <typename Int, int kCount = kVectorBytes / static_cast<int>(sizeof(Int))>
-inline auto lane_numbers() {
-  using V = typename VectorOf<Int, kCount* static_cast<int>(sizeof(Int))>::type;
-  V v;
-  for (int lane = 0; lane < kCount; ++lane) v[lane] = static_cast<Int>(lane);
-  return v;
-}
-
-template <typename Acc>
-inline int64_t whole_vectors(int64_t n) {
-  return (n + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
-}
 
 // One bit a lane of a comparison's result.
 template <typename Mask>
