@@ -15,45 +15,71 @@ namespace omni_moe::cpu::OMNI_MOE_CPU_CAPABILITY {
 
 namespace {
 
-// One axis of one token: its logits and its gradient.
+// One axis of one token: its logits and its gradient. Arrays are filled up to whole vectors, the
+// logits with -inf.
 template <typename Acc>
 struct AxisGradient {
+  int64_t n;
   std::vector<Acc> logits, softmax, grad;
 
-  explicit AxisGradient(int64_t n) : logits(n), softmax(n), grad(n) {}
+  explicit AxisGradient(int64_t n)
+      : n(n), logits(whole_vectors<Acc>(n)), softmax(logits.size()), grad(logits.size()) {}
 
   // Reads the logits and replaces them by log_softmax; NaN where torch.log_softmax gives NaN.
   template <typename T>
   void load_log_softmax(const T* source) {
-    const auto n = static_cast<int64_t>(logits.size());
-    Acc largest = -std::numeric_limits<Acc>::infinity();
-    widen(source, logits.data(), n);
-    for (const Acc logit : logits) largest = std::max(largest, logit);
-    Acc total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      softmax[i] = std::exp(logits[i] - largest);
-      total += softmax[i];
+    constexpr int kWidth = kLanes<Acc>;
+    constexpr Acc kLowest = -std::numeric_limits<Acc>::infinity();
+    const auto padded = static_cast<int64_t>(logits.size());
+    Vec<Acc> largest_lanes = Vec<Acc>{} + kLowest;
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const Vec<Acc> values =
+          n - i >= kWidth ? load(source + i) : load_partial(source + i, n - i, kLowest);
+      store(logits.data() + i, values);
+      largest_lanes = values > largest_lanes ? values : largest_lanes;
     }
-    const Acc log_total = std::log(total);
-    for (int64_t i = 0; i < n; ++i) {
-      logits[i] = (logits[i] - largest) - log_total;
-      softmax[i] /= total;
+    Acc largest = kLowest;
+    for (int lane = 0; lane < kWidth; ++lane) largest = std::max<Acc>(largest, largest_lanes[lane]);
+
+    Vec<Acc> sums = {};
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const Vec<Acc> value = exp_of(load(logits.data() + i) - largest);
+      store(softmax.data() + i, value);
+      sums += value;
+    }
+    const Acc total = sum_of_lanes<Acc>(sums), log_total = std::log(total);
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      store(logits.data() + i, (load(logits.data() + i) - largest) - log_total);
+      store(softmax.data() + i, load(softmax.data() + i) / total);
     }
   }
+};
+
+// The chosen pairs of one token.
+template <typename Acc>
+struct PairGradients {
+  std::vector<int32_t> rows, cols;  // [K]
+  std::vector<Acc> weights;         // [K], then unused lanes
+  std::vector<Acc> grad_sums;       // [K]
+
+  explicit PairGradients(int64_t k)
+      : rows(k), cols(k), weights(whole_vectors<Acc>(k)), grad_sums(k) {}
 };
 
 // Turns grad_weights of one token into the gradient of the K chosen sums, and returns the factor of
 // the softmax that each axis subtracts.
 template <typename Acc, typename T>
 Acc grad_of_sums(const RouterBackwardParams& p, const AxisGradient<Acc>& x,
-                 const AxisGradient<Acc>& y, const T* grad_weights, const int32_t* indices,
-                 std::vector<Acc>& weights, std::vector<Acc>& grad_sums) {
+                 const AxisGradient<Acc>& y, const T* grad_weights, PairGradients<Acc>& pairs) {
   const int64_t k = p.num_experts_per_token;
+  std::vector<Acc>& weights = pairs.weights;
+  std::vector<Acc>& grad_sums = pairs.grad_sums;
   widen(grad_weights, grad_sums.data(), k);
   if (p.score == RouterScore::kLogit) return Acc(0);
 
-  for (int64_t i = 0; i < k; ++i) {
-    weights[i] = std::exp(x.logits[indices[i] / p.num_cols] + y.logits[indices[i] % p.num_cols]);
+  for (int64_t i = 0; i < k; ++i) weights[i] = x.logits[pairs.rows[i]] + y.logits[pairs.cols[i]];
+  for (size_t i = 0; i < weights.size(); i += kLanes<Acc>) {
+    store(weights.data() + i, exp_of(load(weights.data() + i)));
   }
   Acc total_weight = 0, total_grad = 0;
   for (int64_t i = 0; i < k; ++i) {
@@ -75,31 +101,37 @@ void router_backward_tokens(const RouterBackwardParams& p, int64_t begin, int64_
   using Acc = acc_t<T>;
   const int64_t k = p.num_experts_per_token;
   AxisGradient<Acc> x(p.num_rows), y(p.num_cols);
-  std::vector<Acc> weights(k), grad_sums(k);
+  PairGradients<Acc> pairs(k);
   for (int64_t t = begin; t < end; ++t) {
-    const int32_t* indices = p.indices + t * k;
+    for (int64_t i = 0; i < k; ++i) {
+      const int32_t id = p.indices[t * k + i];
+      pairs.rows[i] = static_cast<int32_t>(id / p.num_cols);
+      pairs.cols[i] = static_cast<int32_t>(id % p.num_cols);
+    }
     // 1. The gradient of each chosen sum.
     if (p.score != RouterScore::kLogit) {
       x.load_log_softmax(static_cast<const T*>(p.logits_x) + t * p.num_rows);
       y.load_log_softmax(static_cast<const T*>(p.logits_y) + t * p.num_cols);
     }
-    const Acc softmax_factor = grad_of_sums(p, x, y, static_cast<const T*>(p.grad_weights) + t * k,
-                                            indices, weights, grad_sums);
+    const Acc softmax_factor =
+        grad_of_sums(p, x, y, static_cast<const T*>(p.grad_weights) + t * k, pairs);
 
     // 2. What the softmax takes away from every logit: for kSoftmaxTopK nothing, but NaN * 0 keeps
     //    the NaN of a token whose softmax has one.
-    if (p.score != RouterScore::kLogit) {
-      for (int64_t r = 0; r < p.num_rows; ++r) x.grad[r] = -softmax_factor * x.softmax[r];
-      for (int64_t c = 0; c < p.num_cols; ++c) y.grad[c] = -softmax_factor * y.softmax[c];
-    } else {
-      std::fill(x.grad.begin(), x.grad.end(), Acc(0));
-      std::fill(y.grad.begin(), y.grad.end(), Acc(0));
+    for (AxisGradient<Acc>* axis : {&x, &y}) {
+      if (p.score == RouterScore::kLogit) {
+        std::fill(axis->grad.begin(), axis->grad.end(), Acc(0));
+        continue;
+      }
+      for (size_t i = 0; i < axis->grad.size(); i += kLanes<Acc>) {
+        store(axis->grad.data() + i, load(axis->softmax.data() + i) * -softmax_factor);
+      }
     }
 
     // 3. What the chosen sums add to theirs.
     for (int64_t i = 0; i < k; ++i) {
-      x.grad[indices[i] / p.num_cols] += grad_sums[i];
-      y.grad[indices[i] % p.num_cols] += grad_sums[i];
+      x.grad[pairs.rows[i]] += pairs.grad_sums[i];
+      y.grad[pairs.cols[i]] += pairs.grad_sums[i];
     }
     narrow(x.grad.data(), static_cast<T*>(p.grad_logits_x) + t * p.num_rows, p.num_rows);
     narrow(y.grad.data(), static_cast<T*>(p.grad_logits_y) + t * p.num_cols, p.num_cols);

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -71,6 +71,20 @@ inline V load_bits(const void* source) {
   return v;
 }
 
+// 0, 1, 2, …
+template <typename Int, int kCount = kVectorBytes / static_cast<int>(sizeof(Int))>
+inline auto lane_numbers() {
+  using V = typename VectorOf<Int, kCount* static_cast<int>(sizeof(Int))>::type;
+  V v;
+  for (int lane = 0; lane < kCount; ++lane) v[lane] = static_cast<Int>(lane);
+  return v;
+}
+
+template <typename Acc>
+inline int64_t whole_vectors(int64_t n) {
+  return (n + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+}
+
 // ---- storage type -> accumulators ----
 
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
@@ -117,13 +131,19 @@ inline void store(Float16* p, Vec<float> v) {
 #endif
 }
 
-// ---- the first `count` lanes only; the others read as zero ----
+// ---- the first `count` lanes only; the others read as zero, or as `rest` ----
 
 template <typename T>
 inline Vec<acc_t<T>> load_partial(const T* p, int64_t count) {
   T lanes[kLanes<acc_t<T>>] = {};
   std::memcpy(lanes, p, count * sizeof(T));
   return load(lanes);
+}
+template <typename T>
+inline Vec<acc_t<T>> load_partial(const T* p, int64_t count, acc_t<T> rest) {
+  using Int = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
+  const auto loaded = lane_numbers<Int>() < static_cast<Int>(count);
+  return loaded ? load_partial(p, count) : Vec<acc_t<T>>{} + rest;
 }
 template <typename T>
 inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t count) {
@@ -176,6 +196,104 @@ inline Acc sum_of_lanes(Vec<Acc> v) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
   return lanes[0];
+}
+
+// ---- compaction ----
+
+// One bit a lane of a comparison's result.
+template <typename Mask>
+inline uint32_t lane_bits(Mask mask) {
+  constexpr bool kWide = sizeof(mask[0]) == 8;
+#if defined(__AVX512F__)
+  const auto bits = bit_cast<__m512i>(mask);
+  if constexpr (kWide) {
+    return _mm512_movepi64_mask(bits);
+  } else {
+    return _mm512_movepi32_mask(bits);
+  }
+#elif defined(__AVX2__)
+  if constexpr (kWide) {
+    return _mm256_movemask_pd(bit_cast<__m256d>(mask));
+  } else {
+    return _mm256_movemask_ps(bit_cast<__m256>(mask));
+  }
+#elif defined(__SSE2__)
+  if constexpr (kWide) {
+    return _mm_movemask_pd(bit_cast<__m128d>(mask));
+  } else {
+    return _mm_movemask_ps(bit_cast<__m128>(mask));
+  }
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kVectorBytes / static_cast<int>(sizeof(mask[0])); ++lane) {
+    bits |= uint32_t(mask[lane] != 0) << lane;
+  }
+  return bits;
+#endif
+}
+
+// counts + 1 in the lanes where a > b.
+template <typename V>
+inline V count_greater(V counts, V a, V b) {
+#if defined(__AVX512F__)
+  // Two instructions; through a vector mask the compiler makes it three.
+  const auto left = bit_cast<__m512i>(a), right = bit_cast<__m512i>(b);
+  const auto sums = bit_cast<__m512i>(counts);
+  if constexpr (sizeof(counts[0]) == 8) {
+    const auto where = _mm512_cmpgt_epi64_mask(left, right);
+    return bit_cast<V>(_mm512_mask_add_epi64(sums, where, sums, _mm512_set1_epi64(1)));
+  } else {
+    const auto where = _mm512_cmpgt_epi32_mask(left, right);
+    return bit_cast<V>(_mm512_mask_add_epi32(sums, where, sums, _mm512_set1_epi32(1)));
+  }
+#else
+  return counts - (a > b);
+#endif
+}
+
+// append_lanes may write this many elements past those it appends.
+inline constexpr int64_t kAppendSlack = 16;
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of eight lanes, their numbers: the permutation that moves them to the front.
+struct FrontLanes {
+  uint8_t lanes[256][8];
+  constexpr FrontLanes() : lanes() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int lane = 0, filled = 0; lane < 8; ++lane) {
+        if (bits >> lane & 1) lanes[bits][filled++] = static_cast<uint8_t>(lane);
+      }
+    }
+  }
+};
+inline constexpr FrontLanes kFrontLanes;
+#endif
+
+// Writes the lanes whose bit is set to out[0], out[1], …
+template <typename V, typename E>
+inline void append_lanes(E* out, V v, uint32_t bits) {
+  static_assert(sizeof(v[0]) == sizeof(E));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(E) == 4) {
+    // To a register first: the instruction that compresses to memory is microcoded on Zen 4.
+    const auto front = _mm512_maskz_compress_epi32(bits, bit_cast<__m512i>(v));
+    return _mm512_storeu_si512(out, front);
+  } else if constexpr (sizeof(V) == 64 && sizeof(E) == 8) {
+    const auto front = _mm512_maskz_compress_epi64(bits, bit_cast<__m512i>(v));
+    return _mm512_storeu_si512(out, front);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && sizeof(E) == 4) {
+    const auto lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFrontLanes.lanes[bits]));
+    const auto front =
+        _mm256_permutevar8x32_epi32(bit_cast<__m256i>(v), _mm256_cvtepu8_epi32(lanes));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), front);
+  }
+#endif
+  for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(E)); ++lane) {
+    *out = v[lane];
+    out += bits >> lane & 1;
+  }
 }
 
 // ---- dispatch on the storage type ----
