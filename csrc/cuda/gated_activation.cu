@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const ActivationResult act = activate_with_derivative<kActivation>(gate[i]);
-      grad_gate[i] = grad[i] * up[i] * act.derivative;
+      grad_gate[i] = through_derivative(kActivation, act, grad[i] * up[i]);
       grad_up[i] = grad[i] * act.value;
       activated[i] = act.value * up[i];
     }

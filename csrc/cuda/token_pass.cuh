@@ -69,9 +69,7 @@ struct BackwardPairs {
   __device__ __forceinline__ float finish(const Inputs& inputs, int64_t pair, int64_t token,
                                           float dot, bool stores) const {
     const ActivationResult act = activate_with_derivative(activation, inputs.score);
-    // As torch's threshold: nothing, not even NaN, passes a closed relu.
-    const bool is_closed = activation == Activation::kRelu && inputs.score <= 0.0f;
-    const float up_coefficient = is_closed ? 0.0f : inputs.weight * act.derivative * dot;
+    const float up_coefficient = through_derivative(activation, act, inputs.weight * dot);
     if (stores) {
       if (grad_routing_weights != nullptr) {
         grad_routing_weights[pair] = from_float<T>(act.value * dot);

@@ -81,4 +81,11 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   __builtin_unreachable();
 }
 
+// grad * act'(x). A closed relu takes no product: as in torch, 0 whatever the gradient.
+__device__ __forceinline__ float through_derivative(Activation activation,
+                                                    const ActivationResult& act, float grad) {
+  const bool is_closed = activation == Activation::kRelu && act.derivative == 0.0f;
+  return is_closed ? 0.0f : grad * act.derivative;
+}
+
 }  // namespace omni_moe::cuda
