@@ -1,4 +1,4 @@
-// act(x) and act'(x) for a scalar or a whole vector of accumulators, one template for both.
+// act(x) and its backward for a scalar or a whole vector of accumulators, one template for both.
 #pragma once
 
 #include "vec.h"
@@ -64,11 +64,13 @@ inline V sigmoid(V x) {
   return E(1) / (E(1) + exp_of(-x));
 }
 
+// The last operation is a sum, not the equal 0.5 * (1 + erf): the compiler could fuse that product
+// with a sum that follows, or not, depending on what else is computed, and the last bit with it.
 template <typename V>
 inline V normal_cdf(V x) {
   using E = typename ElementOf<V>::type;
-  return E(0.5) *
-         (E(1) + map_lanes(x * E(0.70710678118654752440), [](auto z) { return std::erf(z); }));
+  return E(0.5) +
+         E(0.5) * map_lanes(x * E(0.70710678118654752440), [](auto z) { return std::erf(z); });
 }
 
 // tanh(√(2/π) (x + 0.044715 x³)), the inner part of gelu_tanh.
@@ -97,28 +99,28 @@ inline V activate(Activation activation, V x) {
   throw std::invalid_argument("omni_moe: unknown Activation");
 }
 
+// grad * act'(x)
 template <typename V>
-inline V activate_grad(Activation activation, V x) {
+inline V activate_backward(Activation activation, V x, V grad) {
   using E = typename ElementOf<V>::type;
-  const V one = V{} + E(1);
   switch (activation) {
     case Activation::kSilu: {
       const V s = sigmoid(x);
-      return s * (E(1) + x * (E(1) - s));
+      return grad * (s * (E(1) + x * (E(1) - s)));
     }
     case Activation::kGelu: {
       const V density = E(0.39894228040143267794) * exp_of(E(-0.5) * x * x);
-      return normal_cdf(x) + x * density;
+      return grad * (normal_cdf(x) + x * density);
     }
     case Activation::kGeluTanh: {
       const V t = gelu_tanh_inner(x);
       const V inner_grad = E(0.79788456080286535588) * (E(1) + E(3 * 0.044715) * x * x);
-      return E(0.5) * (E(1) + t) + E(0.5) * x * (E(1) - t * t) * inner_grad;
+      return grad * (E(0.5) * (E(1) + t) + E(0.5) * x * (E(1) - t * t) * inner_grad);
     }
     case Activation::kRelu:
-      return x <= E(0) ? V{} : one;
+      return x <= E(0) ? V{} : grad;  // no product: as in torch, 0 whatever the gradient
     case Activation::kIdentity:
-      return one;
+      return grad;
   }
   throw std::invalid_argument("omni_moe: unknown Activation");
 }

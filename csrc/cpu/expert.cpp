@@ -121,7 +121,7 @@ void expert_backward_tokens(const ExpertBackwardParams& p, PairCoefficients<acc_
       const Acc grad_value = dot(dout, down + row, H);  // d loss / d (act(s) * routing)
       const Acc activated = activate(p.activation, score);
       const Acc weight = load_scalar(routing + pair);
-      const Acc grad_score = weight * activate_grad(p.activation, score) * grad_value;
+      const Acc grad_score = activate_backward(p.activation, score, weight * grad_value);
       coefficients[pair] = {grad_score, weight * activated};
       if (grad_routing) store_scalar(grad_routing + pair, activated * grad_value);
       if (grad_hidden) accumulate(sum, grad_score, up + row, H);

@@ -74,7 +74,7 @@ void gated_activation_backward(const GatedActivationBackwardParams& params,
               const auto z = load_lanes(gate + i, lanes);
               const auto u = load_lanes(up + i, lanes);
               const auto a = activate(p.activation, z);
-              store_lanes(grad_gate + i, g * u * activate_grad(p.activation, z), lanes);
+              store_lanes(grad_gate + i, activate_backward(p.activation, z, g * u), lanes);
               store_lanes(grad_up + i, g * a, lanes);
               if (activated) store_lanes(activated + i, a * u, lanes);
             });

@@ -189,9 +189,8 @@ def test_non_finite_scores(device, dtype, activation):
     inputs[0][4, :] = 0
     inputs[0][4, 7] = float("inf")
     inputs[0][5, 9] = float("-inf")
-    if activation != "relu":  # whose derivative of 0 hides NaN from autograd's masked product
-        inputs[3][6, 2] = float("nan")
-        inputs[3][7, 1] = float("inf")
+    inputs[3][6, 2] = float("nan")
+    inputs[3][7, 1] = float("inf")
     out, grads = run(lambda *args: ops.omni_expert(*args, indices, activation), inputs, grad)
     want, want_grads = run_in_double(
         lambda *args: reference.omni_expert(*args, indices.cpu(), activation), inputs, grad
@@ -199,6 +198,26 @@ def test_non_finite_scores(device, dtype, activation):
     assert_close(out, want, "out")
     untouched = torch.tensor([t for t in range(37) if t not in (3, 4, 5, 6, 7)], device=device)
     assert_bitwise(out[untouched], clean[untouched])
+    for name, got, want_grad in zip(GRADIENTS, grads, want_grads, strict=True):
+        assert_close(got, want_grad, name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@on_dtypes
+def test_relu_hides_non_finite_routing_weights(device, dtype, value):
+    """Where the score is negative its gradient is 0, as in autograd, not 0 * NaN."""
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
+    hidden, up, _, routing = inputs
+    hidden.abs_().add_(1)
+    up[7] = -up[7].abs()
+    indices[3], indices[4, 1] = 7, 7
+    routing[3], routing[4, 1] = value, value
+    _, grads = run(lambda *args: ops.omni_expert(*args, indices, "relu"), inputs, grad)
+    _, want_grads = run_in_double(
+        lambda *args: reference.omni_expert(*args, indices.cpu(), "relu"), inputs, grad
+    )
+    assert (grads[0][3] == 0).all() and grads[0][4].isfinite().all()
+    assert (grads[1][7] == 0).all()
     for name, got, want_grad in zip(GRADIENTS, grads, want_grads, strict=True):
         assert_close(got, want_grad, name)
 
