@@ -64,11 +64,13 @@ inline V sigmoid(V x) {
   return E(1) / (E(1) + exp_of(-x));
 }
 
+// The last operation is a sum, not the equal 0.5 * (1 + erf): the compiler could fuse that product
+// with a sum that follows, or not, depending on what else is computed, and the last bit with it.
 template <typename V>
 inline V normal_cdf(V x) {
   using E = typename ElementOf<V>::type;
-  return E(0.5) *
-         (E(1) + map_lanes(x * E(0.70710678118654752440), [](auto z) { return std::erf(z); }));
+  return E(0.5) +
+         E(0.5) * map_lanes(x * E(0.70710678118654752440), [](auto z) { return std::erf(z); });
 }
 
 // tanh(√(2/π) (x + 0.044715 x³)), the inner part of gelu_tanh.

@@ -2,6 +2,8 @@
 // through the backends' own kernels, and both of them in one where a backend can.
 #include <torch/library.h>
 
+#include <utility>
+
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
@@ -93,6 +95,30 @@ Tensor omni_mlp_kernel(const Tensor& x, const Tensor& gate_weight, const Tensor&
   return at::mm(activated, down_weight.t()).view(x.sizes());
 }
 
+struct GatedGradients {
+  Tensor gate, up;   // of the two products
+  Tensor activated;  // act(gate) * up again: where wanted
+};
+
+// Gradients through the activation. They take the memory of what they are computed from as far as
+// it is this call's own: of grad_activated always, of gate and up if those are not saved tensors.
+GatedGradients gated_gradients(Tensor grad_activated, Tensor gate, Tensor up, bool owns_products,
+                               Activation activation, bool want_activated) {
+  GatedGradients result;
+  if (owns_products) {
+    result = {gate, up, want_activated ? grad_activated : Tensor()};
+  } else {
+    result = {grad_activated, at::empty_like(up), want_activated ? at::empty_like(gate) : Tensor()};
+  }
+  launch({grad_activated.const_data_ptr(), gate.const_data_ptr(), up.const_data_ptr(),
+          result.gate.mutable_data_ptr(), result.up.mutable_data_ptr(),
+          want_activated ? result.activated.mutable_data_ptr() : nullptr, gate.size(0),
+          gate.size(1), gate.stride(0), up.stride(0), result.gate.stride(0), result.up.stride(0),
+          to_dtype(gate), activation},
+         gate.device());
+  return result;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_kernel(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& saved_gate,
@@ -103,37 +129,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_kernel(
   check_mlp_backward(kOp, grad_output, x, gate_weight, up_weight, down_weight, saved_gate,
                      saved_up);
   const Tensor rows = as_rows(x), grad = as_rows(grad_output);
-  Tensor gate, up;
-  if (saved_gate && saved_up) {
-    gate = as_rows(*saved_gate).contiguous();
-    up = as_rows(*saved_up).contiguous();
+  const bool has_products = saved_gate && saved_up;
+  GatedLinear products;
+  if (has_products) {
+    products.gate = as_rows(*saved_gate).contiguous();
+    products.up = as_rows(*saved_up).contiguous();
   } else {
-    const GatedLinear again = gated_linear(rows, gate_weight, up_weight, act,
-                                           /*want_products=*/true, /*want_activated=*/false);
-    gate = again.gate;
-    up = again.up;
+    products = gated_linear(rows, gate_weight, up_weight, act, /*want_products=*/true,
+                            /*want_activated=*/false);
   }
 
   // 1. Through the down product and the activation; act(gate) * up again, for the weight gradient.
-  const Tensor grad_activated = at::mm(grad, down_weight);
-  const auto none = [&] { return at::empty({0}, x.options()); };  // outputs must not alias
-  Tensor activated = output_mask[3] ? at::empty_like(gate) : none();
-  Tensor grad_gate = at::empty_like(gate), grad_up = at::empty_like(up);
-  launch(
-      {grad_activated.const_data_ptr(), gate.const_data_ptr(), up.const_data_ptr(),
-       grad_gate.mutable_data_ptr(), grad_up.mutable_data_ptr(),
-       output_mask[3] ? activated.mutable_data_ptr() : nullptr, gate.size(0), gate.size(1),
-       gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), to_dtype(gate), act},
-      x.device());
+  GatedGradients grads =
+      gated_gradients(at::mm(grad, down_weight), std::move(products.gate), std::move(products.up),
+                      /*owns_products=*/!has_products, act, /*want_activated=*/output_mask[3]);
 
-  // 2. Through the gate and up products.
+  // 2. Through the gate and up products. Each operand is freed after its last use: memory peaks
+  //    here, where the weights' gradients pile up.
+  const auto none = [&] { return at::empty({0}, x.options()); };  // outputs must not alias
+  const Tensor grad_down = output_mask[3] ? at::mm(grad.t(), grads.activated) : none();
+  grads.activated.reset();
   Tensor grad_x = none();
   if (output_mask[0]) {
-    grad_x = at::mm(grad_gate, gate_weight).addmm_(grad_up, up_weight).view(x.sizes());
+    grad_x = at::mm(grads.gate, gate_weight).addmm_(grads.up, up_weight).view(x.sizes());
   }
-  return {grad_x, output_mask[1] ? at::mm(grad_gate.t(), rows) : none(),
-          output_mask[2] ? at::mm(grad_up.t(), rows) : none(),
-          output_mask[3] ? at::mm(grad.t(), activated) : none()};
+  const Tensor grad_gate_weight = output_mask[1] ? at::mm(grads.gate.t(), rows) : none();
+  grads.gate.reset();
+  return {grad_x, grad_gate_weight, output_mask[2] ? at::mm(grads.up.t(), rows) : none(),
+          grad_down};
 }
 
 void register_kernels(torch::Library& m) {

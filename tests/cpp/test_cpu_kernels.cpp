@@ -313,6 +313,19 @@ TEST_P(CpuKernels, GatedActivationInPlace) {
   EXPECT_EQ(other, grad_up);
   run(over_up, other, over_up);
   EXPECT_EQ(over_up, grad_up);
+
+  // Every output over an input, as for products that are computed again.
+  Buffer activated(DType::kFloat32, n);
+  GetParam().gated_activation_forward({gate.data(), up.data(), activated.data(), num_tokens, size,
+                                       size, size, DType::kFloat32, Activation::kGelu},
+                                      serial_);
+  GetParam().gated_activation_backward(
+      {grad.data(), gate.data(), up.data(), gate.data(), up.data(), grad.data(), num_tokens, size,
+       size, size, size, size, DType::kFloat32, Activation::kGelu},
+      serial_);
+  EXPECT_EQ(gate, grad_gate);
+  EXPECT_EQ(up, grad_up);
+  EXPECT_EQ(grad, activated);
 }
 
 // ---- schedule, index check

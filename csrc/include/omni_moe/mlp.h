@@ -21,8 +21,8 @@ struct GatedActivationForwardParams {
 };
 
 // grad_gate = grad * up * act'(gate), grad_up = grad * act(gate).
-// grad_activated may alias grad_gate or grad_up or activated: each element is read before it is
-// written.
+// An output may be the same memory as an input of the same row stride: at each position all inputs
+// are read before an output is written.
 struct GatedActivationBackwardParams {
   const void* grad_activated;  // [T, I]
   const void* gate;            // [T, I], rows gate_stride apart
