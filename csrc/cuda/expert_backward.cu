@@ -67,7 +67,8 @@ cudaError_t token_pass(const ExpertBackwardParams& params, bool want_weights,
         static_cast<T*>(params.grad_routing_weights),  want_weights ? workspace.records : nullptr,
         workspace.schedule.schedule.pair_position,     params.activation};
     return launch_token_pass<T>(args, pairs, plan, token_pass_shape(params).is_aligned,
-                                workspace.token_pass, device, stream);
+                                workspace.token_pass, /*beside_previous=*/want_weights, device,
+                                stream);
   });
 }
 

@@ -56,7 +56,8 @@ cudaError_t expert_forward(const ExpertForwardParams& params, const TokenPassPla
     const ForwardPairs<T> pairs{static_cast<const T*>(params.routing_weights),
                                 static_cast<float*>(params.scores), params.activation};
     return launch_token_pass<T>(args, pairs, plan, shape.is_aligned,
-                                static_cast<float*>(params.workspace), device, stream);
+                                static_cast<float*>(params.workspace), /*beside_previous=*/false,
+                                device, stream);
   });
 }
 

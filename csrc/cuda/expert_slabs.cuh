@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
     expert_slab_dots_kernel(const __grid_constant__ TokenPassArgs args,
                             float* partial) {  // [num_slabs, T * K]
   using Lane = SlabLane<T, Slab>;
+  let_next_kernel_start();
   const SlabTask task = slab_task<Slab>(args.num_tokens);
   const Lane lane(task.slab, static_cast<int>(args.hidden_size * sizeof(T)));
   const char* table = static_cast<const char*>(args.scored) + lane.byte;
@@ -114,6 +115,7 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
     const bool is_first = lane.lane % Lane::kLanes < kLoads;
     if (is_first && pair < num_pairs && task.exists) partial[pair] = dot;
   });
+  wait_for_previous_kernel();  // for those that wait for this one
   ids.check();
 }
 
@@ -127,10 +129,11 @@ __global__ void __launch_bounds__(kSlabCoefficientThreads)
                                     const float* partial,  // [num_slabs, T * K]
                                     int num_slabs, int64_t all_pairs, int num_pairs,
                                     float* coefficients) {  // [T * K]
+  let_next_kernel_start();
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kSlabCoefficientThreads + threadIdx.x;
   if (pair >= all_pairs) return;
+  wait_for_previous_kernel();
   const auto inputs = pairs.load(pair, /*stores=*/true);
-  wait_for_previous_kernel();  // only the dots are that kernel's
   float dot = 0.0f;
 #pragma unroll 8
   for (int slab = 0; slab < num_slabs; ++slab) dot += partial[slab * all_pairs + pair];
@@ -142,6 +145,7 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
     expert_slab_sum_kernel(const __grid_constant__ TokenPassArgs args,  // indices checked before
                            const float* coefficients_of_pairs) {        // [T * K]
   using Lane = SlabLane<T, Slab>;
+  let_next_kernel_start();
   const SlabTask task = slab_task<Slab>(args.num_tokens);
   const Lane lane(task.slab, static_cast<int>(args.hidden_size * sizeof(T)));
   const char* table = static_cast<const char*>(args.added) + lane.byte;
@@ -185,10 +189,12 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
 
 // ---- Launcher -----------------------------------------------------------------------------------
 
+// `beside_previous`: the dots may run beside the kernels just launched, which must have been
+// started after everything that this pass reads, but for what BackwardPairs reads, was written.
 // `workspace` holds the partial dots [num_slabs, T * K], then the coefficients [T * K].
 template <class T, class Slab, class Pairs>
 cudaError_t launch_slabs(const TokenPassArgs& args, const Pairs& pairs, float* workspace,
-                         const DeviceInfo& device, cudaStream_t stream) {
+                         bool beside_previous, const DeviceInfo& device, cudaStream_t stream) {
   constexpr unsigned kThreads = Slab::kWarps * kWarpSize;
   const int64_t row_bytes = args.hidden_size * static_cast<int64_t>(sizeof(T));
   const int64_t num_slabs = ceil_div<int64_t>(row_bytes, Slab::kBytes);
@@ -199,8 +205,12 @@ cudaError_t launch_slabs(const TokenPassArgs& args, const Pairs& pairs, float* w
   float* coefficients = workspace + num_slabs * all_pairs;
   return run_steps(
       [&] {
-        expert_slab_dots_kernel<T, Slab>
-            <<<static_cast<unsigned>(num_blocks), kThreads, 0, stream>>>(args, workspace);
+        const auto kernel = expert_slab_dots_kernel<T, Slab>;
+        const auto blocks = static_cast<unsigned>(num_blocks);
+        if (beside_previous) {
+          return launch_early(kernel, blocks, kThreads, device, stream, args, workspace);
+        }
+        kernel<<<blocks, kThreads, 0, stream>>>(args, workspace);
         return launch_status();
       },
       [&] {

@@ -11,11 +11,11 @@
 
 namespace omni_moe::cuda {
 
-// `workspace` holds token_pass_workspace_floats(shape, plan).
+// `workspace` holds token_pass_workspace_floats(shape, plan); `beside_previous`: see launch_slabs.
 template <class T, class Pairs>
 cudaError_t launch_token_pass(const TokenPassArgs& args, const Pairs& pairs,
                               const TokenPassPlan& plan, bool is_aligned, float* workspace,
-                              const DeviceInfo& device, cudaStream_t stream) {
+                              bool beside_previous, const DeviceInfo& device, cudaStream_t stream) {
   switch (plan.strategy) {
     case TokenPassStrategy::kPhased:
       return launch_phased<T>(args, pairs, plan, is_aligned, workspace, stream);
@@ -24,9 +24,10 @@ cudaError_t launch_token_pass(const TokenPassArgs& args, const Pairs& pairs,
                  ? launch_columns<T, ColumnsTuning<2048>>(args, pairs, stream)
                  : launch_columns<T, ColumnsTuning<4096>>(args, pairs, stream);
     case TokenPassStrategy::kSlabs:
-      return plan.slab_bytes == 512
-                 ? launch_slabs<T, SlabTuning<512>>(args, pairs, workspace, device, stream)
-                 : launch_slabs<T, SlabTuning<256>>(args, pairs, workspace, device, stream);
+      return plan.slab_bytes == 512 ? launch_slabs<T, SlabTuning<512>>(
+                                          args, pairs, workspace, beside_previous, device, stream)
+                                    : launch_slabs<T, SlabTuning<256>>(
+                                          args, pairs, workspace, beside_previous, device, stream);
   }
   return cudaErrorInvalidValue;
 }

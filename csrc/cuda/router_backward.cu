@@ -227,14 +227,13 @@ __device__ __forceinline__ void route_backward(const RouterBackwardParams& param
   const int k = static_cast<int>(params.num_experts_per_token);
   const int thread = group.thread();
   const bool is_logit = params.score == RouterScore::kLogit;
-  ChosenPairs<T> pairs{
-      static_cast<const T*>(params.grad_weights) + t * k,
-      params.indices + t * k,
-      is_logit ? nullptr : static_cast<const T*>(params.logits_x) + t * num_rows,
-      is_logit ? nullptr : static_cast<const T*>(params.logits_y) + t * num_cols,
-      num_rows,
-      num_cols,
-      k};
+  ChosenPairs<T> pairs{static_cast<const T*>(params.grad_weights) + t * k,
+                       params.indices + t * k,
+                       is_logit ? nullptr : static_cast<const T*>(params.logits_x) + t * num_rows,
+                       is_logit ? nullptr : static_cast<const T*>(params.logits_y) + t * num_cols,
+                       num_rows,
+                       num_cols,
+                       k};
   T* grad_x = static_cast<T*>(params.grad_logits_x) + t * num_rows;
   T* grad_y = static_cast<T*>(params.grad_logits_y) + t * num_cols;
 

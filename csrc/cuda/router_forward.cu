@@ -190,8 +190,8 @@ __device__ __forceinline__ bool warp_any_negative_inf(const T* logits, int n) {
 // ---- candidates: the K best pairs of the two sorted tops ----
 
 // entries[filled … k) = the pairs of key `key` with the smallest ids, from the sorted tops; false
-// where a logit beyond them can tie too, or more pairs tie than fit. Coarse logits tie often: a scan
-// of the grid for one token in 40 took longer than all the rest (bf16, 1024 per axis, K 64).
+// where a logit beyond them can tie too, or more pairs tie than fit. Coarse logits tie often: a
+// scan of the grid for one token in 40 took longer than all the rest (bf16, 1024 per axis, K 64).
 template <int kCapacity>
 __device__ __noinline__ bool warp_fill_ties_from_tops(WarpStorage<kCapacity>& storage, int num_rows,
                                                       int num_cols, int num_x, int num_y,
@@ -444,8 +444,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity
   for (int i = lane; i < k; i += kWarpSize) {
     const uint64_t entry = storage.entries[i];
     const uint32_t id = id_of_entry(entry);
-    const float weight = score == RouterScore::kLogit ? value_of_key(key_of_entry(entry))
-                                                      : weight_of(id) / scale;
+    const float weight =
+        score == RouterScore::kLogit ? value_of_key(key_of_entry(entry)) : weight_of(id) / scale;
     weights[i] = from_float<T>(weight);
     indices[i] = static_cast<int32_t>(id);
   }

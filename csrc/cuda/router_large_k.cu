@@ -295,8 +295,8 @@ struct BlockRouter {
     }
   }
 
-  // 4. indices[filled … k) = the pairs of key `key` with the smallest ids; weights[filled … k) = their
-  // sum.
+  // 4. indices[filled … k) = the pairs of key `key` with the smallest ids; weights[filled … k) =
+  // their sum.
   __device__ void write_ties(uint32_t key, int filled, T* weights, int32_t* indices) {
     const T sum = from_float<T>(value_of_key(key));
     const int lane = threadIdx.x % kWarpSize;

@@ -10,6 +10,7 @@
 
 #include "common/index.cuh"
 #include "common/reduce.cuh"
+#include "expert_launch.cuh"
 #include "schedule.h"
 #include "tuning.h"
 
@@ -70,6 +71,7 @@ __device__ __forceinline__ void warp_list_long_segments(const ExpertSchedule& sc
 __global__ void __launch_bounds__(kThreads)
     count_pairs_kernel(const void* indices, IndexType index_type, int64_t num_pairs,
                        int64_t num_experts, uint32_t* counts, uint32_t* rank) {
+  let_next_kernel_start();
   const int64_t pair = global_thread();
   const unsigned active = __ballot_sync(kFullWarp, pair < num_pairs);
   if (pair >= num_pairs) return;
@@ -87,6 +89,8 @@ __global__ void __launch_bounds__(kThreads)
 // Turns counts (in segment_end) into segments, in expert order within a block, blocks as they come.
 __global__ void __launch_bounds__(kThreads)
     allocate_segments_kernel(ExpertSchedule schedule, int64_t num_experts, int32_t* huge_experts) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   using BlockScan = cub::BlockScan<uint32_t, kThreads>;
   __shared__ typename BlockScan::TempStorage scan_storage;
   __shared__ uint32_t block_base;
@@ -111,6 +115,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     place_pairs_kernel(const void* indices, IndexType index_type, int64_t num_pairs,
                        const uint32_t* segment_begin, const uint32_t* rank, uint32_t* pairs) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int64_t pair = global_thread();
   if (pair >= num_pairs) return;
   const int64_t expert = load_index(indices, index_type, pair);
@@ -184,6 +190,8 @@ __global__ void __launch_bounds__(kThreads)
     order_segments_kernel(const void* indices, IndexType index_type, int64_t num_pairs,
                           const uint32_t* pairs, const int32_t* huge_experts,
                           ExpertSchedule schedule, int num_huge_workers) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   if (static_cast<int>(blockIdx.x) < num_huge_workers) {
     order_huge_segments(indices, index_type, num_pairs, huge_experts, schedule,
                         static_cast<int>(blockIdx.x), num_huge_workers);
@@ -219,21 +227,18 @@ cudaError_t schedule_by_counting(const ScheduleShape& shape, const void* indices
         return launch_status();
       },
       [&] {
-        allocate_segments_kernel<<<blocks_for(shape.num_experts), kThreads, 0, stream>>>(
-            schedule, shape.num_experts, workspace.huge_experts);
-        return launch_status();
+        return launch_early(allocate_segments_kernel, blocks_for(shape.num_experts), kThreads,
+                            device, stream, schedule, shape.num_experts, workspace.huge_experts);
       },
       [&] {
-        place_pairs_kernel<<<pair_blocks, kThreads, 0, stream>>>(
-            indices, index_type, shape.num_pairs, schedule.segment_begin, schedule.pair_position,
-            workspace.pairs);
-        return launch_status();
+        return launch_early(place_pairs_kernel, pair_blocks, kThreads, device, stream, indices,
+                            index_type, shape.num_pairs, schedule.segment_begin,
+                            schedule.pair_position, workspace.pairs);
       },
       [&] {
-        order_segments_kernel<<<huge_workers + pair_blocks, kThreads, 0, stream>>>(
-            indices, index_type, shape.num_pairs, workspace.pairs, workspace.huge_experts, schedule,
-            huge_workers);
-        return launch_status();
+        return launch_early(order_segments_kernel, huge_workers + pair_blocks, kThreads, device,
+                            stream, indices, index_type, shape.num_pairs, workspace.pairs,
+                            workspace.huge_experts, schedule, huge_workers);
       });
 }
 

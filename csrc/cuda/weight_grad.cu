@@ -10,6 +10,7 @@
 #include "common/dispatch.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
+#include "expert_launch.cuh"
 #include "tuning.h"
 #include "weight_grad.h"
 
@@ -205,6 +206,8 @@ struct Task {
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     weight_grad_kernel(const __grid_constant__ WeightGradArgs args) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int64_t part_warps = static_cast<int64_t>(args.num_part_blocks) * kWarps;
@@ -235,6 +238,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads)
     weight_grad_combine_kernel(const __grid_constant__ WeightGradArgs args) {
+  wait_for_previous_kernel();
   __shared__ float warp_sums[kCombineWarps][kWarpSize];
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
@@ -294,13 +298,14 @@ cudaError_t launch(WeightGradArgs args, int64_t num_tokens, int64_t num_pairs,
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   return run_steps(
       [&] {
-        weight_grad_kernel<T, kVec><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
-        return launch_status();
+        return launch_early(weight_grad_kernel<T, kVec>, static_cast<unsigned>(blocks), kThreads,
+                            device, stream, args);
       },
       [&] {
         if (args.schedule.max_parts == 0) return cudaSuccess;
-        weight_grad_combine_kernel<T><<<2 * device.num_sms, kCombineThreads, 0, stream>>>(args);
-        return launch_status();
+        return launch_early(weight_grad_combine_kernel<T>,
+                            static_cast<unsigned>(2 * device.num_sms), kCombineThreads, device,
+                            stream, args);
       });
 }
 
