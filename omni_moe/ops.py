@@ -84,6 +84,7 @@ def omni_expert(
     routing_weights: Tensor,
     indices: Tensor,
     activation: str = "silu",
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of each token's K atomic experts `E_i(x) = act(x . up_i) * down_i`.
 
@@ -99,6 +100,8 @@ def omni_expert(
         routing_weights: (T, K), same dtype.
         indices: (T, K) int32 or int64, each in [0, E).
         activation: silu, gelu, gelu_tanh, relu or identity.
+        addend: (T, H), same dtype; added before the one rounding, so that a layer needs no pass of
+            its own for the sum with its shared MLP.
 
     Returns:
         expert_states: (T, H) in the dtype of `hidden_states`; differentiable with respect to all
@@ -109,7 +112,7 @@ def omni_expert(
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
     return torch.ops.omni_moe.omni_expert(
-        hidden_states, up_weights, down_weights, routing_weights, indices, activation
+        hidden_states, up_weights, down_weights, routing_weights, indices, activation, addend
     )
 
 

@@ -69,6 +69,7 @@ void expert_forward_tokens(const ExpertForwardParams& p, int64_t begin, int64_t 
   const auto* down = static_cast<const T*>(p.down_weights);
   const auto* routing = static_cast<const T*>(p.routing_weights);
   const auto* indices = static_cast<const Index*>(p.indices);
+  const auto* addend = static_cast<const T*>(p.addend);
   auto* out = static_cast<T*>(p.expert_states);
   auto* scores = static_cast<Acc*>(p.scores);
   const std::unique_ptr<Acc[]> scratch(new Acc[2 * H]);
@@ -77,7 +78,7 @@ void expert_forward_tokens(const ExpertForwardParams& p, int64_t begin, int64_t 
 
   for (int64_t t = begin; t < end; ++t) {
     widen(hidden + t * H, x, H);
-    std::fill_n(sum, H, Acc(0));
+    addend ? widen(addend + t * H, sum, H) : void(std::fill_n(sum, H, Acc(0)));
     for (int64_t pair = t * K; pair < (t + 1) * K; ++pair) {
       if (pair + 1 < end * K) {
         prefetch_row(up + indices[pair + 1] * H, H);

@@ -56,10 +56,12 @@ cudaError_t token_pass(const ExpertBackwardParams& params, bool want_weights,
                        const TokenPassPlan& plan, const BackwardWorkspace& workspace,
                        const DeviceInfo& device, cudaStream_t stream) {
   if (params.num_tokens == 0) return cudaSuccess;
-  const TokenPassArgs args{
-      params.grad_expert_states,    params.down_weights, params.up_weights,  params.indices,
-      params.grad_hidden_states,    params.num_tokens,   params.hidden_size, params.num_experts,
-      params.num_experts_per_token, params.index_type};
+  const TokenPassArgs args{params.grad_expert_states, params.down_weights,
+                           params.up_weights,         params.indices,
+                           /*addend=*/nullptr,        params.grad_hidden_states,
+                           params.num_tokens,         params.hidden_size,
+                           params.num_experts,        params.num_experts_per_token,
+                           params.index_type};
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const BackwardPairs<T> pairs{

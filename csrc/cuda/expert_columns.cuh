@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   ids.open(0);
   RowPiece vector = thread.load_own(args.vectors);
   float sum[kVecWidth<T>] = {};
+  if (args.addend != nullptr) unpack_piece<T>(thread.load_own(args.addend), sum);
   int parity = 0;
 
   // Coefficients of the pairs from `first`, lane l that of pair first + l % count; next_rows()

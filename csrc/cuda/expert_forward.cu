@@ -1,5 +1,5 @@
 // Forward of the atomic experts, token by token:
-//   out[t] = Σ_k act(hidden[t] · up[i]) * routing[t,k] * down[i],  i = indices[t,k].
+//   out[t] = addend[t] + Σ_k act(hidden[t] · up[i]) * routing[t,k] * down[i],  i = indices[t,k].
 // Reads 2 T K rows of H elements (from L2 or HBM) and little else, so every strategy (plan.h) aims
 // at bytes in flight: columns in registers (expert_columns.cuh), the same slab by slab where rows
 // are used again (expert_slabs.cuh), and for any shape and alignment, and few tokens, scores first
@@ -35,7 +35,7 @@ TokenPassShape token_pass_shape(const ExpertForwardParams& params) {
           element,
           params.hidden_size * element % 16 == 0 && is_aligned(params.hidden_states, 16) &&
               is_aligned(params.up_weights, 16) && is_aligned(params.down_weights, 16) &&
-              is_aligned(params.expert_states, 16)};
+              is_aligned(params.expert_states, 16) && is_aligned(params.addend, 16)};
 }
 
 cudaError_t expert_forward(const ExpertForwardParams& params, const TokenPassPlan& plan,
@@ -47,9 +47,11 @@ cudaError_t expert_forward(const ExpertForwardParams& params, const TokenPassPla
   DeviceInfo device;
   const cudaError_t status = current_device_info(&device);
   if (status != cudaSuccess) return status;
-  const TokenPassArgs args{params.hidden_states, params.up_weights,    params.down_weights,
-                           params.indices,       params.expert_states, params.num_tokens,
-                           params.hidden_size,   params.num_experts,   params.num_experts_per_token,
+  const TokenPassArgs args{params.hidden_states, params.up_weights,
+                           params.down_weights,  params.indices,
+                           params.addend,        params.expert_states,
+                           params.num_tokens,    params.hidden_size,
+                           params.num_experts,   params.num_experts_per_token,
                            params.index_type};
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

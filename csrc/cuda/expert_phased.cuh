@@ -90,7 +90,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   // 3. Σ_j coefficients[j] * added row.
   if (gridDim.y == 1) {
     T* out = static_cast<T*>(args.out) + token * hidden_size;
-    columns.run(coefficients, scratch, [&](int64_t column, const float(&sum)[kVec]) {
+    const T* addend = static_cast<const T*>(args.addend) + token * hidden_size;
+    columns.run(coefficients, scratch, [&](int64_t column, float(&sum)[kVec]) {
+      if (args.addend != nullptr) {
+        float more[kVec];
+        unpack(load_vec<Vec<T, kVec>>(addend + column), more);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sum[i] += more[i];
+      }
       Vec<T, kVec> packed;
       pack(sum, packed);
       store_vec(out + column, packed);
@@ -118,9 +125,9 @@ cudaError_t launch_phased(const TokenPassArgs& args, const Pairs& pairs, const T
                    },
                    [&] {
                      if (plan.num_splits == 1 || args.out == nullptr) return cudaSuccess;
-                     return launch_split_combine(partial, static_cast<T*>(args.out),
-                                                 args.num_tokens, plan.num_splits, args.hidden_size,
-                                                 stream);
+                     return launch_split_combine(partial, static_cast<const T*>(args.addend),
+                                                 static_cast<T*>(args.out), args.num_tokens,
+                                                 plan.num_splits, args.hidden_size, stream);
                    });
 }
 

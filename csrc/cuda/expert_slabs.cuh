@@ -182,8 +182,11 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
     for (int i = 0; i < kVecWidth<T>; ++i) sum[i] += __shfl_xor_sync(kFullWarp, sum[i], offset);
   }
   if (lane.in_row && lane.row_in_load == 0 && task.exists) {
-    char* out = static_cast<char*>(args.out) + task.token * lane.row_bytes + lane.byte;
-    store_vec_streaming(out, pack_piece<T>(sum));
+    const int64_t at = task.token * lane.row_bytes + lane.byte;
+    if (args.addend != nullptr) {
+      add_piece<T>(1.0f, load_vec<RowPiece>(static_cast<const char*>(args.addend) + at), sum);
+    }
+    store_vec_streaming(static_cast<char*>(args.out) + at, pack_piece<T>(sum));
   }
 }
 

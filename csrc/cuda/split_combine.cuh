@@ -10,11 +10,12 @@ namespace omni_moe::cuda {
 
 inline constexpr int kSplitCombineWarps = 8;
 
-// out[row] = Σ_part partial[row][part], for blockIdx.x = row; a lane owns one column, a warp every
-// kSplitCombineWarps-th part.
+// out[row] = addend[row] + Σ_part partial[row][part], for blockIdx.x = row; a lane owns one column,
+// a warp every kSplitCombineWarps-th part.
 template <class T>
 __global__ void __launch_bounds__(kSplitCombineWarps* kWarpSize)
     split_combine_kernel(const float* partial,  // [rows, num_parts, H]
+                         const T* addend,       // [rows, H], or null: none
                          T* out,                // [rows, H]
                          int num_parts, int64_t hidden_size) {
   __shared__ float warp_sums[kSplitCombineWarps][kWarpSize];
@@ -35,18 +36,20 @@ __global__ void __launch_bounds__(kSplitCombineWarps* kWarpSize)
   if (warp == 0 && column < hidden_size) {
 #pragma unroll
     for (int w = 1; w < kSplitCombineWarps; ++w) sum += warp_sums[w][lane];
-    out[row * hidden_size + column] = from_float<T>(sum);
+    const int64_t at = row * hidden_size + column;
+    if (addend != nullptr) sum += to_float(addend[at]);
+    out[at] = from_float<T>(sum);
   }
 }
 
 template <class T>
-cudaError_t launch_split_combine(const float* partial, T* out, int64_t rows, int num_parts,
-                                 int64_t hidden_size, cudaStream_t stream) {
+cudaError_t launch_split_combine(const float* partial, const T* addend, T* out, int64_t rows,
+                                 int num_parts, int64_t hidden_size, cudaStream_t stream) {
   const int64_t column_blocks = ceil_div<int64_t>(hidden_size, kWarpSize);
   if (column_blocks > 65535) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(column_blocks));
-  split_combine_kernel<T>
-      <<<grid, kSplitCombineWarps * kWarpSize, 0, stream>>>(partial, out, num_parts, hidden_size);
+  split_combine_kernel<T><<<grid, kSplitCombineWarps * kWarpSize, 0, stream>>>(
+      partial, addend, out, num_parts, hidden_size);
   return launch_status();
 }
 

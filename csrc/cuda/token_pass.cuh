@@ -1,6 +1,6 @@
 // What the token passes of forward and backward have in common: for each token, rows of one table
 // scored against the token's vector, a coefficient per pair from that, rows of another table added.
-//   out[t] = Σ_k coefficient(vector[t] · scored[i]) added[i],  i = indices[t,k]
+//   out[t] = addend[t] + Σ_k coefficient(vector[t] · scored[i]) added[i],  i = indices[t,k]
 // forward: hidden, up, down; backward: grad, down, up, with the scores that the forward saved. Each
 // strategy (plan.h) is one kernel template; ForwardPairs and BackwardPairs turn dots into
 // coefficients and store what is wanted of each pair.
@@ -18,6 +18,7 @@ struct TokenPassArgs {
   const void* scored;   // [E, H]
   const void* added;    // [E, H]
   const void* indices;  // [T, K], of index_type
+  const void* addend;   // [T, H], or null: none
   void* out;            // [T, H], or null: not wanted
   int64_t num_tokens;
   int64_t hidden_size;

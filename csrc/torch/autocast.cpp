@@ -37,10 +37,12 @@ struct Autocast {
   }
   static Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
                             const Tensor& down_weights, const Tensor& routing_weights,
-                            const Tensor& indices, std::string_view activation) {
+                            const Tensor& indices, std::string_view activation,
+                            const std::optional<Tensor>& addend) {
     const auto guard = exclude();
     return torch_api::omni_expert(cast(hidden_states), cast(up_weights), cast(down_weights),
-                                  cast(routing_weights), indices, activation);
+                                  cast(routing_weights), indices, activation,
+                                  addend ? std::optional(cast(*addend)) : std::nullopt);
   }
   static Tensor omni_mlp(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
                          const Tensor& down_weight, std::string_view activation, bool recompute) {

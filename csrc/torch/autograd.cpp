@@ -72,13 +72,17 @@ class SoftmaxRouterFunction : public Function<SoftmaxRouterFunction> {
 };
 
 class ExpertFunction : public Function<ExpertFunction> {
+  static constexpr size_t kAddendInput = 5;  // among the tensors
+
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& hidden_states, const Tensor& up_weights,
                         const Tensor& down_weights, const Tensor& routing_weights,
-                        const Tensor& indices, std::string_view activation) {
+                        const Tensor& indices, std::string_view activation,
+                        const std::optional<Tensor>& addend) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [expert_states, scores] = omni_expert_save_scores(hidden_states, up_weights, down_weights,
-                                                           routing_weights, indices, activation);
+    auto [expert_states, scores] = omni_expert_save_scores(
+        hidden_states, up_weights, down_weights, routing_weights, indices, activation, addend);
+    ctx->saved_data["has_addend"] = addend.has_value();
     ctx->save_for_backward(
         {hidden_states, up_weights, down_weights, routing_weights, indices, scores});
     ctx->saved_data["activation"] = std::string(activation);
@@ -92,12 +96,15 @@ class ExpertFunction : public Function<ExpertFunction> {
     auto [grad_hidden, grad_up, grad_down, grad_routing] =
         omni_expert_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
                              ctx->saved_data["activation"].toStringRef(), mask, saved[5]);
+    const bool want_addend =
+        ctx->saved_data["has_addend"].toBool() && ctx->needs_input_grad(kAddendInput);
     return {if_wanted(mask[0], grad_hidden),
             if_wanted(mask[1], grad_up),
             if_wanted(mask[2], grad_down),
             if_wanted(mask[3], grad_routing),
             Tensor(),
-            Tensor()};
+            Tensor(),
+            if_wanted(want_addend, grads[0])};
   }
 };
 
@@ -153,15 +160,17 @@ std::tuple<Tensor, Tensor> omni_softmax_router_autograd(const Tensor& router_log
 
 Tensor omni_expert_autograd(const Tensor& hidden_states, const Tensor& up_weights,
                             const Tensor& down_weights, const Tensor& routing_weights,
-                            const Tensor& indices, std::string_view activation) {
+                            const Tensor& indices, std::string_view activation,
+                            const std::optional<Tensor>& addend) {
   // Without a gradient to come, the scores need not be kept.
-  if (!any_needs_grad({hidden_states, up_weights, down_weights, routing_weights})) {
+  if (!any_needs_grad({hidden_states, up_weights, down_weights, routing_weights}) &&
+      !(addend && any_needs_grad({*addend}))) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return omni_expert(hidden_states, up_weights, down_weights, routing_weights, indices,
-                       activation);
+                       activation, addend);
   }
   return ExpertFunction::apply(hidden_states, up_weights, down_weights, routing_weights, indices,
-                               activation);
+                               activation, addend);
 }
 
 Tensor omni_mlp_autograd(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,

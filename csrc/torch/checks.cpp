@@ -86,7 +86,7 @@ void check_softmax_router_backward(const char* op, const at::Tensor& grad_routin
 
 void check_expert(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_weights,
                   const at::Tensor& down_weights, const at::Tensor& routing_weights,
-                  const at::Tensor& indices) {
+                  const at::Tensor& indices, const std::optional<at::Tensor>& addend) {
   const Argument hidden{op, "hidden_states", hidden_states};
   const Argument up{op, "up_weights", up_weights};
   const Argument down{op, "down_weights", down_weights};
@@ -103,13 +103,20 @@ void check_expert(const char* op, const at::Tensor& hidden_states, const at::Ten
   check_size(ids, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
   check_size(routing, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
   check_size(routing, 1, indices.sym_size(1), "experts per token of indices");
+  if (!addend) return;
+  const Argument more{op, "addend", *addend};
+  check_rank(more, 2);
+  check_like(more, hidden);
+  check_size(more, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
+  check_size(more, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
 }
 
 void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& hidden_states, const at::Tensor& up_weights,
                            const at::Tensor& down_weights, const at::Tensor& routing_weights,
                            const at::Tensor& indices, const std::optional<at::Tensor>& scores) {
-  check_expert(op, hidden_states, up_weights, down_weights, routing_weights, indices);
+  check_expert(op, hidden_states, up_weights, down_weights, routing_weights, indices,
+               /*addend=*/std::nullopt);
   const Argument grad{op, "grad_expert_states", grad_expert_states};
   check_rank(grad, 2);
   check_like(grad, {op, "hidden_states", hidden_states});

@@ -43,7 +43,7 @@ void check_softmax_router_backward(const char* op, const at::Tensor& grad_routin
 
 void check_expert(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_weights,
                   const at::Tensor& down_weights, const at::Tensor& routing_weights,
-                  const at::Tensor& indices);
+                  const at::Tensor& indices, const std::optional<at::Tensor>& addend);
 
 void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& hidden_states, const at::Tensor& up_weights,

@@ -16,13 +16,14 @@ constexpr auto kForwardOp = "omni_expert";
 std::tuple<Tensor, Tensor> expert_forward(const Tensor& hidden_states, const Tensor& up_weights,
                                           const Tensor& down_weights, const Tensor& routing_weights,
                                           const Tensor& indices, std::string_view activation,
-                                          bool want_scores) {
+                                          const std::optional<Tensor>& addend, bool want_scores) {
   const Activation act = parse_activation(kForwardOp, activation);
-  check_expert(kForwardOp, hidden_states, up_weights, down_weights, routing_weights, indices);
+  check_expert(kForwardOp, hidden_states, up_weights, down_weights, routing_weights, indices,
+               addend);
   check_indices(kForwardOp, indices, up_weights.size(0));
   const Tensor hidden = hidden_states.contiguous(), up = up_weights.contiguous(),
                down = down_weights.contiguous(), routing = routing_weights.contiguous(),
-               ids = indices.contiguous();
+               ids = indices.contiguous(), more = addend ? addend->contiguous() : Tensor();
   Tensor out = at::empty_like(hidden);
   Tensor scores;
   if (want_scores) {
@@ -30,9 +31,9 @@ std::tuple<Tensor, Tensor> expert_forward(const Tensor& hidden_states, const Ten
     scores = at::empty(ids.sizes(), hidden.options().dtype(dtype));
   }
   launch({hidden.const_data_ptr(), up.const_data_ptr(), down.const_data_ptr(),
-          routing.const_data_ptr(), ids.const_data_ptr(), out.mutable_data_ptr(),
-          want_scores ? scores.mutable_data_ptr() : nullptr, hidden.size(0), hidden.size(1),
-          up.size(0), ids.size(1), to_dtype(hidden), to_index_type(ids), act,
+          routing.const_data_ptr(), ids.const_data_ptr(), addend ? more.const_data_ptr() : nullptr,
+          out.mutable_data_ptr(), want_scores ? scores.mutable_data_ptr() : nullptr, hidden.size(0),
+          hidden.size(1), up.size(0), ids.size(1), to_dtype(hidden), to_index_type(ids), act,
           /*workspace=*/nullptr},
          hidden.device());
   return {out, scores};
@@ -40,16 +41,18 @@ std::tuple<Tensor, Tensor> expert_forward(const Tensor& hidden_states, const Ten
 
 Tensor omni_expert_kernel(const Tensor& hidden_states, const Tensor& up_weights,
                           const Tensor& down_weights, const Tensor& routing_weights,
-                          const Tensor& indices, std::string_view activation) {
+                          const Tensor& indices, std::string_view activation,
+                          const std::optional<Tensor>& addend) {
   return std::get<0>(expert_forward(hidden_states, up_weights, down_weights, routing_weights,
-                                    indices, activation, /*want_scores=*/false));
+                                    indices, activation, addend, /*want_scores=*/false));
 }
 
 std::tuple<Tensor, Tensor> omni_expert_save_scores_kernel(
     const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
-    const Tensor& routing_weights, const Tensor& indices, std::string_view activation) {
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation,
+    const std::optional<Tensor>& addend) {
   return expert_forward(hidden_states, up_weights, down_weights, routing_weights, indices,
-                        activation, /*want_scores=*/true);
+                        activation, addend, /*want_scores=*/true);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
@@ -68,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
   const Tensor scores = saved_scores
                             ? saved_scores->contiguous()
                             : std::get<1>(expert_forward(hidden, up, down, routing, ids, activation,
+                                                         /*addend=*/std::nullopt,
                                                          /*want_scores=*/true));
   const auto wanted = [&](bool asked, const Tensor& like) {
     return asked ? empty_like_on_huge_pages(like) : at::empty({0}, like.options());

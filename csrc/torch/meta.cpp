@@ -55,18 +55,21 @@ std::tuple<Tensor, Tensor> omni_softmax_router_backward_meta(const Tensor& grad_
 
 Tensor omni_expert_meta(const Tensor& hidden_states, const Tensor& up_weights,
                         const Tensor& down_weights, const Tensor& routing_weights,
-                        const Tensor& indices, std::string_view activation) {
+                        const Tensor& indices, std::string_view activation,
+                        const std::optional<Tensor>& addend) {
   parse_activation("omni_expert", activation);
-  check_expert("omni_expert", hidden_states, up_weights, down_weights, routing_weights, indices);
+  check_expert("omni_expert", hidden_states, up_weights, down_weights, routing_weights, indices,
+               addend);
   return empty_like_contiguous(hidden_states);
 }
 
 std::tuple<Tensor, Tensor> omni_expert_save_scores_meta(
     const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
-    const Tensor& routing_weights, const Tensor& indices, std::string_view activation) {
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation,
+    const std::optional<Tensor>& addend) {
   const auto dtype = accumulation_dtype(hidden_states.scalar_type());
   return {omni_expert_meta(hidden_states, up_weights, down_weights, routing_weights, indices,
-                           activation),
+                           activation, addend),
           at::empty_symint(indices.sym_sizes(), hidden_states.options().dtype(dtype))};
 }
 

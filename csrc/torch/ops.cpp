@@ -47,16 +47,19 @@ std::tuple<Tensor, Tensor> omni_softmax_router_backward(const Tensor& grad_routi
 
 Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
                    const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
-                   std::string_view activation) {
+                   std::string_view activation, const std::optional<Tensor>& addend) {
   static const auto op = find_op("omni_moe::omni_expert", omni_expert);
-  return op.call(hidden_states, up_weights, down_weights, routing_weights, indices, activation);
+  return op.call(hidden_states, up_weights, down_weights, routing_weights, indices, activation,
+                 addend);
 }
 
 std::tuple<Tensor, Tensor> omni_expert_save_scores(
     const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
-    const Tensor& routing_weights, const Tensor& indices, std::string_view activation) {
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation,
+    const std::optional<Tensor>& addend) {
   static const auto op = find_op("omni_moe::omni_expert_save_scores", omni_expert_save_scores);
-  return op.call(hidden_states, up_weights, down_weights, routing_weights, indices, activation);
+  return op.call(hidden_states, up_weights, down_weights, routing_weights, indices, activation,
+                 addend);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(

@@ -28,10 +28,12 @@ std::tuple<Tensor, Tensor> omni_softmax_router_backward(const Tensor& grad_routi
 
 Tensor omni_expert(const Tensor& hidden_states, const Tensor& up_weights,
                    const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
-                   std::string_view activation = "silu");
+                   std::string_view activation = "silu",
+                   const std::optional<Tensor>& addend = std::nullopt);
 std::tuple<Tensor, Tensor> omni_expert_save_scores(
     const Tensor& hidden_states, const Tensor& up_weights, const Tensor& down_weights,
-    const Tensor& routing_weights, const Tensor& indices, std::string_view activation);
+    const Tensor& routing_weights, const Tensor& indices, std::string_view activation,
+    const std::optional<Tensor>& addend = std::nullopt);
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,

@@ -20,16 +20,18 @@ TORCH_LIBRARY(omni_moe, m) {
       "Tensor router_logits_y, Tensor indices, bool norm_topk_prob) "
       "-> (Tensor grad_router_logits_x, Tensor grad_router_logits_y)");
 
-  // Atomic experts: hidden (T, H), up and down (E, H), routing and indices (T, K) -> (T, H).
+  // Atomic experts: hidden (T, H), up and down (E, H), routing and indices (T, K) -> (T, H),
+  // onto an addend (T, H) if there is one.
   // omni_expert_save_scores also returns s = hidden[t] . up[i] (T, K) in the accumulation type,
   // which the backward computes again where it is not given. A gradient that output_mask does not
   // ask for comes back empty.
   m.def(
       "omni_expert(Tensor hidden_states, Tensor up_weights, Tensor down_weights, "
-      "Tensor routing_weights, Tensor indices, str activation=\"silu\") -> Tensor");
+      "Tensor routing_weights, Tensor indices, str activation=\"silu\", Tensor? addend=None) "
+      "-> Tensor");
   m.def(
       "omni_expert_save_scores(Tensor hidden_states, Tensor up_weights, Tensor down_weights, "
-      "Tensor routing_weights, Tensor indices, str activation) "
+      "Tensor routing_weights, Tensor indices, str activation, Tensor? addend=None) "
       "-> (Tensor expert_states, Tensor scores)");
   m.def(
       "omni_expert_backward(Tensor grad_expert_states, Tensor hidden_states, Tensor up_weights, "

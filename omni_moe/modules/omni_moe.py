@@ -102,14 +102,6 @@ class OmniMoE(nn.Module):
         if config.track_expert_load:
             self._count_experts(indices)
 
-        expert_states = omni_expert(
-            tokens,
-            self.up_embed.weight,
-            self.down_embed.weight,
-            routing_weights,
-            indices,
-            config.hidden_act,
-        )
         shared_states = omni_mlp(
             tokens,
             self.gate_proj.weight,
@@ -117,7 +109,16 @@ class OmniMoE(nn.Module):
             self.down_proj.weight,
             config.hidden_act,
         )
-        return (expert_states + shared_states).view_as(hidden_states)
+        outputs = omni_expert(
+            tokens,
+            self.up_embed.weight,
+            self.down_embed.weight,
+            routing_weights,
+            indices,
+            config.hidden_act,
+            addend=shared_states,
+        )
+        return outputs.view_as(hidden_states)
 
     @torch.no_grad()
     def _count_experts(self, indices: Tensor) -> None:

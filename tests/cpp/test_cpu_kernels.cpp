@@ -140,11 +140,12 @@ std::pair<Buffer, Buffer> run_forward(const KernelTable& table, ExpertCase& c, I
   Buffer out(c.dtype, s.num_tokens * s.hidden_size);
   const auto score_dtype = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   Buffer scores(score_dtype, s.num_tokens * s.k);
-  table.expert_forward({c.hidden.data(), c.up.data(), c.down.data(), c.routing.data(),
-                        c.indices.data(type), out.data(), scores.data(), s.num_tokens,
-                        s.hidden_size, s.num_experts, s.k, c.dtype, type, c.activation,
-                        /*workspace=*/nullptr},
-                       executor);
+  table.expert_forward(
+      {c.hidden.data(), c.up.data(), c.down.data(), c.routing.data(), c.indices.data(type),
+       /*addend=*/nullptr, out.data(), scores.data(), s.num_tokens, s.hidden_size, s.num_experts,
+       s.k, c.dtype, type, c.activation,
+       /*workspace=*/nullptr},
+      executor);
   return {std::move(out), std::move(scores)};
 }
 

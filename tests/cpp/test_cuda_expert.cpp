@@ -189,6 +189,7 @@ struct Problem {
         up(c, c.num_experts * c.hidden_size),
         down(c, c.num_experts * c.hidden_size),
         routing(c, c.num_tokens * c.num_experts_per_token),
+        addend(c, c.num_tokens * c.hidden_size),
         out(c, c.num_tokens * c.hidden_size),
         grad_hidden(c, c.num_tokens * c.hidden_size),
         grad_up(c, c.num_experts * c.hidden_size),
@@ -204,6 +205,7 @@ struct Problem {
     up.fill_random(random, 3.0 / std::sqrt(double(c.hidden_size)));
     down.fill_random(random, 3.0 / std::sqrt(double(c.hidden_size)));
     routing.fill_random(random, 1.0);
+    addend.fill_random(random, 1.0);
     fill_ids(random);
     solve();
   }
@@ -245,6 +247,7 @@ struct Problem {
 
   // The equations of expert.h, as they stand.
   void solve() {
+    if (c.num_experts % 2 == 0) out.values = addend.values;
     const int64_t width = c.hidden_size;
     for (int64_t pair = 0; pair < int64_t(ids.size()); ++pair) {
       const int64_t token = pair / c.num_experts_per_token * width;
@@ -275,6 +278,7 @@ struct Problem {
     params.down_weights = down.device.data();
     params.routing_weights = routing.device.data();
     params.indices = device_ids.data();
+    params.addend = c.num_experts % 2 == 0 ? addend.device.data() : nullptr;
     params.expert_states = out.device.data();
     params.scores = scores.device.data();
     fill_shape(&params);
@@ -311,7 +315,7 @@ struct Problem {
   }
 
   Case c;
-  Tensor hidden, grad, up, down, routing;
+  Tensor hidden, grad, up, down, routing, addend;
   Tensor out, grad_hidden, grad_up, grad_down, grad_routing;
   Tensor scores;  // output of the forward, input of the backward
   std::vector<int64_t> ids;

@@ -36,6 +36,7 @@ def arguments(op, device="cpu"):
         "gate": (2, T, I),
         "up": (2, T, I),
         "scores": (T, K),
+        "addend": (T, H),
     }
     others = {
         "num_experts_per_token": K,
@@ -153,6 +154,19 @@ SHAPE_CASES = [
         size_message("grad_expert_states", 0, "number of tokens of hidden_states", T, (T + 1, H)),
     ),
     (["omni_expert_backward"], "grad_expert_states", (H,), "expected grad_expert_states to have 2"),
+    (["omni_expert"], "addend", (H,), rank_message("addend", 2, (H,))),
+    (
+        ["omni_expert"],
+        "addend",
+        (T + 1, H),
+        size_message("addend", 0, "number of tokens of hidden_states", T, (T + 1, H)),
+    ),
+    (
+        ["omni_expert"],
+        "addend",
+        (T, H + 1),
+        size_message("addend", 1, "hidden_size of hidden_states", H, (T, H + 1)),
+    ),
     (["omni_expert_backward"], "scores", (T * K,), rank_message("scores", 2, (T * K,))),
     (
         ["omni_expert_backward"],

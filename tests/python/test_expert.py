@@ -66,6 +66,39 @@ def test_against_oracle(device, dtype, shape):
     check_against_oracle(*expert_inputs(shape, device, dtype))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_dtypes
+def test_addend(device, dtype, shape):
+    """The sum starts from the addend; its gradient is that of the output."""
+    inputs, indices, grad = expert_inputs(shape, device, dtype)
+    addend = torch.randn(grad.shape).to(device, dtype)
+    out, grads = run(
+        lambda *args: ops.omni_expert(*args[:4], indices, "silu", args[4]), (*inputs, addend), grad
+    )
+    want, want_grads = run_in_double(
+        lambda *args: reference.omni_expert(*args[:4], indices.cpu()) + args[4],
+        (*inputs, addend),
+        grad,
+    )
+    num_terms = longest_sum(inputs, indices)
+    assert_close(out, want, "out", num_terms=num_terms)
+    for name, got, want_grad in zip((*GRADIENTS, "grad_addend"), grads, want_grads, strict=True):
+        assert_close(got, want_grad, name, num_terms=num_terms)
+    assert_bitwise(grads[4], grad)
+
+
+@on_devices
+def test_gradient_of_the_addend_alone(device):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 3), device, torch.float32)
+    addend = torch.randn(grad.shape, device=device, requires_grad=True)
+    ops.omni_expert(*inputs, indices, "silu", addend).backward(grad)
+    assert_bitwise(addend.grad, grad)
+    assert all(tensor.grad is None for tensor in inputs)
+    hidden = inputs[0].detach().requires_grad_()
+    ops.omni_expert(hidden, *inputs[1:], indices, "silu", addend.detach()).backward(grad)
+    assert hidden.grad is not None
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @on_dtypes
 def test_activations(device, dtype, activation):

@@ -54,6 +54,7 @@ def expert_samples(device):
         (*with_grad(hidden[:0]), up, down, *with_grad(routing[:0]), indices[:0]),
         (transposed, up, down, routing[:1], indices[:1]),
         (*(tensor.bfloat16() for tensor in inputs), indices),
+        (*with_grad(*inputs), indices, "silu", *with_grad(torch.randn_like(hidden))),
     ]
 
 
@@ -62,6 +63,7 @@ def expert_save_scores_samples(device):
     for dtype in (torch.float32, torch.bfloat16):
         inputs, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, dtype)
         samples.append((*inputs, indices, "silu"))
+        samples.append((*inputs, indices, "silu", torch.randn_like(inputs[0])))
     return samples
 
 

@@ -89,7 +89,7 @@ class ColumnSum {
   __device__ __forceinline__ void prefetch() { load_rows(column(0), group_); }
 
   // After prefetch() and a barrier behind the coefficients. `scratch` holds kScratchFloats.
-  // store(column, const float (&)[kVec]) is called once per kVec columns.
+  // store(column, float (&)[kVec]) is called once per kVec columns.
   template <class Store>
   __device__ __forceinline__ void run(const float* coefficients, float* scratch, Store&& store) {
     const int64_t tile_columns = static_cast<int64_t>(column_threads_) * kVec;

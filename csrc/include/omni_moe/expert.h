@@ -1,4 +1,5 @@
-// Atomic experts: out[t] = Σ_k act(hidden[t] · up[idx[t,k]]) * routing[t,k] * down[idx[t,k]].
+// Atomic experts:
+//   out[t] = addend[t] + Σ_k act(hidden[t] · up[idx[t,k]]) * routing[t,k] * down[idx[t,k]].
 #pragma once
 
 #include <cstddef>
@@ -15,6 +16,7 @@ struct ExpertForwardParams {
   const void* down_weights;     // [E, H]
   const void* routing_weights;  // [T, K]
   const void* indices;          // [T, K], of index_type
+  const void* addend;           // [T, H], or null: none
   void* expert_states;          // [T, H]
   void* scores;                 // [T, K] s in fp32 (fp64 for fp64), or null: not wanted
   int64_t num_tokens;
