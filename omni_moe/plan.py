@@ -59,9 +59,10 @@ def expert_plan(
         gpu: the device; by default the current CUDA device.
 
     Returns:
-        ``strategy`` (``phased``, ``columns`` or ``slabs``), the numbers that this
-        strategy uses (``threads``, ``num_splits`` and ``pairs_per_split``; ``slab_bytes``), and ``workspace_bytes`` of the pass. Operands are
-        taken to start at multiples of 16 bytes, as PyTorch allocates them.
+        ``strategy`` (``phased``, ``columns`` or ``slabs``), the numbers that this strategy uses
+        (``threads``, ``num_splits`` and ``pairs_per_split``; ``slab_bytes``), and
+        ``workspace_bytes`` of the pass. Operands are taken to start at multiples of 16 bytes, as
+        PyTorch allocates them.
 
     Raises:
         ValueError: a size is negative, or there are no CUDA kernels for the dtype.

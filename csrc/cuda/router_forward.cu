@@ -72,7 +72,8 @@ __device__ constexpr RankPairs kRankPairs = make_rank_pairs();
 // kCapacity: the width of the sorts, more than K.
 template <int kCapacity>
 struct WarpStorage {
-  uint64_t entries[kCapacity + 1];  // also the scratch of the axis sorts, with a spare slot
+  alignas(
+      16) uint64_t entries[kCapacity + 1];  // also the scratch of the axis sorts, with a spare slot
   TopOfAxis<kCapacity> axis[2];
 };
 
@@ -127,8 +128,18 @@ template <int kCapacity>
 __device__ __forceinline__ void warp_sort_entries(uint64_t* entries, int count) {
   constexpr int kPerLane = kCapacity / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  uint64_t sorted[kPerLane];
   __syncwarp();
+  if constexpr (kPerLane == 1) {
+    const uint64_t mine = lane < count ? entries[lane] : 0;
+    entries[lane] = mine;
+    __syncwarp();
+    const int rank = lane < count ? warp_rank(entries, count, mine) : lane;
+    __syncwarp();
+    entries[rank] = mine;
+    __syncwarp();
+    return;
+  }
+  uint64_t sorted[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int rank = lane * kPerLane + i;

@@ -163,7 +163,7 @@ struct AxisKeys {
 // fewer than k groups hold a key.
 template <int kGroups, class T, int kItems>
 __device__ __forceinline__ uint32_t kth_key_lower_bound(const AxisKeys<T, kItems>& axis, int k,
-                                                        uint32_t max_key) {
+                                                        uint32_t max_key, uint32_t* scratch) {
   constexpr int kGroupSize = kItems / kGroups;
   uint32_t group_max[kGroups];
   uint32_t min_of_max = 0xffffffffu;
@@ -176,6 +176,14 @@ __device__ __forceinline__ uint32_t kth_key_lower_bound(const AxisKeys<T, kItems
     }
     // Groups without a key wrap to the top.
     min_of_max = min(min_of_max, group_max[group] - 1);
+  }
+  if constexpr (kGroups == 1) {
+    if (k > kWarpSize) return 1;
+    scratch[axis.lane] = group_max[0];
+    __syncwarp();
+    const int rank = warp_rank(scratch, kWarpSize, group_max[0]);
+    __syncwarp();  // before the scratch is written again
+    return max(1u, __reduce_min_sync(kFullWarp, rank < k ? group_max[0] : 0xffffffffu));
   }
   const auto count = [&](uint32_t threshold) {
     if constexpr (kGroups <= 2) {
@@ -232,7 +240,8 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
   constexpr int kGroups = kCapacity / kWarpSize < kItems / 2 ? kCapacity / kWarpSize
                           : kItems >= 2                      ? kItems / 2
                                                              : 1;
-  uint32_t low = kth_key_lower_bound<kGroups>(axis, k, max_key);
+  uint32_t low =
+      kth_key_lower_bound<kGroups>(axis, k, max_key, reinterpret_cast<uint32_t*>(scratch));
   if (low == 1) low = axis.warp_min_key();
   unsigned kept = 0;
   const auto count = [&](uint32_t threshold) {
@@ -281,6 +290,18 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
   }
   __syncwarp();
   constexpr int kPerLane = kCapacity / kWarpSize;
+  const auto put = [&](int rank, Packed packed) {
+    top.value[rank] = Element::value(packed);
+    top.position[rank] = static_cast<uint16_t>(Element::position(packed));
+  };
+  if constexpr (kPerLane == 1) {
+    const Packed mine = lane < num_top ? compact[lane] : 0;
+    if (lane >= num_top) compact[lane] = 0;
+    __syncwarp();
+    put(lane < num_top ? warp_rank(compact, num_top, mine) : lane, mine);
+    __syncwarp();
+    return num_top;
+  }
   Packed sorted[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -290,8 +311,7 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
   warp_sort_descending(sorted);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    top.value[lane * kPerLane + i] = Element::value(sorted[i]);
-    top.position[lane * kPerLane + i] = static_cast<uint16_t>(Element::position(sorted[i]));
+    put(lane * kPerLane + i, sorted[i]);
   }
   __syncwarp();
   return num_top;
