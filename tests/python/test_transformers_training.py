@@ -135,8 +135,15 @@ def test_expert_load_callback(examples, tmp_path):
         assert 0 <= entry["expert_unevenness/1"] < math.log(64)
     assert not any("expert_usage/0" in e for e in trainer.state.log_history if "eval_loss" in e)
 
-    plot_expert_load(trainer.state.log_history, tmp_path / "load.png")
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = [f"{metric}/{i}" for metric in ("expert_usage", "expert_unevenness") for i in (0, 1)]
+    history = [{"step": step} | dict.fromkeys(names, 0.1 * step) for step in (1, 2, 3)]
+    plot_expert_load([*history, {"step": 2, "eval_loss": 1.0}], tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="log_history: expected entries of an ExpertLoadCallback"):
+        plot_expert_load([{"loss": 1.0, "step": 1}], tmp_path / "load.png")
 
 
 def test_logged_values_are_those_of_the_layer(examples, tmp_path):
@@ -164,8 +171,6 @@ def test_wrong_callback_models(examples, tmp_path):
         trainer.add_callback(ExpertLoadCallback())
         with pytest.raises(ValueError, match=message):
             trainer.train()
-    with pytest.raises(ValueError, match="log_history: expected entries of an ExpertLoadCallback"):
-        plot_expert_load([{"loss": 1.0, "step": 1}], tmp_path / "load.png")
 
 
 # ---- PEFT ----------------------------------------------------------------------------------------
