@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_bitwise, on_devices
-from torch import nn
+from helpers import assert_bitwise, assert_close, on_devices
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,12 +34,20 @@ def stock_doge(**options) -> DogeCDMoE:
     return module
 
 
-def same_gradients(got: nn.Module, want: nn.Module) -> None:
-    wanted = dict(want.named_parameters())
-    for name, parameter in got.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, wanted[name].grad, msg=lambda m, n=name: f"{n}: {m}"
-        )
+def check_against(stock: nn.Module, got: Tensor, module: nn.Module, inputs: list[Tensor]) -> None:
+    """`got` is module(*inputs): output and gradients against the stock module in fp64."""
+    inputs = [t.cpu().double() if t.is_floating_point() else t.cpu() for t in inputs]
+    stock = copy.deepcopy(stock).double()
+    want = stock(*inputs)
+    want = want[0] if isinstance(want, tuple) else want
+    grad = torch.randn(got.shape)
+    got.backward(grad.to(got.device))
+    want.backward(grad.double())
+    slack = {"num_terms": 1000, "accumulation_factor": 4}
+    assert_close(got, want, **slack)
+    wanted = dict(stock.named_parameters())
+    for name, parameter in module.named_parameters():
+        assert_close(parameter.grad, wanted[name].grad, name, **slack)
 
 
 @pytest.mark.parametrize(
@@ -49,24 +57,19 @@ def same_gradients(got: nn.Module, want: nn.Module) -> None:
 )
 @on_devices
 def test_doge_as_the_stock_module(device, options):
-    stock = stock_doge(**options).to(device)
+    stock = stock_doge(**options)
     module = OmniDogeCDMoE(doge_config(**options)).to(device)
     module.load_state_dict(stock.state_dict())
-    x = torch.randn(3, 7, H, device=device, requires_grad=True)
-    other_x = x.detach().clone().requires_grad_()
+    x = torch.randn(3, 7, H)
     with torch.no_grad():
-        torch.testing.assert_close(module(x), stock(other_x))
+        want, want_logits = stock(x)
     # Its normalisation changes nothing, softmax having done it, but works in place: no backward.
     stock.norm_topk_prob = False
-    (got, got_logits), (want, want_logits) = module(x), stock(other_x)
-    assert got.shape == want.shape and got_logits.shape == want_logits.shape == (2, 21, 8)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(got_logits, want_logits)
-    grad = torch.randn_like(want)
-    got.backward(grad)
-    want.backward(grad)
-    torch.testing.assert_close(x.grad, other_x.grad)
-    same_gradients(module, stock)
+    got, got_logits = module(x.to(device))
+    assert got.shape == want.shape and got_logits.shape == (2, 21, 8)
+    torch.testing.assert_close(got.cpu(), want)
+    torch.testing.assert_close(got_logits.cpu(), want_logits)
+    check_against(stock, got, module, [x])
 
 
 @on_devices
@@ -167,17 +170,14 @@ def routing(num_tokens: int, device: str):
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])
 @on_devices
 def test_experts_as_the_stock_modules(device, activation):
-    ours = experts(device, mlp_hidden_act=activation)
-    stock = copy.deepcopy(ours)
-    stock.config._experts_implementation = "eager"
-    x = torch.randn(9, H, device=device)
+    stock = experts(implementation="eager", mlp_hidden_act=activation)
+    ours = copy.deepcopy(stock).to(device)
+    ours.config._experts_implementation = "omni_moe"
+    x = torch.randn(9, H)
     ids, weights = routing(9, device)
-    got, want = ours(x, ids, weights), stock(x, ids, weights)
-    torch.testing.assert_close(got, want)
-    grad = torch.randn_like(want)
-    got.backward(grad)
-    want.backward(grad)
-    same_gradients(ours, stock)
+    got = ours(x.to(device), ids, weights)
+    torch.testing.assert_close(got.cpu(), stock(x, ids.cpu(), weights.cpu()))
+    check_against(stock, got, ours, [x, ids, weights])
 
 
 @on_devices

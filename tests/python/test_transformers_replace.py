@@ -179,11 +179,15 @@ def test_replacing_in_a_bare_decoder():
     assert len(decoder(random_ids(), output_hidden_states=True).hidden_states) == 4
 
 
-def test_low_precision_loading(tmp_path):
-    replaced_model().save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+@on_devices
+def test_low_precision_loading(device, tmp_path):
+    pytest.importorskip("accelerate")  # for device_map
+    replaced_model(track_expert_load=True).save_pretrained(tmp_path)
+    options = {"dtype": torch.bfloat16, "device_map": device}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    assert logits(loaded, random_ids()).isfinite().all()
+    assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {device}
+    assert logits(loaded, random_ids(device=device)).isfinite().all()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

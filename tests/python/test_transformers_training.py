@@ -216,11 +216,15 @@ def test_lora_on_attention(peft, kind, examples, tmp_path):
 
 
 def test_training_the_experts_themselves(peft, examples, tmp_path):
-    base = replaced_model(layers=[1])
+    base = replaced_model(layers=[1], track_expert_load=True)
     base.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])
     model = peft.get_peft_model(base, config)
-    make_trainer(model, examples, tmp_path).train()
+    trainer = make_trainer(model, examples, tmp_path)
+    ExpertLoadCallback().add_to(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["expert_usage/0"] > 0
+    assert "expert_usage/1" not in trainer.state.log_history[0]
     model.save_pretrained(tmp_path / "adapter")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()

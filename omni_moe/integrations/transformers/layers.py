@@ -40,8 +40,15 @@ def activation_name(activation: str | nn.Module) -> str:
 
 
 def omni_moe_layers(model: nn.Module) -> dict[str, OmniMoE]:
-    """The OmniMoE layers of a model by name, in the order of the model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, OmniMoE)}
+    """The OmniMoE layers of a model by name, in the order of the model.
+
+    Where PEFT trains a copy of a layer (`modules_to_save`), the copy.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, OmniMoE) and not name.endswith("original_module")
+    }
 
 
 def num_active_parameters(model: nn.Module, exclude_embeddings: bool = False) -> int:
