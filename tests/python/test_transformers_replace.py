@@ -358,3 +358,14 @@ def test_a_config_of_a_replaced_model_builds_its_layers(tmp_path):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert list(omni_moe_layers(model)) == ["model.layers.1.mlp"]
     assert model(random_ids()).logits.isfinite().all()
+
+
+def test_a_base_that_is_not_known(tmp_path):
+    replaced_model().config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["omni_moe"]["base_model_type"] = "somebody's"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match='base_model_type that AutoConfig knows, got "somebody\'s"'
+    ):
+        AutoConfig.from_pretrained(tmp_path)

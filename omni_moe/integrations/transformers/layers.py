@@ -23,16 +23,14 @@ ACTIVATIONS = {
 _ACTIVATION_OF_TYPE = {type(ACT2FN[name]): ours for name, ours in ACTIVATIONS.items()}
 
 
-def activation_name(activation: str | nn.Module) -> str:
+def activation_name(activation: str | nn.Module | None) -> str:
     """Our name of an activation of Transformers, given by its name or as a module.
 
     Raises:
         ValueError: there is no kernel for it.
     """
     is_name = isinstance(activation, str)
-    ours = (
-        ACTIVATIONS.get(activation) if is_name else _ACTIVATION_OF_TYPE.get(type(activation), None)
-    )
+    ours = ACTIVATIONS.get(activation) if is_name else _ACTIVATION_OF_TYPE.get(type(activation))
     if ours is None:
         got = repr(activation) if is_name else type(activation).__name__
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {got}")

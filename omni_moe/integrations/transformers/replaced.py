@@ -101,8 +101,13 @@ class ReplacedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
-        base = CONFIG_MAPPING[config_dict["omni_moe"]["base_model_type"]]
-        return replaced_config_class(base).from_dict(config_dict, **kwargs)
+        base_type = config_dict["omni_moe"]["base_model_type"]
+        if base_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"config: expected a base_model_type that AutoConfig knows, got {base_type!r}; "
+                "import the package that registers it"
+            )
+        return replaced_config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
 
 
 AutoConfig.register(MODEL_TYPE, ReplacedConfig)

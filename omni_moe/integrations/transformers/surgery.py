@@ -102,7 +102,7 @@ def _from_mlp(mlp: nn.Module, options: dict[str, Any]) -> OmniMoE:
     config = OmniMoEConfig(
         hidden_size=weight.shape[1],
         intermediate_size=weight.shape[0],
-        hidden_act=activation_name(mlp.act_fn),
+        hidden_act=activation_name(getattr(mlp, "act_fn", None)),
         **options,
     )
     with weight.device:
