@@ -1,6 +1,7 @@
 """replace_mlp: the same function at first, checkpoints, generation, bad models."""
 
 import copy
+import importlib
 import json
 import pickle
 import subprocess
@@ -26,6 +27,7 @@ from transformers_helpers import (  # noqa: E402
     wake_experts,
 )
 
+import omni_moe.integrations.transformers  # noqa: E402
 from omni_moe import OmniMoE  # noqa: E402
 from omni_moe.integrations.transformers import (  # noqa: E402
     num_active_parameters,
@@ -241,7 +243,7 @@ sys.modules["transformers"] = None  # as if it were not installed
 try:
     import omni_moe.integrations.transformers
 except ImportError as error:
-    assert "pip install" in str(error), error
+    assert "needs Transformers 5.17 or newer, found none: pip install" in str(error), error
 else:
     raise AssertionError("imported")
 """
@@ -251,6 +253,12 @@ def test_import_without_transformers():
     command = [sys.executable, "-c", WITHOUT_TRANSFORMERS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
+
+
+def test_import_with_an_old_transformers(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.16.2")
+    with pytest.raises(ImportError, match=r"needs Transformers 5\.17 or newer, found 5\.16\.2"):
+        importlib.reload(omni_moe.integrations.transformers)
 
 
 # ---- generation ----------------------------------------------------------------------------------

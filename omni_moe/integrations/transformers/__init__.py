@@ -5,12 +5,18 @@ models changed by `replace_mlp` with the Auto classes, and "omni_moe" as an expe
 """
 
 try:
-    import transformers  # noqa: F401
-except ImportError as error:
+    import transformers
+    from packaging.version import Version
+
+    _found = transformers.__version__
+    _is_recent = Version(_found) >= Version("5.17")
+except ImportError:
+    _found, _is_recent = "none", False
+if not _is_recent:
     raise ImportError(
-        "omni_moe.integrations.transformers needs Transformers 5.17 or newer: "
+        f"omni_moe.integrations.transformers needs Transformers 5.17 or newer, found {_found}: "
         'pip install "transformers>=5.17,<6"'
-    ) from error
+    )
 
 from omni_moe.integrations.transformers.callbacks import ExpertLoadCallback, plot_expert_load
 from omni_moe.integrations.transformers.configuration import PRESETS, OmniMoeConfig
