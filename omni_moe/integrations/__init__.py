@@ -1,0 +1,1 @@
+"""OmniMoE inside other libraries. Each subpackage needs the library it is named after."""

@@ -1,0 +1,202 @@
+"""examples/train_hf.py and convert_hf.py with tiny sizes: outputs reload, generate, resume."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_bitwise, needs_gpu, on_devices
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+
+from omni_moe.integrations.transformers import omni_moe_layers
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason=f"{EXAMPLES} is not there")
+
+NUM_STEPS = 30
+TRAINING = [
+    *("--experts", "64", "--experts-per-token", "4", "--seq-len", "32", "--batch", "4"),
+    *("--steps", str(NUM_STEPS), "--log-every", "5", "--eval-every", "15", "--save-every", "15"),
+    *("--keep", "2", "--sample-tokens", "10"),
+]
+SIZES = [
+    *("--layers", "2", "--hidden", "32", "--intermediate", "48", "--heads", "4"),
+    *("--key-value-heads", "2", "--vocab", "300"),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Enough files that some are held out."""
+    root = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        lines = (f"def function_{i}_{j}(x):\n    return x + {i * j}\n" for j in range(20))
+        (root / f"module_{i}.py").write_text("\n".join(lines))
+    return root
+
+
+def run_example(name: str, *arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        patch.syspath_prepend(EXAMPLES)
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def device_options(device: str) -> list[str]:
+    return ["--cpu"] if device == "cpu" else ["--bf16"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("train")
+    run_example("train_hf.py", *SIZES, *TRAINING, "--cpu", "--data", corpus, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def dense_checkpoint(trained, tmp_path_factory) -> dict[str, Path]:
+    """Small dense models beside the tokenizer of the example."""
+    directories = {}
+    for config_class in (LlamaConfig, Qwen3Config):
+        tokenizer = AutoTokenizer.from_pretrained(trained)
+        torch.manual_seed(0)
+        config = config_class(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        out = tmp_path_factory.mktemp("dense")
+        AutoModelForCausalLM.from_config(config).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        directories[config.model_type] = out
+    return directories
+
+
+def check_results(out: Path) -> dict:
+    metrics = json.loads((out / "metrics.json").read_text())
+    history = metrics["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == NUM_STEPS // 5 and losses[-1] < losses[0]
+    assert metrics["tokens_per_second"] > 0
+    assert metrics["num_active_parameters"] < metrics["num_parameters"]
+    assert all(0 < share <= 1 for share in metrics["expert_usage"])
+    for plot in ("loss.png", "expert_load.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    return metrics
+
+
+def reload_and_generate(out: Path):
+    """Greedily, with and without a cache; returns the model."""
+    model = AutoModelForCausalLM.from_pretrained(out)
+    inputs = AutoTokenizer.from_pretrained(out)("def function_1", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    options = {**inputs, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    ids = model.generate(**options)
+    assert ids.shape[1] == inputs["input_ids"].shape[1] + 6
+    assert_bitwise(ids, model.generate(**options, use_cache=False))
+    return model
+
+
+# ---- train_hf.py ---------------------------------------------------------------------------------
+
+
+def test_training(trained):
+    metrics = check_results(trained)
+    assert len(metrics["expert_usage"]) == 2
+    assert metrics["sample"].startswith("class Parser:\n    def ")
+    model = reload_and_generate(trained)
+    assert type(model).__name__ == "OmniMoeForCausalLM" and len(omni_moe_layers(model)) == 2
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    text = "def f(x):\n\treturn 'ß → 2'\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@needs_gpu
+def test_training_on_a_gpu(corpus, tmp_path):
+    options = [*SIZES, *TRAINING, "--bf16", "--gradient-checkpointing"]
+    run_example("train_hf.py", *options, "--data", corpus, "--out", tmp_path)
+    check_results(tmp_path)
+    reload_and_generate(tmp_path)
+
+
+def test_resuming(trained, corpus, tmp_path):
+    """From the checkpoint in the middle to the same model and the same log."""
+    middle = f"checkpoint-{NUM_STEPS // 2}"
+    shutil.copytree(trained / middle, tmp_path / middle)
+    options = [*SIZES, *TRAINING, "--cpu", "--data", corpus, "--out", tmp_path]
+    run_example("train_hf.py", *options, "--resume")
+    got, want = (load_file(out / "model.safetensors") for out in (tmp_path, trained))
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert_bitwise(got[name], value, name)
+    logs = [
+        json.loads((out / "metrics.json").read_text())["log_history"] for out in (tmp_path, trained)
+    ]
+    for name in ("loss", "expert_usage/0", "expert_unevenness/1"):
+        got, want = ([entry[name] for entry in log if name in entry] for log in logs)
+        assert got == want, name
+
+
+def test_nothing_to_resume(corpus, tmp_path):
+    with pytest.raises(SystemExit, match=r"--resume: expected a checkpoint in .*, found none"):
+        options = [*SIZES, *TRAINING, "--cpu", "--data", corpus, "--out", tmp_path]
+        run_example("train_hf.py", *options, "--resume")
+
+
+def test_gpu_settings_are_defaults(trained, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", "--gpu", "--layers", "3"])
+    args = runpy.run_path(str(EXAMPLES / "train_hf.py"))["parse_args"]()
+    assert (args.layers, args.hidden, args.seq_len, args.bf16) == (3, 768, 1024, True)
+
+
+# ---- convert_hf.py -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@on_devices
+def test_converting(device, model_type, dense_checkpoint, corpus, tmp_path, capsys):
+    options = [*TRAINING, "--layers", "0", "2", "--lr", "1e-3", *device_options(device)]
+    checkpoint = dense_checkpoint[model_type]
+    run_example("convert_hf.py", checkpoint, *options, "--data", corpus, "--out", tmp_path)
+    before = float(capsys.readouterr().out.split("loss before training ")[1].split()[0])
+    metrics = check_results(tmp_path)
+    assert metrics["held_out_loss"] < before
+    model = reload_and_generate(tmp_path)
+    assert list(omni_moe_layers(model)) == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    assert all(layer.down_embed.weight.any() for layer in omni_moe_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "3"], r"convert_hf.py: layers: expected indices in \[0, 3\), got \[3\]"),
+        (["--experts", "61"], "convert_hf.py: num_experts: expected a number"),
+    ],
+    ids=str,
+)
+def test_wrong_options(options, message, dense_checkpoint, corpus, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run_example("convert_hf.py", dense_checkpoint["llama"], *options, "--data", corpus)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(SystemExit, match=r"checkpoint: expected a config.json in .*, found none"):
+        run_example("convert_hf.py", tmp_path)

@@ -1,0 +1,240 @@
+"""Trainer, resuming, the expert load callback and its plot, PEFT."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import assert_bitwise, on_devices
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers_helpers import (  # noqa: E402
+    EXPERTS,
+    dense_model,
+    omni_model,
+    random_ids,
+    replaced_model,
+)
+
+from omni_moe.integrations.transformers import (  # noqa: E402
+    ExpertLoadCallback,
+    omni_moe_layers,
+    plot_expert_load,
+    replace_mlp,
+)
+
+NUM_STEPS = 8
+
+
+@pytest.fixture
+def examples() -> list[dict]:
+    """Each token is the one before it plus 1."""
+    rows = 3 + (torch.arange(16).unsqueeze(1) + torch.arange(12)) % 32
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def make_trainer(model, examples, out, device="cpu", **options) -> Trainer:
+    arguments = {
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 2,
+        "save_steps": 4,
+        "report_to": [],
+        "use_cpu": device == "cpu",
+        "disable_tqdm": True,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(out), **(arguments | options)),
+        train_dataset=examples,
+        eval_dataset=examples[:4],
+    )
+
+
+def tracked_models() -> dict:
+    return {
+        "replaced": replace_mlp(dense_model(), **EXPERTS, layers=[0, 2], track_expert_load=True),
+        "scratch": omni_model(track_expert_load=True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+@on_devices
+def test_trainer(device, options, kind, examples, tmp_path):
+    model = tracked_models()[kind]
+    trainer = make_trainer(model, examples, tmp_path, device, **options)
+    ExpertLoadCallback().add_to(trainer)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[-1]["loss"] < 0.9 * logged[0]["loss"]
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").to(model.device)
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # without its autocast
+    ids = random_ids(device=device)
+    with torch.no_grad():
+        assert_bitwise(loaded(ids).logits, model.eval()(ids).logits)
+    assert loaded.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (2, 14)
+
+
+def test_resuming(examples, tmp_path):
+    whole, resumed = tracked_models()["replaced"], tracked_models()["replaced"]
+    resumed.load_state_dict(whole.state_dict())
+    make_trainer(whole, examples, tmp_path).train()
+    trainer = make_trainer(resumed, examples, tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    wanted = whole.state_dict()
+    for name, value in resumed.state_dict().items():
+        assert_bitwise(value, wanted[name], name)
+
+
+# ---- the callback --------------------------------------------------------------------------------
+
+
+class Recorder(TrainerCallback):
+    """A reporter: keeps what on_log gives it."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict] = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_expert_load_callback(examples, tmp_path):
+    model = replace_mlp(dense_model(), **EXPERTS, layers=[0, 2], track_expert_load=True)
+    model(random_ids())  # counted before training: must not show
+    recorder = Recorder()
+    options = {"learning_rate": 0.0, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(model, examples, tmp_path, **options)
+    trainer.add_callback(recorder)
+    ExpertLoadCallback().add_to(trainer)
+    trainer.train()
+
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == NUM_STEPS
+    assert [entry for entry in recorder.logs if "loss" in entry] == [
+        {name: value for name, value in entry.items() if name != "step"} for entry in logged
+    ]
+    for entry in logged:
+        for metric in ("expert_usage", "expert_unevenness"):
+            assert {name for name in entry if name.startswith(metric)} == {
+                f"{metric}/0",
+                f"{metric}/1",
+            }
+    # 4 x 12 tokens of 4 experts each a step, and nothing of the evaluation.
+    layer = omni_moe_layers(model)["model.layers.2.mlp"]
+    assert not layer.expert_load().counts.any()
+    for entry in logged:
+        assert 0 < entry["expert_usage/1"] <= 1
+        assert 0 <= entry["expert_unevenness/1"] < math.log(64)
+    assert not any("expert_usage/0" in e for e in trainer.state.log_history if "eval_loss" in e)
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = [f"{metric}/{i}" for metric in ("expert_usage", "expert_unevenness") for i in (0, 1)]
+    history = [{"step": step} | dict.fromkeys(names, 0.1 * step) for step in (1, 2, 3)]
+    plot_expert_load([*history, {"step": 2, "eval_loss": 1.0}], tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="log_history: expected entries of an ExpertLoadCallback"):
+        plot_expert_load([{"loss": 1.0, "step": 1}], tmp_path / "load.png")
+
+
+def test_logged_values_are_those_of_the_layer(examples, tmp_path):
+    """One step, no learning: the same choices as in a forward of the same batch."""
+    model = replace_mlp(dense_model(), **EXPERTS, track_expert_load=True)
+    twin = copy.deepcopy(model).train()
+    trainer = make_trainer(model, examples[:4], tmp_path, max_steps=1, logging_steps=1)
+    ExpertLoadCallback().add_to(trainer)
+    trainer.train()
+    twin(torch.stack([example["input_ids"] for example in examples[:4]]))
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    for index, layer in enumerate(omni_moe_layers(twin).values()):
+        load = layer.expert_load()
+        assert load.counts.sum() == 4 * 12 * EXPERTS["num_experts_per_token"]
+        assert entry[f"expert_usage/{index}"] == load.usage
+        assert entry[f"expert_unevenness/{index}"] == pytest.approx(load.unevenness, abs=1e-12)
+
+
+def test_wrong_callback_models(examples, tmp_path):
+    for model, message in (
+        (dense_model(), "expected OmniMoE layers, got none in LlamaForCausalLM"),
+        (replaced_model(), "expected OmniMoE layers with track_expert_load=True"),
+    ):
+        trainer = make_trainer(model, examples, tmp_path)
+        trainer.add_callback(ExpertLoadCallback())
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+def test_lora_on_attention(peft, kind, examples, tmp_path):
+    base = replaced_model() if kind == "replaced" else omni_model()
+    base.save_pretrained(tmp_path / "base")
+    frozen = copy.deepcopy(base.state_dict())
+    # Training moves the running statistics of the router's BatchNorm: the adapter must hold them.
+    targets, norms = ["q_proj", "v_proj", "router_gate_x"], ["router_norm_x", "router_norm_y"]
+    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=norms)
+    model = peft.get_peft_model(base, config)
+    trainer = make_trainer(model, examples, tmp_path)
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            assert parameter.any(), f"{name} has not learnt"
+    trained = model.base_model.model.state_dict()
+    for name, value in frozen.items():
+        module, _, leaf = name.rpartition(".")
+        wrapped = next(
+            n
+            for n in (name, f"{module}.base_layer.{leaf}", f"{module}.original_module.{leaf}")
+            if n in trained
+        )
+        assert_bitwise(trained[wrapped], value, name)
+
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    ids = random_ids()
+    with torch.no_grad():
+        assert_bitwise(again(ids).logits, model.eval()(ids).logits)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits)
+
+
+def test_training_the_experts_themselves(peft, examples, tmp_path):
+    base = replaced_model(layers=[1], track_expert_load=True)
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])
+    model = peft.get_peft_model(base, config)
+    trainer = make_trainer(model, examples, tmp_path)
+    ExpertLoadCallback().add_to(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["expert_usage/0"] > 0
+    assert "expert_usage/1" not in trainer.state.log_history[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    ids = random_ids()
+    with torch.no_grad():
+        assert_bitwise(again(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "down_proj", "up_embed"])
+def test_adapters_without_effect_are_refused(peft, target):
+    model = peft.get_peft_model(replaced_model(), peft.LoraConfig(r=2, target_modules=[target]))
+    with pytest.raises(RuntimeError, match=f"{target}: an adapter .* would have no effect"):
+        model(random_ids())

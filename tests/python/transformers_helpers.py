@@ -1,0 +1,72 @@
+"""Small random models of Transformers' own classes."""
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from omni_moe.integrations.transformers import OmniMoeConfig, omni_moe_layers, replace_mlp
+
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 64, "num_experts_per_token": 4}
+
+FAMILIES = {
+    config_class.__name__.removesuffix("Config"): config_class
+    for config_class in (
+        *(LlamaConfig, Qwen3Config, MistralConfig, Gemma2Config, Gemma3TextConfig, SmolLM3Config),
+    )
+}
+
+
+def family_config(family: str, **options) -> PreTrainedConfig:
+    return FAMILIES[family](**SIZES, **options)
+
+
+def dense_model(family: str = "Llama", **options) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(family_config(family, **options)).eval()
+
+
+def omni_config(**options) -> OmniMoeConfig:
+    return OmniMoeConfig(**(SIZES | EXPERTS | options))
+
+
+def omni_model(**options) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(omni_config(**options)).eval()
+
+
+def replaced_model(family: str = "Llama", **options) -> PreTrainedModel:
+    """With experts that do something."""
+    return wake_experts(replace_mlp(dense_model(family), **EXPERTS, **options))
+
+
+def wake_experts(model: PreTrainedModel) -> PreTrainedModel:
+    for layer in omni_moe_layers(model).values():
+        nn.init.normal_(layer.down_embed.weight)
+        nn.init.normal_(layer.router_norm_x.running_mean)
+    return model
+
+
+def random_ids(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randint(3, VOCAB, shape or (2, 11)).to(device)
