@@ -72,8 +72,8 @@ __device__ constexpr RankPairs kRankPairs = make_rank_pairs();
 // kCapacity: the width of the sorts, more than K.
 template <int kCapacity>
 struct WarpStorage {
-  alignas(
-      16) uint64_t entries[kCapacity + 1];  // also the scratch of the axis sorts, with a spare slot
+  // Also the scratch of the axis sorts, with a spare slot per lane.
+  alignas(16) uint64_t entries[kCapacity + kWarpSize];
   TopOfAxis<kCapacity> axis[2];
 };
 

@@ -273,16 +273,16 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
 
   // Compact them through shared memory and sort.
   Packed* compact = reinterpret_cast<Packed*>(scratch);
-  constexpr unsigned kSpare = kCapacity;  // scratch holds one more
+  const unsigned spare = kCapacity + lane;  // scratch holds one more per lane
   const unsigned inclusive = warp_inclusive_scan(kept, lane);
   const int num_top = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
   unsigned slot = inclusive - kept;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     if constexpr (kItems <= 16) {
-      // The rest go to the spare slot: a select is cheaper than a predicated address.
+      // The rest go to a spare slot: a select is cheaper than a predicated address.
       const bool kept_item = keep(i);
-      compact[kept_item ? slot : kSpare] = axis.packed(i);
+      compact[kept_item ? slot : spare] = axis.packed(i);
       slot += kept_item ? 1 : 0;
     } else if (keep(i)) {
       compact[slot++] = axis.packed(i);

@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import output_capturing
 
 from omni_moe.integrations.transformers.layers import ModelMixin, omni_moe_layers
 from omni_moe.integrations.transformers.surgery import build_layers, decoder_blocks, put_in_place
@@ -91,7 +92,16 @@ def mark_replaced(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
             if getattr(module, "config", None) is old_config:
                 module.config = config
         model.__class__ = replaced_model_class(type(model), type(config))
+        _let_outputs_be_recorded(model)
     model.config.omni_moe["replaced"].append(arguments)
+
+
+def _let_outputs_be_recorded(model: PreTrainedModel) -> None:
+    """Registers the model's new class, as PreTrainedModel.__init__ does, for `hidden_states`."""
+    # Keyed by the class's name up to 5.17 and since; only how the key is passed has changed.
+    dict.__setitem__(
+        output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs
+    )
 
 
 class ReplacedConfig(PreTrainedConfig):
