@@ -345,6 +345,7 @@ __device__ __forceinline__ void warp_choose(const Token<T>& token, int num_x, in
   }
   if (__any_sync(kFullWarp, outside)) {
     above = __reduce_add_sync(kFullWarp, above);
+    __syncwarp();  // all have read the entries that the ties overwrite
     if (!warp_fill_ties_from_tops(storage, token.num_rows, token.num_cols, num_x, num_y, kth_key,
                                   above)) {
       warp_fill_ties(token, kth_key, y.value[0], above, storage.entries);
