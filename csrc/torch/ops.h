@@ -55,4 +55,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
     std::string_view activation, std::array<bool, 4> output_mask);
 
+// Updates the running statistics and counters in place, if training.
+std::tuple<Tensor, Tensor> omni_batch_norm(const Tensor& router_logits, c10::SymInt num_rows,
+                                           const std::optional<Tensor>& running_mean_x,
+                                           const std::optional<Tensor>& running_var_x,
+                                           const std::optional<Tensor>& num_batches_tracked_x,
+                                           const std::optional<Tensor>& running_mean_y,
+                                           const std::optional<Tensor>& running_var_y,
+                                           const std::optional<Tensor>& num_batches_tracked_y,
+                                           bool training, double momentum = 0.1, double eps = 1e-5);
+std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats(
+    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
+    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
+    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum, double eps);
+Tensor omni_batch_norm_backward(const Tensor& grad_normed_x, const Tensor& grad_normed_y,
+                                const Tensor& normed_x, const Tensor& normed_y,
+                                const Tensor& inv_std, bool training);
+
 }  // namespace omni_moe::torch_api
