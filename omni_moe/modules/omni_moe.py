@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from omni_moe.config import OmniMoEConfig
-from omni_moe.ops import omni_expert, omni_mlp, omni_softmax_router
+from omni_moe.ops import omni_expert, omni_expert_mlp, omni_softmax_router
+from omni_moe.reference import ACTIVATION_FUNCTIONS
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig"]
 
@@ -21,6 +22,17 @@ class ExpertLoad(NamedTuple):
     usage: float  # share of experts chosen at least once, in [0, 1]
     unevenness: float  # KL(z || uniform) in nats, z the normalised retrieval frequency
     counts: Tensor  # (E,) int64, how often each expert was chosen
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether to read its tensors does as much as to call it: no adapter around it, no hooks."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and not any(hooks) and getattr(module, "bias", None) is None
 
 
 class OmniMoE(nn.Module):
@@ -102,23 +114,19 @@ class OmniMoE(nn.Module):
         if config.track_expert_load:
             self._count_experts(indices)
 
-        shared_states = omni_mlp(
-            tokens,
-            self.gate_proj.weight,
-            self.up_proj.weight,
-            self.down_proj.weight,
-            config.hidden_act,
-        )
-        outputs = omni_expert(
-            tokens,
-            self.up_embed.weight,
-            self.down_embed.weight,
-            routing_weights,
-            indices,
-            config.hidden_act,
-            addend=shared_states,
-        )
+        outputs = self._experts_and_mlp(tokens, routing_weights, indices)
         return outputs.view_as(hidden_states)
+
+    def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
+        experts = (self.up_embed.weight, self.down_embed.weight, routing_weights, indices)
+        activation = self.config.hidden_act
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        if all(_is_plain(projection, nn.Linear) for projection in projections):
+            weights = [projection.weight for projection in projections]
+            return omni_expert_mlp(tokens, *experts, *weights, activation)
+        gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
+        shared_states = self.down_proj(gate * self.up_proj(tokens))
+        return omni_expert(tokens, *experts, activation, addend=shared_states)
 
     @torch.no_grad()
     def _count_experts(self, indices: Tensor) -> None:

@@ -42,6 +42,16 @@ def mlp_case(hidden_size, intermediate_size, recompute, device):
     return lambda *args: ops.omni_mlp(*args, "silu", recompute), inputs, grad
 
 
+def expert_mlp_case(device):
+    experts, indices, grad = expert_inputs(ExpertShape(67, 256, 300, 8), device, BF16)
+    (_, *weights), _ = mlp_inputs((67,), 256, 512, device, BF16)
+    return (
+        lambda *args: ops.omni_expert_mlp(*args[:4], indices, *args[4:]),
+        [*experts, *weights],
+        grad,
+    )
+
+
 def layer_case(device):
     config = OmniMoEConfig(
         hidden_size=64, intermediate_size=96, num_experts=400, num_experts_per_token=9
@@ -70,6 +80,7 @@ CASES = {
     "mlp_cublas": partial(mlp_case, 100, 52, False),
     "mlp_fused": partial(mlp_case, 256, 512, False),
     "mlp_fused_recompute": partial(mlp_case, 256, 512, True),
+    "expert_mlp": expert_mlp_case,
     "layer": layer_case,
 }
 on_cases = pytest.mark.parametrize("case", CASES)

@@ -86,17 +86,17 @@ class ModelMixin:
 def refuse_ignored_adapters(layer: OmniMoE) -> None:
     """Makes the forward of `layer` raise where an adapter would be ignored.
 
-    The layer's kernels read the weights of these modules without calling them, so what LoRA wraps
+    The layer's kernels read the expert tables without calling their modules, so what LoRA wraps
     around one would have no effect.
     """
     layer.register_forward_pre_hook(_raise_on_adapters)
 
 
 def _raise_on_adapters(layer: OmniMoE, args: tuple) -> None:
-    for name in ("gate_proj", "up_proj", "down_proj", "up_embed", "down_embed"):
+    for name in ("up_embed", "down_embed"):
         if hasattr(getattr(layer, name), "base_layer"):
             raise RuntimeError(
                 f"{name}: an adapter on this module of an OmniMoE layer would have no effect; "
-                "leave it out of target_modules (attention projections and router gates work; to "
-                'train the experts themselves use modules_to_save=["mlp"])'
+                "leave it out of target_modules (every Linear works); to train the experts "
+                'themselves use modules_to_save=["mlp"]'
             )
