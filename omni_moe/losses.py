@@ -49,7 +49,7 @@ def load_balancing_loss(
         # int32: T * K choices of one expert, and the native atomic of compiled code.
         counts = torch.zeros(num_experts, dtype=torch.int32, device=indices.device)
         add_expert_counts(counts, indices)
-        shares = counts.view_as(prob_sums) / max(indices.numel(), 1)
+        shares = counts.view_as(prob_sums).to(prob_sums.dtype) / max(indices.numel(), 1)
         return (shares * prob_sums).sum() * (num_experts / max(num_tokens, 1))
 
 

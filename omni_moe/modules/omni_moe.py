@@ -146,18 +146,21 @@ class OmniMoE(nn.Module):
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
         config = self.config
+        is_recomputing = _is_recomputing()
         has_grad = torch.is_grad_enabled()
-        self._aux_loss_is_missing = self.training and not has_grad
-        self.aux_loss = None
+        if not is_recomputing:
+            self._aux_loss_is_missing = self.training and not has_grad
+            self.aux_loss = None
         if not (self.training and has_grad):
             return
-        weighted = []
+        losses = []
         if config.router_aux_loss_coef > 0:
-            loss = load_balancing_loss(logits_x, logits_y, indices)
-            weighted.append(config.router_aux_loss_coef * loss)
+            balance = load_balancing_loss(logits_x, logits_y, indices)
+            losses.append(config.router_aux_loss_coef * balance)
         if config.router_z_loss_coef > 0:
-            weighted.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
-        self.aux_loss = sum(weighted)
+            losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
+        if not is_recomputing:  # whose graph would keep the activations of all layers
+            self.aux_loss = sum(losses)
 
     def _count_experts(self, indices: Tensor) -> None:
         add_expert_counts(self.expert_counts, indices)
@@ -188,7 +191,7 @@ class OmniMoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy and pickle, which refuse tensors that are part of a graph.
-        return {**self.__dict__, "aux_loss": None}
+        return {**self.__dict__, "aux_loss": None, "_aux_loss_is_missing": False}
 
     def extra_repr(self) -> str:
         config = self.config
@@ -198,6 +201,11 @@ class OmniMoE(nn.Module):
             f"num_experts_per_token={config.num_experts_per_token}, "
             f"hidden_act={config.hidden_act}, norm_topk_prob={config.norm_topk_prob}"
         )
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward is part of a backward pass, as under activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def router_loss(model: nn.Module) -> Tensor:
