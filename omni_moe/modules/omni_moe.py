@@ -135,7 +135,7 @@ class OmniMoE(nn.Module):
         """(T, R) and (T, C): the logits of the grid's rows and columns."""
         noise = self.config.router_jitter_noise
         if self.training and noise > 0:
-            # In fp32: bf16 has five numbers from 0.99 to 1.01.
+            # In fp32: bf16 has four numbers from 0.99 to 1.01.
             factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
             tokens = (tokens * factors).to(tokens.dtype)
         return (
