@@ -49,7 +49,9 @@ def function_of(indices, *options):
 
 def oracle_of(indices, activation="silu"):
     def function(hidden, up_embed, down_embed, routing, *weights):
-        experts = reference.omni_expert(hidden, up_embed, down_embed, routing, indices, activation)
+        experts = reference.omni_expert(
+            hidden, up_embed, down_embed, routing, indices.cpu(), activation
+        )
         return experts + reference.omni_mlp(hidden, *weights, activation)
 
     return function
