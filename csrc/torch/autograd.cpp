@@ -2,6 +2,7 @@
 // backward op; no Python runs in backward. The backward ops have no gradient of their own: torch's
 // fallback raises a clear error if one is asked for.
 #include <ATen/SavedTensorHooks.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -112,12 +113,16 @@ class ExpertFunction : public Function<ExpertFunction> {
 
 // The two products of the MLP that its backward uses, or none where it computes them again. They
 // are 4 T I bytes in 16 bits, the most of what a layer keeps, and no one else ever sees them: a
-// backward pass that is the last through its graph takes their memory for their gradients.
+// backward pass that is the last through its graph takes their memory for their gradients, then
+// gives it back.
 struct MlpProducts {
   Tensor gate, up;
 
-  // Those packed by a user's hooks may come back as tensors of the user's.
-  static bool may_be_consumed() { return !at::SavedTensorDefaultHooks::get_hooks(); }
+  // In the forward: what sees tensors as they are saved or computed may also keep them.
+  static bool may_be_consumed() {
+    return !at::SavedTensorDefaultHooks::get_hooks() &&
+           !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  }
 
   // Wrappers of tensors (fake, functional, batched) belong to what traces this pass.
   bool are_plain() const {
@@ -138,8 +143,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(
   }
   if (may_consume && products.are_plain() &&
       !torch::autograd::get_current_graph_task_keep_graph()) {
-    return omni_mlp_backward_consume(grad, x, gate_weight, up_weight, down_weight, products.gate,
-                                     products.up, activation, mask);
+    auto grads = omni_mlp_backward_consume(grad, x, gate_weight, up_weight, down_weight,
+                                           products.gate, products.up, activation, mask);
+    // The node holds on to them until it has returned, after the experts' backward.
+    for (const Tensor& product : {products.gate, products.up}) {
+      product.storage().unsafeGetStorageImpl()->reset();
+    }
+    return grads;
   }
   return omni_mlp_backward(grad, x, gate_weight, up_weight, down_weight, products.gate, products.up,
                            activation, mask);

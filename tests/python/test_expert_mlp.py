@@ -10,12 +10,14 @@ from helpers import (
     assert_close,
     expert_inputs,
     mlp_inputs,
+    needs_gpu,
     on_devices,
     on_dtypes,
     run,
     run_in_double,
     strided,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import omni_moe
 from omni_moe import reference
@@ -169,23 +171,69 @@ def test_tensors_of_saved_tensors_hooks_stay(device, leaves_and_run):
         assert_bitwise(tensor, value)
 
 
+class Watch(TorchDispatchMode):
+    """Keeps the results of all operators, and their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.results = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.names.append(function.name())
+        self.results.append(result)
+        return result
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
 @on_devices
-def test_the_last_pass_takes_their_memory(device, leaves_and_run):
-    """Without them, the gradients of the two products are 2 T I elements more."""
+def test_the_last_pass_takes_their_memory(device, leaves_and_run, retain_graph):
     leaves, function, grad = leaves_and_run
-    consumed = []
+    out = function(*leaves)
+    with Watch() as watch:
+        torch.autograd.grad(out, leaves, grad, retain_graph=retain_graph)
+    assert ("omni_moe::omni_mlp_backward_consume" in watch.names) != retain_graph
+    assert ("omni_moe::omni_mlp_backward" in watch.names) == retain_graph
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            consumed.append(function is ops.omni_mlp_backward_consume.default)
-            return function(*args, **(kwargs or {}))
 
-    for retain_graph in (True, False):
+@on_devices
+def test_tensors_of_a_dispatch_mode_stay(device, leaves_and_run):
+    leaves, function, grad = leaves_and_run
+    with Watch() as watch:
         out = function(*leaves)
-        consumed.clear()
-        with Watch():
-            torch.autograd.grad(out, leaves, grad, retain_graph=retain_graph)
-        assert any(consumed) != retain_graph
+    (products,) = [
+        result[1:]
+        for name, result in zip(watch.names, watch.results, strict=True)
+        if name == "omni_moe::omni_mlp_save_gates"
+    ]
+    before = [product.clone() for product in products]
+    torch.autograd.grad(out, leaves, grad)
+    for product, value in zip(products, before, strict=True):
+        assert_bitwise(product, value)
+
+
+@needs_gpu
+def test_memory_of_a_training_step():
+    """Beside its results: the MLP's products and, while they last, act(gate) * up."""
+    tokens, hidden, intermediate = 1024, 256, 2048
+    inputs, indices, grad = layer_inputs(
+        ExpertShape(tokens, hidden, 512, 8), intermediate, "cuda", torch.bfloat16
+    )
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+
+    def step():
+        out = function_of(indices)(*leaves)
+        return out, torch.autograd.grad(out, leaves, grad)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, grads = step()
+    peak = torch.cuda.max_memory_allocated() - before
+    results = sum(tensor.nbytes for tensor in (out, *grads))
+    product = 2 * tokens * intermediate
+    assert peak < results + 3 * product
 
 
 @on_devices
