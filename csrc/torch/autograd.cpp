@@ -249,6 +249,39 @@ class ExpertMlpFunction : public Function<ExpertMlpFunction> {
   }
 };
 
+class BatchNormFunction : public Function<BatchNormFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& router_logits,
+                               const c10::SymInt& num_rows,
+                               const std::optional<Tensor>& running_mean_x,
+                               const std::optional<Tensor>& running_var_x,
+                               const std::optional<Tensor>& num_batches_tracked_x,
+                               const std::optional<Tensor>& running_mean_y,
+                               const std::optional<Tensor>& running_var_y,
+                               const std::optional<Tensor>& num_batches_tracked_y, bool training,
+                               double momentum, double eps) {
+    // Only autograd is done: the updates of the buffers must still show in their versions.
+    const at::AutoDispatchBelowAutograd guard;
+    auto [normed_x, normed_y, inv_std] = omni_batch_norm_save_stats(
+        router_logits, num_rows, running_mean_x, running_var_x, num_batches_tracked_x,
+        running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
+    ctx->save_for_backward({normed_x, normed_y, inv_std});
+    ctx->saved_data["training"] = training;
+    return {normed_x, normed_y};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    variable_list input_grads(kInputs);
+    input_grads[0] = omni_batch_norm_backward(grads[0], grads[1], saved[0], saved[1], saved[2],
+                                              ctx->saved_data["training"].toBool());
+    return input_grads;
+  }
+
+ private:
+  static constexpr size_t kInputs = 11;
+};
+
 std::tuple<Tensor, Tensor> omni_router_autograd(const Tensor& router_logits_x,
                                                 const Tensor& router_logits_y, c10::SymInt k) {
   const auto outputs = RouterFunction::apply(router_logits_x, router_logits_y, k);
@@ -303,6 +336,63 @@ Tensor omni_expert_mlp_autograd(const Tensor& hidden_states, const Tensor& up_em
                                   gate_weight, up_weight, down_weight, activation, recompute);
 }
 
+std::tuple<Tensor, Tensor> omni_batch_norm_autograd(
+    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
+    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
+    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
+    double eps) {
+  if (!any_needs_grad({router_logits})) {
+    const at::AutoDispatchBelowAutograd guard;
+    return omni_batch_norm(router_logits, std::move(num_rows), running_mean_x, running_var_x,
+                           num_batches_tracked_x, running_mean_y, running_var_y,
+                           num_batches_tracked_y, training, momentum, eps);
+  }
+  const auto outputs = BatchNormFunction::apply(
+      router_logits, num_rows, running_mean_x, running_var_x, num_batches_tracked_x, running_mean_y,
+      running_var_y, num_batches_tracked_y, training, momentum, eps);
+  return {outputs[0], outputs[1]};
+}
+
+// ---- versions of the buffers that BatchNorm updates: autograd sees in-place changes by them ----
+
+void bump_version(bool training, std::initializer_list<const std::optional<Tensor>*> buffers) {
+  if (!training) return;  // then they are only read
+  for (const auto* buffer : buffers) {
+    if (*buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+std::tuple<Tensor, Tensor> omni_batch_norm_inplace(
+    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
+    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
+    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
+    double eps) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  auto outputs = omni_batch_norm(router_logits, std::move(num_rows), running_mean_x, running_var_x,
+                                 num_batches_tracked_x, running_mean_y, running_var_y,
+                                 num_batches_tracked_y, training, momentum, eps);
+  bump_version(training, {&running_mean_x, &running_var_x, &num_batches_tracked_x, &running_mean_y,
+                          &running_var_y, &num_batches_tracked_y});
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats_inplace(
+    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
+    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
+    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
+    double eps) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  auto outputs = omni_batch_norm_save_stats(
+      router_logits, std::move(num_rows), running_mean_x, running_var_x, num_batches_tracked_x,
+      running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
+  bump_version(training, {&running_mean_x, &running_var_x, &num_batches_tracked_x, &running_mean_y,
+                          &running_var_y, &num_batches_tracked_y});
+  return outputs;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
@@ -311,6 +401,7 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
   m.impl("omni_expert", omni_expert_autograd);
   m.impl("omni_mlp", omni_mlp_autograd);
   m.impl("omni_expert_mlp", omni_expert_mlp_autograd);
+  m.impl("omni_batch_norm", omni_batch_norm_autograd);
   for (const char* op : {"omni_router_backward", "omni_softmax_router_backward",
                          "omni_expert_save_scores", "omni_expert_backward", "omni_mlp_save_gates",
                          "omni_mlp_backward", "omni_mlp_backward_consume"}) {
@@ -319,6 +410,8 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(omni_moe, ADInplaceOrView, m) {
+  m.impl("omni_batch_norm", omni_batch_norm_inplace);
+  m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_inplace);
   m.impl("omni_mlp_backward_consume",
          torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }

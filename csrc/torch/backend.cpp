@@ -116,6 +116,28 @@ void launch(GatedActivationBackwardParams params, at::Device device) {
   no_backend(device);
 }
 
+void launch(BatchNormForwardParams params, at::Device device) {
+  if (device.is_cpu()) return cpu::batch_norm_forward(params, AtExecutor());
+#if OMNI_MOE_WITH_CUDA
+  if (device.is_cuda()) {
+    return launch_cuda(params, device, cuda::batch_norm_forward,
+                       cuda::batch_norm_forward_workspace_size);
+  }
+#endif
+  no_backend(device);
+}
+
+void launch(BatchNormBackwardParams params, at::Device device) {
+  if (device.is_cpu()) return cpu::batch_norm_backward(params, AtExecutor());
+#if OMNI_MOE_WITH_CUDA
+  if (device.is_cuda()) {
+    return launch_cuda(params, device, cuda::batch_norm_backward,
+                       cuda::batch_norm_backward_workspace_size);
+  }
+#endif
+  no_backend(device);
+}
+
 bool supports([[maybe_unused]] const GatedLinearForwardParams& params,
               [[maybe_unused]] at::Device device) {
 #if OMNI_MOE_WITH_CUDA

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include "omni_moe/batch_norm.h"
 #include "omni_moe/expert.h"
 #include "omni_moe/mlp.h"
 #include "omni_moe/router.h"
@@ -17,6 +18,8 @@ void launch(ExpertForwardParams params, at::Device device);
 void launch(ExpertBackwardParams params, at::Device device);
 void launch(GatedActivationForwardParams params, at::Device device);
 void launch(GatedActivationBackwardParams params, at::Device device);
+void launch(BatchNormForwardParams params, at::Device device);
+void launch(BatchNormBackwardParams params, at::Device device);
 
 // Not every backend has this one: ask first (outputs may still be null then).
 bool supports(const GatedLinearForwardParams& params, at::Device device);

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <limits>
+#include <string>
 
 #include "omni_moe/cpu.h"
 
@@ -177,6 +178,90 @@ void check_mlp_backward(const char* op, const at::Tensor& grad_output, const at:
   if (!gate) return;
   check_leading({op, "gate", *gate}, gate_weight.sym_size(0), "intermediate_size of gate_weight");
   check_leading({op, "up", *up}, gate_weight.sym_size(0), "intermediate_size of gate_weight");
+}
+
+namespace {
+
+// Running statistics of `num_columns` columns; `stats_dtype` is that of those seen so far.
+void check_batch_norm_buffers(const Argument& logits, const BatchNormBufferArguments& buffers,
+                              const c10::SymInt& num_columns, bool training,
+                              std::optional<at::ScalarType>& stats_dtype) {
+  const char* op = logits.op;
+  const std::string mean_name = std::string("running_mean_") + buffers.axis;
+  const std::string var_name = std::string("running_var_") + buffers.axis;
+  const std::string count_name = std::string("num_batches_tracked_") + buffers.axis;
+  TORCH_CHECK_VALUE(buffers.running_mean.has_value() == buffers.running_var.has_value(), op,
+                    ": expected ", mean_name, " and ", var_name, " both or neither, but got only ",
+                    buffers.running_mean ? mean_name : var_name);
+  TORCH_CHECK_VALUE(training || buffers.running_mean, op, ": expected ", mean_name, " and ",
+                    var_name, " unless training, but got None");
+  if (buffers.num_batches_tracked) {
+    const Argument count{op, count_name.c_str(), *buffers.num_batches_tracked};
+    check_rank(count, 0);
+    check_like(count, logits, /*same_dtype=*/false);
+    TORCH_CHECK_VALUE(count.tensor.scalar_type() == at::kLong, op, ": expected ", count_name,
+                      " to be int64, but got ", count.tensor.scalar_type());
+  }
+  if (!buffers.running_mean) return;
+  for (const Argument& stat : {Argument{op, mean_name.c_str(), *buffers.running_mean},
+                               Argument{op, var_name.c_str(), *buffers.running_var}}) {
+    check_rank(stat, 1);
+    check_size(stat, 0, num_columns, "number of logits of its axis");
+    check_like(stat, logits, /*same_dtype=*/false);
+    const auto dtype = stat.tensor.scalar_type(), own = logits.tensor.scalar_type();
+    TORCH_CHECK_VALUE(dtype == own || dtype == accumulation_dtype(own), op, ": expected ",
+                      stat.name, " to be ", accumulation_dtype(own), " or in the dtype of ",
+                      logits.name, " (", own, "), but got ", dtype);
+    if (!stats_dtype) stats_dtype = dtype;
+    TORCH_CHECK_VALUE(dtype == *stats_dtype, op, ": expected the running statistics in one dtype (",
+                      *stats_dtype, "), but got ", dtype, " for ", stat.name);
+  }
+}
+
+}  // namespace
+
+void check_batch_norm(const char* op, const at::Tensor& router_logits, const c10::SymInt& num_rows,
+                      const BatchNormBufferArguments& x, const BatchNormBufferArguments& y,
+                      bool training, double eps) {
+  const Argument logits{op, "router_logits", router_logits};
+  check_rank(logits, 2);
+  check_floating(logits);
+  const c10::SymInt width = router_logits.sym_size(1);
+  TORCH_CHECK_VALUE(num_rows >= 1 && num_rows < width, op, ": expected num_rows between 1 and ",
+                    width - 1, ", one less than the width of router_logits, but got ", num_rows);
+  TORCH_CHECK_VALUE(eps > 0, op, ": expected eps to be positive, but got ", eps);
+  // PyTorch's own words: the layer has always raised them.
+  TORCH_CHECK_VALUE(!training || router_logits.sym_size(0) != 1, op,
+                    ": Expected more than 1 value per channel when training, but got "
+                    "router_logits of shape ",
+                    router_logits.sym_sizes());
+  std::optional<at::ScalarType> stats_dtype;
+  check_batch_norm_buffers(logits, x, num_rows, training, stats_dtype);
+  check_batch_norm_buffers(logits, y, width - num_rows, training, stats_dtype);
+}
+
+void check_batch_norm_backward(const char* op, const at::Tensor& grad_normed_x,
+                               const at::Tensor& grad_normed_y, const at::Tensor& normed_x,
+                               const at::Tensor& normed_y, const at::Tensor& inv_std) {
+  const Argument x{op, "normed_x", normed_x};
+  const Argument y{op, "normed_y", normed_y};
+  const Argument grad_x{op, "grad_normed_x", grad_normed_x};
+  const Argument grad_y{op, "grad_normed_y", grad_normed_y};
+  for (const auto& argument : {x, y, grad_x, grad_y}) check_rank(argument, 2);
+  check_floating(x);
+  for (const auto& argument : {y, grad_x, grad_y}) {
+    check_like(argument, x);
+    check_size(argument, 0, normed_x.sym_size(0), "number of tokens of normed_x");
+  }
+  check_size(grad_x, 1, normed_x.sym_size(1), "number of rows of normed_x");
+  check_size(grad_y, 1, normed_y.sym_size(1), "number of columns of normed_y");
+  const Argument scale{op, "inv_std", inv_std};
+  check_rank(scale, 1);
+  check_like(scale, x, /*same_dtype=*/false);
+  const auto dtype = accumulation_dtype(normed_x.scalar_type());
+  TORCH_CHECK_VALUE(inv_std.scalar_type() == dtype, op, ": expected inv_std to be ", dtype,
+                    ", but got ", inv_std.scalar_type());
+  check_size(scale, 0, normed_x.sym_size(1) + normed_y.sym_size(1), "width of both axes");
 }
 
 namespace {

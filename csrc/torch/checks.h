@@ -62,6 +62,22 @@ void check_mlp_backward(const char* op, const at::Tensor& grad_output, const at:
                         const at::Tensor& down_weight, const std::optional<at::Tensor>& gate,
                         const std::optional<at::Tensor>& up);
 
+// What the BatchNorm of one axis carries from batch to batch, for messages.
+struct BatchNormBufferArguments {
+  const char* axis;  // "x" or "y"
+  const std::optional<at::Tensor>& running_mean;
+  const std::optional<at::Tensor>& running_var;
+  const std::optional<at::Tensor>& num_batches_tracked;
+};
+
+void check_batch_norm(const char* op, const at::Tensor& router_logits, const c10::SymInt& num_rows,
+                      const BatchNormBufferArguments& x, const BatchNormBufferArguments& y,
+                      bool training, double eps);
+
+void check_batch_norm_backward(const char* op, const at::Tensor& grad_normed_x,
+                               const at::Tensor& grad_normed_y, const at::Tensor& normed_x,
+                               const at::Tensor& normed_y, const at::Tensor& inv_std);
+
 // Raises IndexError naming the first id outside [0, num_experts). Reads the ids on the host: always
 // for CPU tensors; for CUDA tensors only while set_check_indices(true) holds, since it
 // synchronises.

@@ -124,6 +124,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume_meta(
                                 activation, output_mask);
 }
 
+std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats_meta(
+    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
+    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
+    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+    const std::optional<Tensor>& num_batches_tracked_y, bool training, double /*momentum*/,
+    double eps) {
+  check_batch_norm("omni_batch_norm", router_logits, num_rows,
+                   {"x", running_mean_x, running_var_x, num_batches_tracked_x},
+                   {"y", running_mean_y, running_var_y, num_batches_tracked_y}, training, eps);
+  const auto num_tokens = router_logits.sym_size(0), width = router_logits.sym_size(1);
+  const auto dtype = accumulation_dtype(router_logits.scalar_type());
+  return {at::empty_symint({num_tokens, num_rows}, router_logits.options()),
+          at::empty_symint({num_tokens, width - num_rows}, router_logits.options()),
+          at::empty_symint({width}, router_logits.options().dtype(dtype))};
+}
+
+std::tuple<Tensor, Tensor> omni_batch_norm_meta(const Tensor& router_logits, c10::SymInt num_rows,
+                                                const std::optional<Tensor>& running_mean_x,
+                                                const std::optional<Tensor>& running_var_x,
+                                                const std::optional<Tensor>& num_batches_tracked_x,
+                                                const std::optional<Tensor>& running_mean_y,
+                                                const std::optional<Tensor>& running_var_y,
+                                                const std::optional<Tensor>& num_batches_tracked_y,
+                                                bool training, double momentum, double eps) {
+  auto [normed_x, normed_y, inv_std] = omni_batch_norm_save_stats_meta(
+      router_logits, std::move(num_rows), running_mean_x, running_var_x, num_batches_tracked_x,
+      running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
+  return {normed_x, normed_y};
+}
+
+Tensor omni_batch_norm_backward_meta(const Tensor& grad_normed_x, const Tensor& grad_normed_y,
+                                     const Tensor& normed_x, const Tensor& normed_y,
+                                     const Tensor& inv_std, bool /*training*/) {
+  check_batch_norm_backward("omni_batch_norm_backward", grad_normed_x, grad_normed_y, normed_x,
+                            normed_y, inv_std);
+  return at::empty_symint({normed_x.sym_size(0), normed_x.sym_size(1) + normed_y.sym_size(1)},
+                          normed_x.options());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
@@ -138,6 +177,9 @@ TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
   m.impl("omni_mlp_save_gates", omni_mlp_save_gates_meta);
   m.impl("omni_mlp_backward", omni_mlp_backward_meta);
   m.impl("omni_mlp_backward_consume", omni_mlp_backward_consume_meta);
+  m.impl("omni_batch_norm", omni_batch_norm_meta);
+  m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_meta);
+  m.impl("omni_batch_norm_backward", omni_batch_norm_backward_meta);
 }
 
 }  // namespace omni_moe::torch_api

@@ -120,4 +120,38 @@ Tensor omni_expert_mlp(const Tensor& hidden_states, const Tensor& up_embed,
                  up_weight, down_weight, activation, recompute);
 }
 
+std::tuple<Tensor, Tensor> omni_batch_norm(const Tensor& router_logits, c10::SymInt num_rows,
+                                           const std::optional<Tensor>& running_mean_x,
+                                           const std::optional<Tensor>& running_var_x,
+                                           const std::optional<Tensor>& num_batches_tracked_x,
+                                           const std::optional<Tensor>& running_mean_y,
+                                           const std::optional<Tensor>& running_var_y,
+                                           const std::optional<Tensor>& num_batches_tracked_y,
+                                           bool training, double momentum, double eps) {
+  static const auto op = find_op("omni_moe::omni_batch_norm", omni_batch_norm);
+  return op.call(router_logits, std::move(num_rows), running_mean_x, running_var_x,
+                 num_batches_tracked_x, running_mean_y, running_var_y, num_batches_tracked_y,
+                 training, momentum, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats(
+    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
+    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
+    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
+    double eps) {
+  static const auto op =
+      find_op("omni_moe::omni_batch_norm_save_stats", omni_batch_norm_save_stats);
+  return op.call(router_logits, std::move(num_rows), running_mean_x, running_var_x,
+                 num_batches_tracked_x, running_mean_y, running_var_y, num_batches_tracked_y,
+                 training, momentum, eps);
+}
+
+Tensor omni_batch_norm_backward(const Tensor& grad_normed_x, const Tensor& grad_normed_y,
+                                const Tensor& normed_x, const Tensor& normed_y,
+                                const Tensor& inv_std, bool training) {
+  static const auto op = find_op("omni_moe::omni_batch_norm_backward", omni_batch_norm_backward);
+  return op.call(grad_normed_x, grad_normed_y, normed_x, normed_y, inv_std, training);
+}
+
 }  // namespace omni_moe::torch_api

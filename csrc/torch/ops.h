@@ -66,4 +66,22 @@ Tensor omni_expert_mlp(const Tensor& hidden_states, const Tensor& up_embed,
                        const Tensor& down_weight, std::string_view activation = "silu",
                        bool recompute = false);
 
+// Updates the running statistics and counters in place, if training.
+std::tuple<Tensor, Tensor> omni_batch_norm(const Tensor& router_logits, c10::SymInt num_rows,
+                                           const std::optional<Tensor>& running_mean_x,
+                                           const std::optional<Tensor>& running_var_x,
+                                           const std::optional<Tensor>& num_batches_tracked_x,
+                                           const std::optional<Tensor>& running_mean_y,
+                                           const std::optional<Tensor>& running_var_y,
+                                           const std::optional<Tensor>& num_batches_tracked_y,
+                                           bool training, double momentum = 0.1, double eps = 1e-5);
+std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats(
+    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
+    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
+    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum, double eps);
+Tensor omni_batch_norm_backward(const Tensor& grad_normed_x, const Tensor& grad_normed_y,
+                                const Tensor& normed_x, const Tensor& normed_y,
+                                const Tensor& inv_std, bool training);
+
 }  // namespace omni_moe::torch_api

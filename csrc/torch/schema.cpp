@@ -69,4 +69,22 @@ TORCH_LIBRARY(omni_moe, m) {
       "omni_expert_mlp(Tensor hidden_states, Tensor up_embed, Tensor down_embed, "
       "Tensor routing_weights, Tensor indices, Tensor gate_weight, Tensor up_weight, "
       "Tensor down_weight, str activation=\"silu\", bool recompute=False) -> Tensor");
+
+  // BatchNorm of the router's logits (T, R + C), the rows' then the columns', R = num_rows ->
+  // (T, R), (T, C). Updates the running statistics and counters that it is given, if training.
+  // omni_batch_norm_save_stats also returns 1 / sqrt(var + eps) (R + C) in the accumulation type.
+  m.def(
+      "omni_batch_norm(Tensor router_logits, SymInt num_rows, Tensor(a!)? running_mean_x, "
+      "Tensor(b!)? running_var_x, Tensor(c!)? num_batches_tracked_x, Tensor(d!)? running_mean_y, "
+      "Tensor(e!)? running_var_y, Tensor(f!)? num_batches_tracked_y, bool training, "
+      "float momentum=0.1, float eps=1e-05) -> (Tensor normed_x, Tensor normed_y)");
+  m.def(
+      "omni_batch_norm_save_stats(Tensor router_logits, SymInt num_rows, "
+      "Tensor(a!)? running_mean_x, Tensor(b!)? running_var_x, Tensor(c!)? num_batches_tracked_x, "
+      "Tensor(d!)? running_mean_y, Tensor(e!)? running_var_y, Tensor(f!)? num_batches_tracked_y, "
+      "bool training, float momentum=0.1, float eps=1e-05) "
+      "-> (Tensor normed_x, Tensor normed_y, Tensor inv_std)");
+  m.def(
+      "omni_batch_norm_backward(Tensor grad_normed_x, Tensor grad_normed_y, Tensor normed_x, "
+      "Tensor normed_y, Tensor inv_std, bool training) -> Tensor");
 }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "omni_moe/batch_norm.h"
 #include "omni_moe/executor.h"
 #include "omni_moe/expert.h"
 #include "omni_moe/mlp.h"
@@ -22,6 +23,8 @@ struct KernelTable {
   void (*expert_backward)(const ExpertBackwardParams&, const Executor&);
   void (*gated_activation_forward)(const GatedActivationForwardParams&, const Executor&);
   void (*gated_activation_backward)(const GatedActivationBackwardParams&, const Executor&);
+  void (*batch_norm_forward)(const BatchNormForwardParams&, const Executor&);
+  void (*batch_norm_backward)(const BatchNormBackwardParams&, const Executor&);
 };
 
 // The sets this processor can run, best last.
@@ -37,6 +40,8 @@ void expert_backward(const ExpertBackwardParams& params, const Executor& executo
 void gated_activation_forward(const GatedActivationForwardParams& params, const Executor& executor);
 void gated_activation_backward(const GatedActivationBackwardParams& params,
                                const Executor& executor);
+void batch_norm_forward(const BatchNormForwardParams& params, const Executor& executor);
+void batch_norm_backward(const BatchNormBackwardParams& params, const Executor& executor);
 
 // Bytes of ExpertBackwardParams::workspace (aligned to 64); depends on shapes alone.
 size_t expert_backward_workspace_size(const ExpertBackwardParams& params);

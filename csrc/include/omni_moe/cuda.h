@@ -6,6 +6,7 @@
 
 #include <cstddef>
 
+#include "omni_moe/batch_norm.h"
 #include "omni_moe/expert.h"
 #include "omni_moe/mlp.h"
 #include "omni_moe/router.h"
@@ -22,6 +23,10 @@ cudaError_t gated_activation_forward(const GatedActivationForwardParams& params,
 cudaError_t gated_activation_backward(const GatedActivationBackwardParams& params,
                                       cudaStream_t stream);
 
+// With params.training one cooperative launch each; cudaErrorNotSupported on devices without them.
+cudaError_t batch_norm_forward(const BatchNormForwardParams& params, cudaStream_t stream);
+cudaError_t batch_norm_backward(const BatchNormBackwardParams& params, cudaStream_t stream);
+
 // Whether gated_linear_forward has a kernel for these operands on the current device (Hopper,
 // 16-bit elements, H and I multiples of 8, 16-byte aligned pointers). Where not, it returns
 // cudaErrorNotSupported.
@@ -33,5 +38,7 @@ size_t router_forward_workspace_size(const RouterForwardParams& params);
 size_t router_backward_workspace_size(const RouterBackwardParams& params);
 size_t expert_forward_workspace_size(const ExpertForwardParams& params);
 size_t expert_backward_workspace_size(const ExpertBackwardParams& params);
+size_t batch_norm_forward_workspace_size(const BatchNormForwardParams& params);
+size_t batch_norm_backward_workspace_size(const BatchNormBackwardParams& params);
 
 }  // namespace omni_moe::cuda

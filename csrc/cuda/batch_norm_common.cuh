@@ -1,0 +1,311 @@
+// What BatchNorm's forward and backward share: how blocks and threads lie over tokens and columns,
+// and statistics of columns merged over threads, block and grid.
+//
+// A block owns kGroupColumns columns of one axis over a stretch of the tokens. It reads them once
+// into registers, as far as they fit, and writes the stretch's statistics to the workspace; after a
+// barrier of the grid it merges those of its columns and computes its results out of its registers.
+// Every sum has an order given by the shape and the device alone: no atomics, the same bits every
+// run.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+#include "cuda/common/check.h"
+#include "cuda/common/vec.cuh"
+#include "cuda/common/workspace.h"
+
+namespace omni_moe::cuda::batch_norm {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kBlocksPerSm = 2;  // 128 registers; the device must hold a grid at once
+inline constexpr int kGroupColumns = 32;
+inline constexpr int kSlices = kThreads / kGroupColumns;
+
+// How the threads of a block lie over its columns: kLanes side by side, each a vector of columns,
+// kSlots rows at once.
+template <class T, int kVec>
+struct Tiling {
+  static constexpr int kLanes = kGroupColumns / kVec;
+  static constexpr int kSlots = kThreads / kLanes;
+  // Rows of a thread in flight, or in registers: 128 bytes of vectors.
+  static constexpr int kForwardRows = kVec == 1 ? 16 : 8;
+  static constexpr int kBackwardRows = kVec == 1 ? 8 : 4;  // of two operands each
+};
+
+// ---- partial statistics ----
+
+// Of `count` values of one column.
+struct Moments {
+  float count;
+  float mean;
+  float m2;  // Σ (x - mean)²
+};
+
+// Merges moments in the order of the calls, relative to the first mean. What cancels is at most
+// (values merged) / (values behind the first mean) times the result.
+class MomentsMerger {
+ public:
+  __device__ void add(float count, float mean, float m2) {
+    base_ = count_ == 0.0f ? mean : base_;
+    const float distance = mean - base_;
+    const float weighted = count * distance;
+    count_ += count;
+    sum_ += weighted;
+    squares_ += weighted * distance;
+    m2_ += m2;
+  }
+  __device__ Moments get() const {
+    const float shift = sum_ / fmaxf(count_, 1.0f);
+    const float spread = squares_ - sum_ * shift;
+    return {count_, base_ + shift, m2_ + (spread < 0.0f ? 0.0f : spread)};  // NaN stays
+  }
+
+ private:
+  float count_ = 0.0f;
+  float base_ = 0.0f;
+  float sum_ = 0.0f;
+  float squares_ = 0.0f;
+  float m2_ = 0.0f;
+};
+
+// Two sums of one column, with the interface of the above.
+struct Sums {
+  float count;
+  float first;
+  float second;
+};
+
+class SumsMerger {
+ public:
+  __device__ void add(float count, float first, float second) {
+    total_.count += count;
+    total_.first += first;
+    total_.second += second;
+  }
+  __device__ Sums get() const { return total_; }
+
+ private:
+  Sums total_{};
+};
+
+// Merges num_partials partials, load(partial, count&) -> float2, of column threadIdx.x %
+// kGroupColumns; every thread of the column gets the result.
+template <class Merger, class Load>
+__device__ __forceinline__ auto block_merge(int num_partials, Load load) {
+  __shared__ float slices[kSlices][3][kGroupColumns];
+  const int column = threadIdx.x % kGroupColumns;
+  const int slice = threadIdx.x / kGroupColumns;
+  Merger merger;
+#pragma unroll 4
+  for (int i = slice; i < num_partials; i += kSlices) {
+    float count;
+    const float2 partial = load(i, count);
+    merger.add(count, partial.x, partial.y);
+  }
+  const auto [count, first, second] = merger.get();
+  slices[slice][0][column] = count;
+  slices[slice][1][column] = first;
+  slices[slice][2][column] = second;
+  __syncthreads();
+  Merger total;
+#pragma unroll
+  for (int s = 0; s < kSlices; ++s) {
+    total.add(slices[s][0][column], slices[s][1][column], slices[s][2][column]);
+  }
+  __syncthreads();  // before the next call
+  return total.get();
+}
+
+// ---- a block's share ----
+
+struct Plan {
+  int groups_x;  // groups of columns of the x axis, then those of the y axis
+  int num_groups;
+  int groups_per_round;
+  int num_rounds;
+  int num_parts;
+  int64_t tokens_per_part;
+};
+
+// kGroupColumns columns of one axis over one part of the tokens, and this thread's place in them.
+struct Tile {
+  bool is_y;
+  int group;
+  int part;
+  int64_t begin, end;    // tokens
+  int64_t num_tokens;    // of all parts
+  int64_t axis_width;    // columns of the axis
+  int64_t axis_begin;    // the axis' first column among both
+  int64_t first_column;  // of the group in its axis
+
+  __device__ Tile(const Plan& plan, int round, int64_t num_tokens, int64_t num_rows,
+                  int64_t num_cols)
+      : num_tokens(num_tokens) {
+    group = round * plan.groups_per_round + blockIdx.x % plan.groups_per_round;
+    part = blockIdx.x / plan.groups_per_round;
+    begin = part * plan.tokens_per_part;
+    end = min(num_tokens, begin + plan.tokens_per_part);
+    is_y = group >= plan.groups_x;
+    axis_width = is_y ? num_cols : num_rows;
+    axis_begin = is_y ? num_rows : 0;
+    first_column = int64_t{is_y ? group - plan.groups_x : group} * kGroupColumns;
+  }
+  __device__ bool has(int column) const { return first_column + column < axis_width; }
+};
+
+// The rows of a tile that a thread reads: from `row` on, every kSlots-th, kRows at a time.
+template <class T, int kVec>
+struct ThreadRows {
+  using Threads = Tiling<T, kVec>;
+  int column;  // within the group
+  int64_t row;
+  int count;
+
+  __device__ explicit ThreadRows(const Tile& tile)
+      : column(threadIdx.x % Threads::kLanes * kVec),
+        row(tile.begin + threadIdx.x / Threads::kLanes),
+        count(tile.has(column) ? count_of_slot(tile, threadIdx.x / Threads::kLanes) : 0) {}
+
+  __device__ static int count_of_slot(const Tile& tile, int slot) {
+    const int64_t rows = tile.end - tile.begin - slot;
+    return rows > 0 ? static_cast<int>((rows + Threads::kSlots - 1) / Threads::kSlots) : 0;
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void load(const T* column_of_row_0, int64_t stride, int first,
+                                       Vec<T, kVec> (&rows)[kRows]) const {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      rows[j] = first + j < count ? load_vec<Vec<T, kVec>>(column_of_row_0 + at(first + j) * stride)
+                                  : Vec<T, kVec>{};
+    }
+  }
+  // After this the compiler does not keep what it has unpacked of `rows`: twice the registers.
+  template <int kRows>
+  __device__ static __forceinline__ void keep_packed(Vec<T, kVec> (&rows)[kRows]) {
+    if constexpr (sizeof(T) * kVec == 16) {
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        auto* words = reinterpret_cast<unsigned*>(rows[j].data);
+        asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+      }
+    }
+  }
+  __device__ int64_t at(int i) const { return row + int64_t{i} * Threads::kSlots; }
+};
+
+// Σ over the block's threads, of both numbers of every column of its own -> column threadIdx.x %
+// kGroupColumns. The thread's numbers are those of rows.count rows.
+template <class Merger, class T, int kVec>
+__device__ __forceinline__ auto merge_threads(const Tile& tile, const ThreadRows<T, kVec>& rows,
+                                              const float (&first)[kVec],
+                                              const float (&second)[kVec]) {
+  using Threads = Tiling<T, kVec>;
+  __shared__ float partials[2][Threads::kSlots][kGroupColumns];
+  const int slot = threadIdx.x / Threads::kLanes;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    partials[0][slot][rows.column + i] = first[i];
+    partials[1][slot][rows.column + i] = second[i];
+  }
+  __syncthreads();
+  const int column = threadIdx.x % kGroupColumns;
+  return block_merge<Merger>(Threads::kSlots, [&](int i, float& count) {
+    count = static_cast<float>(ThreadRows<T, kVec>::count_of_slot(tile, i));
+    return make_float2(partials[0][i][column], partials[1][i][column]);
+  });
+}
+
+// The same over all parts: writes this block's to the workspace, waits for the grid, and merges
+// those of the group's columns. Blocks without a group (in_use false) wait too.
+template <class Merger, class Partial>
+__device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, bool in_use,
+                                           const Partial& own, void* workspace) {
+  const int column = threadIdx.x % kGroupColumns;
+  float2* partials = static_cast<float2*>(workspace) +
+                     int64_t{tile.group} * plan.num_parts * kGroupColumns + column;
+  if (in_use && threadIdx.x < kGroupColumns) {
+    const auto [count, first, second] = own;
+    partials[tile.part * kGroupColumns] = make_float2(first, second);
+  }
+  cooperative_groups::this_grid().sync();
+  return block_merge<Merger>(in_use ? plan.num_parts : 0, [&](int i, float& count) {
+    const int64_t rest = tile.num_tokens - i * plan.tokens_per_part;
+    count = static_cast<float>(min(rest, plan.tokens_per_part));
+    return __ldcg(partials + i * kGroupColumns);  // from L2: other blocks wrote it
+  });
+}
+
+// ---- host ----
+
+inline int64_t groups_of(int64_t columns) { return ceil_div<int64_t>(columns, kGroupColumns); }
+
+// held_tokens: what the registers of one block hold; slots: rows that a block reads at once.
+inline Plan make_plan(int64_t num_tokens, int64_t num_rows, int64_t num_cols, int64_t slots,
+                      int64_t held_tokens, const DeviceInfo& device) {
+  const int64_t max_blocks = int64_t{kBlocksPerSm} * device.num_sms;
+  const int64_t groups_x = groups_of(num_rows), num_groups = groups_x + groups_of(num_cols);
+  const int64_t groups_per_round = std::min(num_groups, max_blocks);
+  // One block per SM where their registers hold everything, which makes the barrier cheaper.
+  int64_t parts = std::max<int64_t>(1, device.num_sms / groups_per_round);
+  if (ceil_div(num_tokens, parts) > held_tokens) parts = max_blocks / groups_per_round;
+  parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, ceil_div(num_tokens, slots)));
+  const int64_t tokens_per_part = std::max<int64_t>(1, ceil_div(num_tokens, parts));
+  return {static_cast<int>(groups_x),
+          static_cast<int>(num_groups),
+          static_cast<int>(groups_per_round),
+          static_cast<int>(ceil_div(num_groups, groups_per_round)),
+          static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, tokens_per_part))),
+          tokens_per_part};
+}
+
+inline size_t workspace_size(bool training, int64_t num_rows, int64_t num_cols) {
+  DeviceInfo device;
+  if (!training || current_device_info(&device) != cudaSuccess) return 0;
+  // A group has at most as many parts as the grid has blocks for it.
+  const int64_t partials = std::max<int64_t>(groups_of(num_rows) + groups_of(num_cols),
+                                             int64_t{kBlocksPerSm} * device.num_sms);
+  return round_up<size_t>(partials * kGroupColumns * sizeof(float2), WorkspaceCutter::kAlignment);
+}
+
+// Vectors lie within one axis and are aligned in every operand.
+template <class T>
+bool allows_vectors(int64_t num_rows, int64_t num_cols, int64_t logits_stride,
+                    std::initializer_list<const void*> pointers) {
+  constexpr int kVec = kVecWidth<T>;
+  return num_rows % kVec == 0 && num_cols % kVec == 0 && logits_stride % kVec == 0 &&
+         std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* pointer) { return is_aligned(pointer, 16); });
+}
+
+// A barrier of the grid needs all its blocks on the device at once: a cooperative launch sees to
+// it.
+template <class Params>
+cudaError_t launch(void (*kernel)(Params, Plan), const Params& params, const Plan& plan,
+                   bool cooperative, cudaStream_t stream) {
+  if (cooperative) {
+    int device = 0, supported = 0;
+    const cudaError_t status = run_steps(
+        [&] { return cudaGetDevice(&device); },
+        [&] { return cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, device); });
+    if (status != cudaSuccess) return status;
+    if (supported == 0) return cudaErrorNotSupported;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.groups_per_round * plan.num_parts));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params, plan);
+}
+
+}  // namespace omni_moe::cuda::batch_norm
