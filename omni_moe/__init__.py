@@ -9,7 +9,8 @@ from omni_moe._library import build_info, check_indices
 
 from omni_moe import ops, reference  # isort: skip  (need the ops that _library loads)
 from omni_moe.config import OmniMoEConfig
-from omni_moe.modules.omni_moe import OmniMoE
+from omni_moe.losses import load_balancing_loss, router_z_loss
+from omni_moe.modules.omni_moe import OmniMoE, router_loss
 from omni_moe.plan import GpuProperties, expert_plan
 
 __version__ = build_info()["version"]
@@ -21,6 +22,9 @@ __all__ = [
     "build_info",
     "check_indices",
     "expert_plan",
+    "load_balancing_loss",
     "ops",
     "reference",
+    "router_loss",
+    "router_z_loss",
 ]

@@ -31,6 +31,11 @@ class OmniMoEConfig:
         initializer_range: standard deviation of the normal distribution of all initial weights.
         track_expert_load: count in each forward how often each expert is chosen, for
             `OmniMoE.expert_load()`.
+        router_aux_loss_coef: weight of `load_balancing_loss` in `OmniMoE.aux_loss`; 0 leaves it
+            out. BatchNorm balances the experts without it; a router without norm needs it.
+        router_z_loss_coef: weight of `router_z_loss` there.
+        router_jitter_noise: eps in [0, 1); in training the router, not the experts, sees its input
+            multiplied elementwise by random numbers of uniform(1 - eps, 1 + eps).
 
     Raises:
         ValueError: a field has a value it cannot have; the message names the field, what was
@@ -47,6 +52,9 @@ class OmniMoEConfig:
     router_norm: str = "batch_norm"
     initializer_range: float = 0.02
     track_expert_load: bool = False
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    router_jitter_noise: float = 0.0
 
     def __post_init__(self) -> None:
         _check_int("hidden_size", self.hidden_size, 1)
@@ -58,10 +66,18 @@ class OmniMoEConfig:
         _check_choice("router_norm", self.router_norm, ROUTER_NORMS)
         _check_positive("initializer_range", self.initializer_range)
         _check_bool("track_expert_load", self.track_expert_load)
+        _check_non_negative("router_aux_loss_coef", self.router_aux_loss_coef)
+        _check_non_negative("router_z_loss_coef", self.router_z_loss_coef)
+        _check_non_negative("router_jitter_noise", self.router_jitter_noise, below=1)
         if self.expert_grid is None:
             nearest_square_grid(self.num_experts)
         else:
             object.__setattr__(self, "expert_grid", _checked_grid(self))
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether a loss of the router is asked for."""
+        return self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -130,6 +146,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_positive(name: str, value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+
+
+def _check_non_negative(name: str, value: object, below: float = math.inf) -> None:
+    if not _is_number(value) or not 0 <= value < below:
+        expected = "a finite number >= 0" if below == math.inf else f"a number in [0, {below})"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

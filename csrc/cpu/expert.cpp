@@ -104,6 +104,7 @@ void expert_backward_tokens(const ExpertBackwardParams& p, PairCoefficients<acc_
   const auto* routing = static_cast<const T*>(p.routing_weights);
   const auto* indices = static_cast<const Index*>(p.indices);
   const auto* scores = static_cast<const Acc*>(p.scores);
+  const auto* addend = static_cast<const T*>(p.addend);
   auto* grad_hidden = static_cast<T*>(p.grad_hidden_states);
   auto* grad_routing = static_cast<T*>(p.grad_routing_weights);
   const std::unique_ptr<Acc[]> scratch(new Acc[2 * H]);
@@ -112,7 +113,7 @@ void expert_backward_tokens(const ExpertBackwardParams& p, PairCoefficients<acc_
 
   for (int64_t t = begin; t < end; ++t) {
     widen(grad + t * H, dout, H);
-    std::fill_n(sum, H, Acc(0));
+    addend ? widen(addend + t * H, sum, H) : void(std::fill_n(sum, H, Acc(0)));
     for (int64_t pair = t * K; pair < (t + 1) * K; ++pair) {
       if (pair + 1 < end * K) {
         prefetch_row(up + indices[pair + 1] * H, H);

@@ -1,7 +1,7 @@
 // Backward of the atomic experts in two orders. With s = hidden[t] · up[i] as the forward saved it
 // and g = grad[t] · down[i]:
 //   token order (launch_token_pass.cuh): grad_routing[t,k] = act(s) g,
-//     grad_hidden[t] = Σ_k routing act'(s) g up[i],
+//     grad_hidden[t] = addend[t] + Σ_k routing act'(s) g up[i],
 //     and per pair the two coefficients below, dropped at the pair's place in expert order;
 //   expert order (weight_grad.cu): grad_down[i] = Σ routing act(s) grad[t],
 //     grad_up[i] = Σ routing act'(s) g hidden[t].
@@ -56,11 +56,16 @@ cudaError_t token_pass(const ExpertBackwardParams& params, bool want_weights,
                        const TokenPassPlan& plan, const BackwardWorkspace& workspace,
                        const DeviceInfo& device, cudaStream_t stream) {
   if (params.num_tokens == 0) return cudaSuccess;
-  const TokenPassArgs args{params.grad_expert_states, params.down_weights,
-                           params.up_weights,         params.indices,
-                           /*addend=*/nullptr,        params.grad_hidden_states,
-                           params.num_tokens,         params.hidden_size,
-                           params.num_experts,        params.num_experts_per_token,
+  const TokenPassArgs args{params.grad_expert_states,
+                           params.down_weights,
+                           params.up_weights,
+                           params.indices,
+                           params.addend,
+                           params.grad_hidden_states,
+                           params.num_tokens,
+                           params.hidden_size,
+                           params.num_experts,
+                           params.num_experts_per_token,
                            params.index_type};
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -85,7 +90,8 @@ TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
           element,
           params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
               is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
-              is_aligned(params.down_weights, 16) && is_aligned(params.grad_hidden_states, 16)};
+              is_aligned(params.down_weights, 16) && is_aligned(params.addend, 16) &&
+              is_aligned(params.grad_hidden_states, 16)};
 }
 
 cudaError_t expert_backward(const ExpertBackwardParams& params, const TokenPassPlan& plan,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/check.h"
+#include "common/launch.cuh"
 #include "common/row_columns.cuh"
 #include "token_pass.cuh"
 #include "tuning.h"
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   constexpr int kPairs = Shape::kPairs;
   constexpr int kTailPairs = kColumnsTailPairs;
   __shared__ BlockDots<kPairs, Shape::kThreads / kWarpSize> block_dots;
+  wait_for_previous_kernel();
   const ColumnsThread<T> thread(args);
   const int num_pairs = thread.num_pairs;
   IdWindow ids(args.indices, args.index_type, thread.first_pair, num_pairs, args.num_experts,
@@ -178,14 +180,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 
 // A block has one thread per piece of a row, in whole warps.
 template <class T, class Shape, class Pairs>
-cudaError_t launch_columns(const TokenPassArgs& args, const Pairs& pairs, cudaStream_t stream) {
+cudaError_t launch_columns(const TokenPassArgs& args, const Pairs& pairs, const DeviceInfo& device,
+                           cudaStream_t stream) {
   const int64_t pieces = args.hidden_size * static_cast<int64_t>(sizeof(T)) / kPieceBytes;
   const int64_t threads = round_up<int64_t>(pieces, kWarpSize);
   if (threads > Shape::kThreads) return cudaErrorInvalidValue;
-  expert_columns_kernel<T, Shape>
-      <<<static_cast<unsigned>(args.num_tokens), static_cast<unsigned>(threads), 0, stream>>>(
-          args, pairs);
-  return launch_status();
+  return launch_early(expert_columns_kernel<T, Shape, Pairs>,
+                      static_cast<unsigned>(args.num_tokens), static_cast<unsigned>(threads),
+                      device, stream, args, pairs);
 }
 
 }  // namespace omni_moe::cuda

@@ -12,8 +12,8 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/launch.cuh"
 #include "common/row_columns.cuh"
-#include "expert_launch.cuh"
 #include "token_pass.cuh"
 
 namespace omni_moe::cuda {
@@ -81,10 +81,11 @@ __device__ __forceinline__ void for_each_batch(int num_pairs, Body&& body) {
 
 template <class T, class Slab>
 __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
-    expert_slab_dots_kernel(const __grid_constant__ TokenPassArgs args,
+    expert_slab_dots_kernel(const __grid_constant__ TokenPassArgs args, bool beside_previous,
                             float* partial) {  // [num_slabs, T * K]
   using Lane = SlabLane<T, Slab>;
   let_next_kernel_start();
+  if (!beside_previous) wait_for_previous_kernel();
   const SlabTask task = slab_task<Slab>(args.num_tokens);
   const Lane lane(task.slab, static_cast<int>(args.hidden_size * sizeof(T)));
   const char* table = static_cast<const char*>(args.scored) + lane.byte;
@@ -208,13 +209,8 @@ cudaError_t launch_slabs(const TokenPassArgs& args, const Pairs& pairs, float* w
   float* coefficients = workspace + num_slabs * all_pairs;
   return run_steps(
       [&] {
-        const auto kernel = expert_slab_dots_kernel<T, Slab>;
-        const auto blocks = static_cast<unsigned>(num_blocks);
-        if (beside_previous) {
-          return launch_early(kernel, blocks, kThreads, device, stream, args, workspace);
-        }
-        kernel<<<blocks, kThreads, 0, stream>>>(args, workspace);
-        return launch_status();
+        return launch_early(expert_slab_dots_kernel<T, Slab>, static_cast<unsigned>(num_blocks),
+                            kThreads, device, stream, args, beside_previous, workspace);
       },
       [&] {
         return launch_early(expert_slab_coefficients_kernel<Pairs>,

@@ -21,8 +21,8 @@ cudaError_t launch_token_pass(const TokenPassArgs& args, const Pairs& pairs,
       return launch_phased<T>(args, pairs, plan, is_aligned, workspace, stream);
     case TokenPassStrategy::kColumns:
       return args.hidden_size * sizeof(T) <= 2048
-                 ? launch_columns<T, ColumnsTuning<2048>>(args, pairs, stream)
-                 : launch_columns<T, ColumnsTuning<4096>>(args, pairs, stream);
+                 ? launch_columns<T, ColumnsTuning<2048>>(args, pairs, device, stream)
+                 : launch_columns<T, ColumnsTuning<4096>>(args, pairs, device, stream);
     case TokenPassStrategy::kSlabs:
       return plan.slab_bytes == 512 ? launch_slabs<T, SlabTuning<512>>(
                                           args, pairs, workspace, beside_previous, device, stream)

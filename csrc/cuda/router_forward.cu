@@ -19,6 +19,7 @@
 
 #include "cuda/common/check.h"
 #include "cuda/common/dispatch.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/router_common.cuh"
@@ -373,6 +374,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity
     router_forward_warp_kernel(const RouterForwardParams params, int num_candidates, bool vectors_x,
                                bool vectors_y) {
   __shared__ WarpStorage<kCapacity> block_storage[kWarpsPerBlock];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp;
@@ -467,17 +470,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity
 
 template <class T, int kItems, int kCapacity>
 cudaError_t launch_warp_kernel(const RouterForwardParams& params, cudaStream_t stream) {
+  DeviceInfo device;
+  const cudaError_t status = current_device_info(&device);
+  if (status != cudaSuccess) return status;
   constexpr int kVec = AxisKeys<T, kItems>::kVec;
   const auto allows_vectors = [](const void* logits, int64_t n) {
     return n % kVec == 0 && is_aligned(logits, kVec * sizeof(T));
   };
-  const auto kernel = router_forward_warp_kernel<T, kItems, kCapacity>;
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(params.num_tokens, kWarpsPerBlock)));
-  kernel<<<grid, kThreads, 0, stream>>>(
-      params, num_rank_pairs(static_cast<int>(params.num_experts_per_token)),
-      allows_vectors(params.logits_x, params.num_rows),
-      allows_vectors(params.logits_y, params.num_cols));
-  return launch_status();
+  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(params.num_tokens, kWarpsPerBlock));
+  return launch_early(router_forward_warp_kernel<T, kItems, kCapacity>, blocks, kThreads, device,
+                      stream, params,
+                      num_rank_pairs(static_cast<int>(params.num_experts_per_token)),
+                      allows_vectors(params.logits_x, params.num_rows),
+                      allows_vectors(params.logits_y, params.num_cols));
 }
 
 template <class T, int kItems>

@@ -9,8 +9,8 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "common/index.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
-#include "expert_launch.cuh"
 #include "schedule.h"
 #include "tuning.h"
 

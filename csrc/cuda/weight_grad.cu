@@ -8,9 +8,9 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
-#include "expert_launch.cuh"
 #include "tuning.h"
 #include "weight_grad.h"
 

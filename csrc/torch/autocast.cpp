@@ -50,12 +50,23 @@ struct Autocast {
     return torch_api::omni_mlp(cast(x), cast(gate_weight), cast(up_weight), cast(down_weight),
                                activation, recompute);
   }
+  static Tensor omni_expert_mlp(const Tensor& hidden_states, const Tensor& up_embed,
+                                const Tensor& down_embed, const Tensor& routing_weights,
+                                const Tensor& indices, const Tensor& gate_weight,
+                                const Tensor& up_weight, const Tensor& down_weight,
+                                std::string_view activation, bool recompute) {
+    const auto guard = exclude();
+    return torch_api::omni_expert_mlp(cast(hidden_states), cast(up_embed), cast(down_embed),
+                                      cast(routing_weights), indices, cast(gate_weight),
+                                      cast(up_weight), cast(down_weight), activation, recompute);
+  }
 
   static void register_kernels(torch::Library& m) {
     m.impl("omni_router", omni_router);
     m.impl("omni_softmax_router", omni_softmax_router);
     m.impl("omni_expert", omni_expert);
     m.impl("omni_mlp", omni_mlp);
+    m.impl("omni_expert_mlp", omni_expert_mlp);
   }
 };
 

@@ -1,8 +1,11 @@
 // Gradients. Each op has a torch::autograd::Function that saves its inputs and calls the registered
 // backward op; no Python runs in backward. The backward ops have no gradient of their own: torch's
 // fallback raises a clear error if one is asked for.
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -108,6 +111,50 @@ class ExpertFunction : public Function<ExpertFunction> {
   }
 };
 
+// The two products of the MLP that its backward uses, or none where it computes them again. They
+// are 4 T I bytes in 16 bits, the most of what a layer keeps, and no one else ever sees them: a
+// backward pass that is the last through its graph takes their memory for their gradients, then
+// gives it back.
+struct MlpProducts {
+  Tensor gate, up;
+
+  // In the forward: what sees tensors as they are saved or computed may also keep them.
+  static bool may_be_consumed() {
+    return !at::SavedTensorDefaultHooks::get_hooks() &&
+           !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  }
+
+  // Wrappers of tensors (fake, functional, batched) belong to what traces this pass.
+  bool are_plain() const {
+    constexpr c10::DispatchKeySet kWrappers(
+        {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+         c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+    return !gate.key_set().has_any(kWrappers);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, MlpProducts products, bool may_consume,
+    const std::string& activation, std::array<bool, 4> mask) {
+  if (!products.gate.defined()) {
+    return omni_mlp_backward(grad, x, gate_weight, up_weight, down_weight, std::nullopt,
+                             std::nullopt, activation, mask);
+  }
+  if (may_consume && products.are_plain() &&
+      !torch::autograd::get_current_graph_task_keep_graph()) {
+    auto grads = omni_mlp_backward_consume(grad, x, gate_weight, up_weight, down_weight,
+                                           products.gate, products.up, activation, mask);
+    // The node holds on to them until it has returned, after the experts' backward.
+    for (const Tensor& product : {products.gate, products.up}) {
+      product.storage().unsafeGetStorageImpl()->reset();
+    }
+    return grads;
+  }
+  return omni_mlp_backward(grad, x, gate_weight, up_weight, down_weight, products.gate, products.up,
+                           activation, mask);
+}
+
 class MlpFunction : public Function<MlpFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& gate_weight,
@@ -115,8 +162,9 @@ class MlpFunction : public Function<MlpFunction> {
                         std::string_view activation, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["may_consume"] = MlpProducts::may_be_consumed();
     if (recompute) {
-      ctx->save_for_backward({x, gate_weight, up_weight, down_weight});
+      ctx->save_for_backward({x, gate_weight, up_weight, down_weight, Tensor(), Tensor()});
       return omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute);
     }
     auto [output, gate, up] =
@@ -127,20 +175,77 @@ class MlpFunction : public Function<MlpFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const bool has_gates = saved.size() == 6;
     const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
-    auto [grad_x, grad_gate, grad_up, grad_down] =
-        omni_mlp_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
-                          has_gates ? std::optional(saved[4]) : std::nullopt,
-                          has_gates ? std::optional(saved[5]) : std::nullopt,
-                          ctx->saved_data["activation"].toStringRef(), mask);
+    auto [grad_x, grad_gate, grad_up, grad_down] = mlp_backward(
+        grads[0], saved[0], saved[1], saved[2], saved[3], {saved[4], saved[5]},
+        ctx->saved_data["may_consume"].toBool(), ctx->saved_data["activation"].toStringRef(), mask);
     return {if_wanted(mask[0], grad_x),
             if_wanted(mask[1], grad_gate),
             if_wanted(mask[2], grad_up),
             if_wanted(mask[3], grad_down),
             Tensor(),
             Tensor()};
+  }
+};
+
+// Both branches of the layer. The MLP's backward comes first, while the experts' weight gradients
+// are not there yet (memory peaks in it), and the experts' adds the gradient of the tokens onto it.
+class ExpertMlpFunction : public Function<ExpertMlpFunction> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden_states, const Tensor& up_embed,
+                        const Tensor& down_embed, const Tensor& routing_weights,
+                        const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
+                        const Tensor& down_weight, std::string_view activation, bool recompute) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor shared_states, gate, up;
+    if (recompute) {
+      shared_states =
+          omni_mlp(hidden_states, gate_weight, up_weight, down_weight, activation, recompute);
+    } else {
+      std::tie(shared_states, gate, up) =
+          omni_mlp_save_gates(hidden_states, gate_weight, up_weight, down_weight, activation);
+    }
+    auto [output, scores] = omni_expert_save_scores(
+        hidden_states, up_embed, down_embed, routing_weights, indices, activation, shared_states);
+    ctx->save_for_backward({hidden_states, up_embed, down_embed, routing_weights, indices,
+                            gate_weight, up_weight, down_weight, scores, gate, up});
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["may_consume"] = MlpProducts::may_be_consumed();
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto& hidden_states = saved[0];
+    const std::string& activation = ctx->saved_data["activation"].toStringRef();
+    const auto needs = [&](size_t input) { return ctx->needs_input_grad(input); };
+    const std::array<bool, 4> mlp_mask = {needs(0), needs(5), needs(6), needs(7)};
+    const std::array<bool, 4> expert_mask = {needs(0), needs(1), needs(2), needs(3)};
+    const auto any = [](const std::array<bool, 4>& mask) {
+      return std::any_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; });
+    };
+
+    variable_list result(10);
+    if (any(mlp_mask)) {
+      auto [grad_x, grad_gate, grad_up, grad_down] =
+          mlp_backward(grads[0], hidden_states, saved[5], saved[6], saved[7], {saved[9], saved[10]},
+                       ctx->saved_data["may_consume"].toBool(), activation, mlp_mask);
+      result[0] = if_wanted(mlp_mask[0], grad_x);
+      result[5] = if_wanted(mlp_mask[1], grad_gate);
+      result[6] = if_wanted(mlp_mask[2], grad_up);
+      result[7] = if_wanted(mlp_mask[3], grad_down);
+    }
+    if (any(expert_mask)) {
+      auto [grad_hidden, grad_up, grad_down, grad_routing] = omni_expert_backward(
+          grads[0], hidden_states, saved[1], saved[2], saved[3], saved[4], activation, expert_mask,
+          saved[8], needs(0) ? std::optional(result[0]) : std::nullopt);
+      result[0] = if_wanted(expert_mask[0], grad_hidden);
+      result[1] = if_wanted(expert_mask[1], grad_up);
+      result[2] = if_wanted(expert_mask[2], grad_down);
+      result[3] = if_wanted(expert_mask[3], grad_routing);
+    }
+    return result;
   }
 };
 
@@ -216,6 +321,21 @@ Tensor omni_mlp_autograd(const Tensor& x, const Tensor& gate_weight, const Tenso
   return MlpFunction::apply(x, gate_weight, up_weight, down_weight, activation, recompute);
 }
 
+Tensor omni_expert_mlp_autograd(const Tensor& hidden_states, const Tensor& up_embed,
+                                const Tensor& down_embed, const Tensor& routing_weights,
+                                const Tensor& indices, const Tensor& gate_weight,
+                                const Tensor& up_weight, const Tensor& down_weight,
+                                std::string_view activation, bool recompute) {
+  if (!any_needs_grad({hidden_states, up_embed, down_embed, routing_weights, gate_weight, up_weight,
+                       down_weight})) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return omni_expert_mlp(hidden_states, up_embed, down_embed, routing_weights, indices,
+                           gate_weight, up_weight, down_weight, activation, recompute);
+  }
+  return ExpertMlpFunction::apply(hidden_states, up_embed, down_embed, routing_weights, indices,
+                                  gate_weight, up_weight, down_weight, activation, recompute);
+}
+
 std::tuple<Tensor, Tensor> omni_batch_norm_autograd(
     const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
     const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
@@ -280,11 +400,11 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
   m.impl("omni_softmax_router", omni_softmax_router_autograd);
   m.impl("omni_expert", omni_expert_autograd);
   m.impl("omni_mlp", omni_mlp_autograd);
+  m.impl("omni_expert_mlp", omni_expert_mlp_autograd);
   m.impl("omni_batch_norm", omni_batch_norm_autograd);
-  for (const char* op :
-       {"omni_router_backward", "omni_softmax_router_backward", "omni_expert_save_scores",
-        "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward",
-        "omni_batch_norm_save_stats", "omni_batch_norm_backward"}) {
+  for (const char* op : {"omni_router_backward", "omni_softmax_router_backward",
+                         "omni_expert_save_scores", "omni_expert_backward", "omni_mlp_save_gates",
+                         "omni_mlp_backward", "omni_mlp_backward_consume"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -292,6 +412,8 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
 TORCH_LIBRARY_IMPL(omni_moe, ADInplaceOrView, m) {
   m.impl("omni_batch_norm", omni_batch_norm_inplace);
   m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_inplace);
+  m.impl("omni_mlp_backward_consume",
+         torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }
 
 }  // namespace omni_moe::torch_api

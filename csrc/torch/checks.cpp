@@ -115,9 +115,9 @@ void check_expert(const char* op, const at::Tensor& hidden_states, const at::Ten
 void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& hidden_states, const at::Tensor& up_weights,
                            const at::Tensor& down_weights, const at::Tensor& routing_weights,
-                           const at::Tensor& indices, const std::optional<at::Tensor>& scores) {
-  check_expert(op, hidden_states, up_weights, down_weights, routing_weights, indices,
-               /*addend=*/std::nullopt);
+                           const at::Tensor& indices, const std::optional<at::Tensor>& scores,
+                           const std::optional<at::Tensor>& addend) {
+  check_expert(op, hidden_states, up_weights, down_weights, routing_weights, indices, addend);
   const Argument grad{op, "grad_expert_states", grad_expert_states};
   check_rank(grad, 2);
   check_like(grad, {op, "hidden_states", hidden_states});

@@ -48,7 +48,8 @@ void check_expert(const char* op, const at::Tensor& hidden_states, const at::Ten
 void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& hidden_states, const at::Tensor& up_weights,
                            const at::Tensor& down_weights, const at::Tensor& routing_weights,
-                           const at::Tensor& indices, const std::optional<at::Tensor>& scores);
+                           const at::Tensor& indices, const std::optional<at::Tensor>& scores,
+                           const std::optional<at::Tensor>& addend);
 
 // Sums of this dtype are taken in: fp32, and fp64 for fp64.
 at::ScalarType accumulation_dtype(at::ScalarType dtype);

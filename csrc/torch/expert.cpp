@@ -59,15 +59,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
     std::string_view activation, std::array<bool, 4> output_mask,
-    const std::optional<Tensor>& saved_scores) {
+    const std::optional<Tensor>& saved_scores, const std::optional<Tensor>& addend) {
   constexpr auto kOp = "omni_expert_backward";
   const Activation act = parse_activation(kOp, activation);
   check_expert_backward(kOp, grad_expert_states, hidden_states, up_weights, down_weights,
-                        routing_weights, indices, saved_scores);
+                        routing_weights, indices, saved_scores, addend);
   check_indices(kOp, indices, up_weights.size(0));
   const Tensor grad = grad_expert_states.contiguous(), hidden = hidden_states.contiguous(),
                up = up_weights.contiguous(), down = down_weights.contiguous(),
-               routing = routing_weights.contiguous(), ids = indices.contiguous();
+               routing = routing_weights.contiguous(), ids = indices.contiguous(),
+               more = addend ? addend->contiguous() : Tensor();
   const Tensor scores = saved_scores
                             ? saved_scores->contiguous()
                             : std::get<1>(expert_forward(hidden, up, down, routing, ids, activation,
@@ -79,11 +80,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
   const auto data = [](bool asked, Tensor& t) { return asked ? t.mutable_data_ptr() : nullptr; };
   Tensor grad_hidden = wanted(output_mask[0], hidden), grad_up = wanted(output_mask[1], up),
          grad_down = wanted(output_mask[2], down), grad_routing = wanted(output_mask[3], routing);
-  launch({grad.const_data_ptr(), hidden.const_data_ptr(), up.const_data_ptr(),
-          down.const_data_ptr(), routing.const_data_ptr(), ids.const_data_ptr(),
-          scores.const_data_ptr(), data(output_mask[0], grad_hidden), data(output_mask[1], grad_up),
-          data(output_mask[2], grad_down), data(output_mask[3], grad_routing), hidden.size(0),
-          hidden.size(1), up.size(0), ids.size(1), to_dtype(hidden), to_index_type(ids), act,
+  launch({grad.const_data_ptr(),
+          hidden.const_data_ptr(),
+          up.const_data_ptr(),
+          down.const_data_ptr(),
+          routing.const_data_ptr(),
+          ids.const_data_ptr(),
+          scores.const_data_ptr(),
+          addend ? more.const_data_ptr() : nullptr,
+          data(output_mask[0], grad_hidden),
+          data(output_mask[1], grad_up),
+          data(output_mask[2], grad_down),
+          data(output_mask[3], grad_routing),
+          hidden.size(0),
+          hidden.size(1),
+          up.size(0),
+          ids.size(1),
+          to_dtype(hidden),
+          to_index_type(ids),
+          act,
           /*workspace=*/nullptr},
          hidden.device());
   return {grad_hidden, grad_up, grad_down, grad_routing};

@@ -77,10 +77,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_meta(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
     std::string_view activation, std::array<bool, 4> output_mask,
-    const std::optional<Tensor>& scores) {
+    const std::optional<Tensor>& scores, const std::optional<Tensor>& addend) {
   parse_activation("omni_expert_backward", activation);
   check_expert_backward("omni_expert_backward", grad_expert_states, hidden_states, up_weights,
-                        down_weights, routing_weights, indices, scores);
+                        down_weights, routing_weights, indices, scores, addend);
   return {if_wanted(output_mask[0], hidden_states), if_wanted(output_mask[1], up_weights),
           if_wanted(output_mask[2], down_weights), if_wanted(output_mask[3], routing_weights)};
 }
@@ -114,6 +114,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_meta(
                      up);
   return {if_wanted(output_mask[0], x), if_wanted(output_mask[1], gate_weight),
           if_wanted(output_mask[2], up_weight), if_wanted(output_mask[3], down_weight)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume_meta(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, Tensor& gate, Tensor& up, std::string_view activation,
+    std::array<bool, 4> output_mask) {
+  return omni_mlp_backward_meta(grad_output, x, gate_weight, up_weight, down_weight, gate, up,
+                                activation, output_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats_meta(
@@ -168,6 +176,7 @@ TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
   m.impl("omni_mlp", omni_mlp_meta);
   m.impl("omni_mlp_save_gates", omni_mlp_save_gates_meta);
   m.impl("omni_mlp_backward", omni_mlp_backward_meta);
+  m.impl("omni_mlp_backward_consume", omni_mlp_backward_consume_meta);
   m.impl("omni_batch_norm", omni_batch_norm_meta);
   m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_meta);
   m.impl("omni_batch_norm_backward", omni_batch_norm_backward_meta);

@@ -119,30 +119,17 @@ GatedGradients gated_gradients(Tensor grad_activated, Tensor gate, Tensor up, bo
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_kernel(
+// The gradients from the two products, in whose memory they are computed if it is owned.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of_products(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
-    const Tensor& down_weight, const std::optional<Tensor>& saved_gate,
-    const std::optional<Tensor>& saved_up, std::string_view activation,
+    const Tensor& down_weight, Tensor gate, Tensor up, bool owns_products, Activation activation,
     std::array<bool, 4> output_mask) {
-  constexpr auto kOp = "omni_mlp_backward";
-  const Activation act = parse_activation(kOp, activation);
-  check_mlp_backward(kOp, grad_output, x, gate_weight, up_weight, down_weight, saved_gate,
-                     saved_up);
   const Tensor rows = as_rows(x), grad = as_rows(grad_output);
-  const bool has_products = saved_gate && saved_up;
-  GatedLinear products;
-  if (has_products) {
-    products.gate = as_rows(*saved_gate).contiguous();
-    products.up = as_rows(*saved_up).contiguous();
-  } else {
-    products = gated_linear(rows, gate_weight, up_weight, act, /*want_products=*/true,
-                            /*want_activated=*/false);
-  }
 
   // 1. Through the down product and the activation; act(gate) * up again, for the weight gradient.
   GatedGradients grads =
-      gated_gradients(at::mm(grad, down_weight), std::move(products.gate), std::move(products.up),
-                      /*owns_products=*/!has_products, act, /*want_activated=*/output_mask[3]);
+      gated_gradients(at::mm(grad, down_weight), std::move(gate), std::move(up), owns_products,
+                      activation, /*want_activated=*/output_mask[3]);
 
   // 2. Through the gate and up products. Each operand is freed after its last use: memory peaks
   //    here, where the weights' gradients pile up.
@@ -159,15 +146,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_kernel(
           grad_down};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_kernel(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
+    std::string_view activation, std::array<bool, 4> output_mask) {
+  constexpr auto kOp = "omni_mlp_backward";
+  const Activation act = parse_activation(kOp, activation);
+  check_mlp_backward(kOp, grad_output, x, gate_weight, up_weight, down_weight, gate, up);
+  if (gate && up) {
+    return backward_of_products(grad_output, x, gate_weight, up_weight, down_weight,
+                                as_rows(*gate).contiguous(), as_rows(*up).contiguous(),
+                                /*owns_products=*/false, act, output_mask);
+  }
+  GatedLinear products = gated_linear(as_rows(x), gate_weight, up_weight, act,
+                                      /*want_products=*/true, /*want_activated=*/false);
+  return backward_of_products(grad_output, x, gate_weight, up_weight, down_weight,
+                              std::move(products.gate), std::move(products.up),
+                              /*owns_products=*/true, act, output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume_kernel(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, Tensor& gate, Tensor& up, std::string_view activation,
+    std::array<bool, 4> output_mask) {
+  constexpr auto kOp = "omni_mlp_backward_consume";
+  const Activation act = parse_activation(kOp, activation);
+  check_mlp_backward(kOp, grad_output, x, gate_weight, up_weight, down_weight, gate, up);
+  return backward_of_products(grad_output, x, gate_weight, up_weight, down_weight,
+                              as_rows(gate).contiguous(), as_rows(up).contiguous(),
+                              /*owns_products=*/true, act, output_mask);
+}
+
+// Experts and MLP, one onto the other: no pass of its own for the sum.
+Tensor omni_expert_mlp_kernel(const Tensor& hidden_states, const Tensor& up_embed,
+                              const Tensor& down_embed, const Tensor& routing_weights,
+                              const Tensor& indices, const Tensor& gate_weight,
+                              const Tensor& up_weight, const Tensor& down_weight,
+                              std::string_view activation, bool recompute) {
+  return omni_expert(
+      hidden_states, up_embed, down_embed, routing_weights, indices, activation,
+      omni_mlp(hidden_states, gate_weight, up_weight, down_weight, activation, recompute));
+}
+
 void register_kernels(torch::Library& m) {
   m.impl("omni_mlp", omni_mlp_kernel);
   m.impl("omni_mlp_save_gates", omni_mlp_save_gates_kernel);
   m.impl("omni_mlp_backward", omni_mlp_backward_kernel);
+  m.impl("omni_mlp_backward_consume", omni_mlp_backward_consume_kernel);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(omni_moe, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(omni_moe, CUDA, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(omni_moe, CompositeExplicitAutograd, m) {
+  m.impl("omni_expert_mlp", omni_expert_mlp_kernel);
+}
 
 }  // namespace omni_moe::torch_api

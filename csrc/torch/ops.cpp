@@ -66,10 +66,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
     std::string_view activation, std::array<bool, 4> output_mask,
-    const std::optional<Tensor>& scores) {
+    const std::optional<Tensor>& scores, const std::optional<Tensor>& addend) {
   static const auto op = find_op("omni_moe::omni_expert_backward", omni_expert_backward);
   return op.call(grad_expert_states, hidden_states, up_weights, down_weights, routing_weights,
-                 indices, activation, output_mask, scores);
+                 indices, activation, output_mask, scores, addend);
 }
 
 Tensor flash_expert(const Tensor& hidden_states, const Tensor& down_weights,
@@ -100,6 +100,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
   static const auto op = find_op("omni_moe::omni_mlp_backward", omni_mlp_backward);
   return op.call(grad_output, x, gate_weight, up_weight, down_weight, gate, up, activation,
                  output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, Tensor& gate, Tensor& up, std::string_view activation,
+    std::array<bool, 4> output_mask) {
+  static const auto op = find_op("omni_moe::omni_mlp_backward_consume", omni_mlp_backward_consume);
+  return op.call(grad_output, x, gate_weight, up_weight, down_weight, gate, up, activation,
+                 output_mask);
+}
+
+Tensor omni_expert_mlp(const Tensor& hidden_states, const Tensor& up_embed,
+                       const Tensor& down_embed, const Tensor& routing_weights,
+                       const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
+                       const Tensor& down_weight, std::string_view activation, bool recompute) {
+  static const auto op = find_op("omni_moe::omni_expert_mlp", omni_expert_mlp);
+  return op.call(hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
+                 up_weight, down_weight, activation, recompute);
 }
 
 std::tuple<Tensor, Tensor> omni_batch_norm(const Tensor& router_logits, c10::SymInt num_rows,

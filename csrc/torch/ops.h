@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward(
     const Tensor& grad_expert_states, const Tensor& hidden_states, const Tensor& up_weights,
     const Tensor& down_weights, const Tensor& routing_weights, const Tensor& indices,
     std::string_view activation, std::array<bool, 4> output_mask,
-    const std::optional<Tensor>& scores = std::nullopt);
+    const std::optional<Tensor>& scores = std::nullopt,
+    const std::optional<Tensor>& addend = std::nullopt);
 Tensor flash_expert(const Tensor& hidden_states, const Tensor& down_weights,
                     const Tensor& up_weights, const Tensor& indices, const Tensor& routing_weights,
                     std::string_view activation = "silu");
@@ -54,6 +55,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
     std::string_view activation, std::array<bool, 4> output_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume(
+    const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
+    const Tensor& down_weight, Tensor& gate, Tensor& up, std::string_view activation,
+    std::array<bool, 4> output_mask);
+
+Tensor omni_expert_mlp(const Tensor& hidden_states, const Tensor& up_embed,
+                       const Tensor& down_embed, const Tensor& routing_weights,
+                       const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
+                       const Tensor& down_weight, std::string_view activation = "silu",
+                       bool recompute = false);
 
 // Updates the running statistics and counters in place, if training.
 std::tuple<Tensor, Tensor> omni_batch_norm(const Tensor& router_logits, c10::SymInt num_rows,

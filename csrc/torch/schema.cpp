@@ -23,8 +23,8 @@ TORCH_LIBRARY(omni_moe, m) {
   // Atomic experts: hidden (T, H), up and down (E, H), routing and indices (T, K) -> (T, H),
   // onto an addend (T, H) if there is one.
   // omni_expert_save_scores also returns s = hidden[t] . up[i] (T, K) in the accumulation type,
-  // which the backward computes again where it is not given. A gradient that output_mask does not
-  // ask for comes back empty.
+  // which the backward computes again where it is not given. The backward's addend (T, H) is added
+  // to grad_hidden_states. A gradient that output_mask does not ask for comes back empty.
   m.def(
       "omni_expert(Tensor hidden_states, Tensor up_weights, Tensor down_weights, "
       "Tensor routing_weights, Tensor indices, str activation=\"silu\", Tensor? addend=None) "
@@ -36,8 +36,9 @@ TORCH_LIBRARY(omni_moe, m) {
   m.def(
       "omni_expert_backward(Tensor grad_expert_states, Tensor hidden_states, Tensor up_weights, "
       "Tensor down_weights, Tensor routing_weights, Tensor indices, str activation, "
-      "bool[4] output_mask, Tensor? scores=None) -> (Tensor grad_hidden_states, "
-      "Tensor grad_up_weights, Tensor grad_down_weights, Tensor grad_routing_weights)");
+      "bool[4] output_mask, Tensor? scores=None, Tensor? addend=None) -> ("
+      "Tensor grad_hidden_states, Tensor grad_up_weights, Tensor grad_down_weights, "
+      "Tensor grad_routing_weights)");
   m.def(
       "flash_expert(Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor indices, "
       "Tensor routing_weights, str activation=\"silu\") -> Tensor");
@@ -55,6 +56,19 @@ TORCH_LIBRARY(omni_moe, m) {
       "Tensor down_weight, Tensor? gate, Tensor? up, str activation, bool[4] output_mask) "
       "-> (Tensor grad_x, Tensor grad_gate_weight, Tensor grad_up_weight, "
       "Tensor grad_down_weight)");
+  // The same, and takes gate and up for its own memory: their values are lost.
+  m.def(
+      "omni_mlp_backward_consume(Tensor grad_output, Tensor x, Tensor gate_weight, "
+      "Tensor up_weight, Tensor down_weight, Tensor(a!) gate, Tensor(b!) up, str activation, "
+      "bool[4] output_mask) -> (Tensor grad_x, Tensor grad_gate_weight, Tensor grad_up_weight, "
+      "Tensor grad_down_weight)");
+
+  // Atomic experts and shared MLP on the same tokens: hidden (T, H), embeds (E, H), routing and
+  // indices (T, K), gate and up (I, H), down (H, I) -> (T, H).
+  m.def(
+      "omni_expert_mlp(Tensor hidden_states, Tensor up_embed, Tensor down_embed, "
+      "Tensor routing_weights, Tensor indices, Tensor gate_weight, Tensor up_weight, "
+      "Tensor down_weight, str activation=\"silu\", bool recompute=False) -> Tensor");
 
   // BatchNorm of the router's logits (T, R + C), the rows' then the columns', R = num_rows ->
   // (T, R), (T, C). Updates the running statistics and counters that it is given, if training.

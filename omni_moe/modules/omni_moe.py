@@ -4,15 +4,17 @@
 Orchestrating Atomic Experts at Scale" (arXiv 2602.05711).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from omni_moe.config import OmniMoEConfig
-from omni_moe.ops import omni_expert, omni_mlp, omni_softmax_router
+from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
+from omni_moe.ops import omni_expert, omni_expert_mlp, omni_softmax_router
+from omni_moe.reference import ACTIVATION_FUNCTIONS
 
-__all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig"]
+__all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
 
 
 class ExpertLoad(NamedTuple):
@@ -43,9 +45,19 @@ class OmniMoE(nn.Module):
             there is a single token, which has no variance (PyTorch's own error).
 
     With `config.track_expert_load` each forward adds its choices to a counter on the device,
-    without synchronising; `expert_load()` reads it. Under activation checkpointing the recomputed
-    forward counts again.
+    without synchronising; `expert_load()` reads it. A forward that activation checkpointing
+    recomputes does not count again.
+
+    With `config.router_aux_loss_coef` or `router_z_loss_coef` each forward in training mode with
+    gradients enabled leaves the weighted sum of these losses, over its own tokens, in `aux_loss`, a
+    differentiable scalar in fp32 (fp64 for fp64). `router_loss(model)` sums those of a model; they
+    act only where they are added to the training loss. Any other forward leaves None. `aux_loss` is
+    not part of a copied or pickled layer.
     """
+
+    aux_loss: Tensor | None = None
+    # The last forward in training mode was without gradients, and so without `aux_loss`.
+    _aux_loss_is_missing: bool = False
 
     def __init__(self, config: OmniMoEConfig) -> None:
         super().__init__()
@@ -93,37 +105,59 @@ class OmniMoE(nn.Module):
             )
         tokens = hidden_states.flatten(0, -2)
 
+        logits_x, logits_y = self._router_logits(tokens)
         routing_weights, indices = omni_softmax_router(
-            self.router_norm_x(self.router_gate_x(tokens)),
-            self.router_norm_y(self.router_gate_y(tokens)),
-            config.num_experts_per_token,
-            config.norm_topk_prob,
+            logits_x, logits_y, config.num_experts_per_token, config.norm_topk_prob
         )
-        if config.track_expert_load:
-            self._count_experts(indices)
+        if config.has_router_loss:
+            self._router_losses(logits_x, logits_y, indices)
+        if config.track_expert_load and not _is_recomputing():
+            add_expert_counts(self.expert_counts, indices)
 
-        shared_states = omni_mlp(
-            tokens,
-            self.gate_proj.weight,
-            self.up_proj.weight,
-            self.down_proj.weight,
-            config.hidden_act,
-        )
-        outputs = omni_expert(
-            tokens,
-            self.up_embed.weight,
-            self.down_embed.weight,
-            routing_weights,
-            indices,
-            config.hidden_act,
-            addend=shared_states,
-        )
+        outputs = self._experts_and_mlp(tokens, routing_weights, indices)
         return outputs.view_as(hidden_states)
 
-    @torch.no_grad()
-    def _count_experts(self, indices: Tensor) -> None:
-        chosen = indices.flatten().long()
-        self.expert_counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+    def _router_logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, R) and (T, C): the logits of the grid's rows and columns."""
+        noise = self.config.router_jitter_noise
+        if self.training and noise > 0:
+            # In fp32: bf16 has four numbers from 0.99 to 1.01.
+            factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
+            tokens = (tokens * factors).to(tokens.dtype)
+        return (
+            self.router_norm_x(self.router_gate_x(tokens)),
+            self.router_norm_y(self.router_gate_y(tokens)),
+        )
+
+    def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
+        """Sets `aux_loss`."""
+        config = self.config
+        is_recomputing = _is_recomputing()
+        has_grad = torch.is_grad_enabled()
+        if not is_recomputing:
+            self._aux_loss_is_missing = self.training and not has_grad
+            self.aux_loss = None
+        if not (self.training and has_grad):
+            return
+        losses = []
+        if config.router_aux_loss_coef > 0:
+            balance = load_balancing_loss(logits_x, logits_y, indices)
+            losses.append(config.router_aux_loss_coef * balance)
+        if config.router_z_loss_coef > 0:
+            losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
+        if not is_recomputing:  # whose graph would keep the activations of all layers
+            self.aux_loss = sum(losses)
+
+    def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
+        experts = (self.up_embed.weight, self.down_embed.weight, routing_weights, indices)
+        activation = self.config.hidden_act
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        if all(_is_plain(projection, nn.Linear) for projection in projections):
+            weights = [projection.weight for projection in projections]
+            return omni_expert_mlp(tokens, *experts, *weights, activation)
+        gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
+        shared_states = self.down_proj(gate * self.up_proj(tokens))
+        return omni_expert(tokens, *experts, activation, addend=shared_states)
 
     def expert_load(self) -> ExpertLoad:
         """Expert usage and unevenness (as the paper defines them) since the last reset.
@@ -149,6 +183,10 @@ class OmniMoE(nn.Module):
         if self.expert_counts is not None:
             self.expert_counts.zero_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy and pickle, which refuse tensors that are part of a graph.
+        return {**self.__dict__, "aux_loss": None, "_aux_loss_is_missing": False}
+
     def extra_repr(self) -> str:
         config = self.config
         num_rows, num_cols = config.grid
@@ -157,3 +195,49 @@ class OmniMoE(nn.Module):
             f"num_experts_per_token={config.num_experts_per_token}, "
             f"hidden_act={config.hidden_act}, norm_topk_prob={config.norm_topk_prob}"
         )
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether to read its tensors does as much as to call it: no adapter around it, no hooks."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and not any(hooks) and getattr(module, "bias", None) is None
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward is part of a backward pass, as under activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def router_loss(model: nn.Module) -> Tensor:
+    """The sum of `aux_loss` over the OmniMoE layers of a model, to be added to its training loss.
+
+    Losses are those of each layer's last forward: of one micro-batch under gradient accumulation,
+    of this process's tokens under data parallelism.
+
+    Args:
+        model: any module, wrapped by DDP, FSDP2 or torch.compile as well; call it first.
+
+    Returns:
+        A scalar; 0 without gradient where no layer has a loss, as in eval mode.
+
+    Raises:
+        RuntimeError: gradients are enabled, but a layer ran its last forward in training mode
+            without them, as reentrant activation checkpointing does: the loss would have no effect.
+    """
+    layers = [module for module in model.modules() if isinstance(module, OmniMoE)]
+    if torch.is_grad_enabled() and any(layer._aux_loss_is_missing for layer in layers):
+        raise RuntimeError(
+            "router_loss: expected layers that ran with gradients enabled, got one that ran under "
+            "no_grad in training mode; with activation checkpointing use use_reentrant=False"
+        )
+    losses = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
+    if not losses:
+        parameter = next(model.parameters(), None)
+        return torch.zeros((), device=None if parameter is None else parameter.device)
+    # Layers of a model may lie on several devices.
+    return sum(loss.to(losses[0].device) for loss in losses)

@@ -167,6 +167,7 @@ std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexT
                                  c.routing.data(),
                                  c.indices.data(type),
                                  scores.data(),
+                                 /*addend=*/nullptr,
                                  data(0),
                                  data(1),
                                  data(2),

@@ -247,7 +247,7 @@ struct Problem {
 
   // The equations of expert.h, as they stand.
   void solve() {
-    if (c.num_experts % 2 == 0) out.values = addend.values;
+    if (c.num_experts % 2 == 0) out.values = grad_hidden.values = addend.values;
     const int64_t width = c.hidden_size;
     for (int64_t pair = 0; pair < int64_t(ids.size()); ++pair) {
       const int64_t token = pair / c.num_experts_per_token * width;
@@ -295,6 +295,7 @@ struct Problem {
     params.indices = device_ids.data();
     scores.upload_values();
     params.scores = scores.device.data();
+    params.addend = c.num_experts % 2 == 0 ? addend.device.data() : nullptr;
     params.grad_hidden_states = grad_hidden.device.data();
     params.grad_up_weights = grad_up.device.data();
     params.grad_down_weights = grad_down.device.data();

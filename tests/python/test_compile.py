@@ -68,6 +68,17 @@ def mlp_recompute_case(num_tokens, device):
     return lambda *args: ops.omni_mlp(*args, "silu", True), inputs, [0]
 
 
+def expert_mlp_case(num_tokens, device):
+    _, inputs, dynamic = expert_case(num_tokens, device)
+    (_, *weights), _ = mlp_inputs((num_tokens,), 20, 12, device, torch.float32)
+
+    def both(hidden, up, down, routing, *weights):
+        ids = (routing.detach().abs() * 3).long() % 11
+        return ops.omni_expert_mlp(hidden, up, down, routing, ids, *weights)
+
+    return both, [*inputs, *weights], dynamic
+
+
 CASES = {
     "omni_router": router_case,
     "omni_softmax_router": softmax_router_case,
@@ -75,6 +86,7 @@ CASES = {
     "flash_expert": flash_expert_case,
     "omni_mlp": mlp_case,
     "omni_mlp-recompute": mlp_recompute_case,
+    "omni_expert_mlp": expert_mlp_case,
 }
 
 
@@ -192,6 +204,11 @@ def expected_outputs(t, k):
             (x, y, x, y, empty(10, dtype=torch.float32), True),
             [((t, 10), half)],
         ),
+        "omni_mlp_backward_consume": (
+            (empty(2, t, 10), *mlp, empty(2, t, 6), empty(2, t, 6), "silu", [True] * 4),
+            [((2, t, 10), half), ((6, 10), half), ((6, 10), half), ((10, 6), half)],
+        ),
+        "omni_expert_mlp": ((*expert, indices, *mlp[1:]), shapes[:1]),
     }
 
 

@@ -1,5 +1,6 @@
 """OmniMoEConfig: validation and the factorisation of the expert grid."""
 
+import math
 import re
 
 import pytest
@@ -16,6 +17,8 @@ def test_defaults():
     config = OmniMoEConfig(**GOOD)
     assert config.hidden_act == "silu" and config.router_norm == "batch_norm"
     assert not config.norm_topk_prob and not config.track_expert_load
+    assert config.router_aux_loss_coef == config.router_z_loss_coef == 0
+    assert config.router_jitter_noise == 0 and not config.has_router_loss
     assert config.grid == (6, 6) and config.expert_grid is None
 
 
@@ -41,6 +44,13 @@ def test_defaults():
         ("initializer_range", 0, "initializer_range: expected a finite number > 0, got 0"),
         ("initializer_range", float("nan"), "initializer_range: expected a finite number > 0"),
         ("track_expert_load", None, "track_expert_load: expected True or False, got None"),
+        ("router_aux_loss_coef", -0.1, "router_aux_loss_coef: expected a finite number >= 0, got"),
+        ("router_aux_loss_coef", True, "router_aux_loss_coef: expected a finite number >= 0, got"),
+        ("router_z_loss_coef", math.inf, "router_z_loss_coef: expected a finite number >= 0, got"),
+        ("router_z_loss_coef", math.nan, "router_z_loss_coef: expected a finite number >= 0, got"),
+        ("router_jitter_noise", 1, "router_jitter_noise: expected a number in [0, 1), got 1"),
+        ("router_jitter_noise", -1, "router_jitter_noise: expected a number in [0, 1), got -1"),
+        ("router_jitter_noise", None, "router_jitter_noise: expected a number in [0, 1), got None"),
         (
             "expert_grid",
             (5, 7),
@@ -55,6 +65,12 @@ def test_defaults():
 def test_bad_fields(field, value, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         OmniMoEConfig(**(GOOD | {field: value}))
+
+
+def test_has_router_loss():
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        assert OmniMoEConfig(**GOOD, **{name: 1}).has_router_loss
+    assert not OmniMoEConfig(**GOOD, router_jitter_noise=0.5).has_router_loss
 
 
 def test_frozen_and_keyword_only():

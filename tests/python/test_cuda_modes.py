@@ -4,6 +4,7 @@ Every kernel strategy has a case; results are compared bit for bit with a plain 
 """
 
 import contextlib
+import copy
 from functools import partial
 
 import pytest
@@ -42,6 +43,16 @@ def mlp_case(hidden_size, intermediate_size, recompute, device):
     return lambda *args: ops.omni_mlp(*args, "silu", recompute), inputs, grad
 
 
+def expert_mlp_case(device):
+    experts, indices, grad = expert_inputs(ExpertShape(67, 256, 300, 8), device, BF16)
+    (_, *weights), _ = mlp_inputs((67,), 256, 512, device, BF16)
+    return (
+        lambda *args: ops.omni_expert_mlp(*args[:4], indices, *args[4:]),
+        [*experts, *weights],
+        grad,
+    )
+
+
 def layer_case(device):
     config = OmniMoEConfig(
         hidden_size=64, intermediate_size=96, num_experts=400, num_experts_per_token=9
@@ -70,6 +81,7 @@ CASES = {
     "mlp_cublas": partial(mlp_case, 100, 52, False),
     "mlp_fused": partial(mlp_case, 256, 512, False),
     "mlp_fused_recompute": partial(mlp_case, 256, 512, True),
+    "expert_mlp": expert_mlp_case,
     "layer": layer_case,
 }
 on_cases = pytest.mark.parametrize("case", CASES)
@@ -129,6 +141,65 @@ def test_graph_replays_on_other_experts(shape, index_dtype):
         graph.replay()
         want = run(lambda *args, ids=ids: ops.omni_expert(*args, ids), inputs, grad)
         assert_same_run(results, want)
+
+
+def training_layer(**options):
+    config = OmniMoEConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_experts=400,
+        num_experts_per_token=9,
+        track_expert_load=True,
+        **options,
+    )
+    return OmniMoE(config).to("cuda", BF16)
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_graph_of_a_whole_training_step(losses):
+    """Forward, losses, backward, optimiser, running statistics and counters, as without a graph."""
+    options = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.1} if losses else {}
+    layer = training_layer(**options)
+    eager = copy.deepcopy(layer)
+    batches = torch.randn(8, 2, 33, 64, device="cuda", dtype=BF16)
+    static = batches[0].clone()
+
+    def make_step(layer, x):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, capturable=True)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            loss = layer(x).float().square().mean()
+            (loss + layer.aux_loss if losses else loss).backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    step, eager_input = make_step(layer, static), batches[0].clone()
+    eager_step = make_step(eager, eager_input)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        eager_step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for batch in batches:
+        static.copy_(batch)
+        eager_input.copy_(batch)
+        graph.replay()
+        assert_bitwise(loss, eager_step())
+    state, want = layer.state_dict(), eager.state_dict()
+    for name in want:
+        assert_bitwise(state[name], want[name], name)
+    assert state["router_norm_x.num_batches_tracked"] == 11
+    assert_bitwise(layer.expert_load().counts, eager.expert_load().counts)
+    assert layer.expert_load().counts.sum() == 11 * 66 * 9
 
 
 # ---- streams and devices -------------------------------------------------------------------------
@@ -223,19 +294,12 @@ def test_no_synchronisation(case):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_synchronisation_in_a_training_layer():
-    """Batch statistics, load counters and the optimiser's view of the gradients included."""
-    config = OmniMoEConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_experts=400,
-        num_experts_per_token=9,
-        track_expert_load=True,
-    )
-    layer = OmniMoE(config).to("cuda", BF16)
+    """Batch statistics, router losses and load counters included."""
+    layer = training_layer(router_aux_loss_coef=0.1, router_z_loss_coef=0.1)
     x = torch.randn(2, 33, 64, device="cuda", dtype=BF16)
     for checked in (contextlib.nullcontext(), synchronisation_raises()):
         with checked:
-            layer(x).square().mean().backward()
+            (layer(x).square().mean() + layer.aux_loss).backward()
     assert layer.expert_load().counts.sum() == 2 * 66 * 9
 
 

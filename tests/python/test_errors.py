@@ -37,6 +37,8 @@ def arguments(op, device="cpu"):
         "up": (2, T, I),
         "scores": (T, K),
         "addend": (T, H),
+        "up_embed": (E, H),
+        "down_embed": (E, H),
     }
     others = {
         "num_experts_per_token": K,
@@ -80,6 +82,8 @@ ALL_OPS = (
     "omni_mlp",
     "omni_mlp_save_gates",
     "omni_mlp_backward",
+    "omni_mlp_backward_consume",
+    "omni_expert_mlp",
 )
 ROUTERS = ("omni_router", "omni_softmax_router")
 EXPERTS = ("omni_expert", "omni_expert_backward")

@@ -49,6 +49,11 @@ def cases(device, dtype=torch.float32):
             mlp,
             grad_mlp,
         ),
+        "omni_expert_mlp": (
+            lambda *args: ops.omni_expert_mlp(*args[:4], indices, *args[4:]),
+            [*experts, *mlp[1:]],
+            grad_expert,
+        ),
     }
 
 
@@ -62,6 +67,7 @@ on_cases = pytest.mark.parametrize(
         "flash_expert",
         "omni_mlp",
         "omni_mlp-recompute",
+        "omni_expert_mlp",
     ],
 )
 
@@ -104,7 +110,7 @@ def test_uninitialised_memory_is_poisoned(deterministic_memory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_number_of_threads_does_not_show(dtype, case):
     function, inputs, grad = cases("cpu", dtype)[case]
-    if case.startswith("omni_mlp"):
+    if "mlp" in case:
         pytest.skip("its matrix products are the BLAS library's")
     threads = torch.get_num_threads()
     try:
@@ -167,7 +173,9 @@ def run_checkpointed(function, inputs, grad, use_reentrant):
     return out.detach(), [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("case", ["omni_expert", "flash_expert", "omni_mlp", "omni_mlp-recompute"])
+@pytest.mark.parametrize(
+    "case", ["omni_expert", "flash_expert", "omni_mlp", "omni_mlp-recompute", "omni_expert_mlp"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @on_devices
 def test_autocast_of_experts_and_mlp(device, dtype, case):

@@ -346,6 +346,15 @@ def test_expert_load(device):
     assert usage == 0 and math.isnan(unevenness) and not counts.any()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_forwards_do_not_count(use_reentrant):
+    layer = make_layer(track_expert_load=True)
+    x = torch.randn(37, H, dtype=layer.up_embed.weight.dtype, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+    out.sum().backward()
+    assert layer.expert_load().counts.sum() == 37 * K
+
+
 def test_even_and_uneven_load():
     layer = make_layer(track_expert_load=True)
     layer.expert_counts.fill_(3)

@@ -1,6 +1,7 @@
-"""Trainer, resuming, the expert load callback and its plot, PEFT."""
+"""Trainer, resuming, router losses, the expert load callback and its plot, PEFT."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -10,15 +11,25 @@ from helpers import assert_bitwise, on_devices
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers_helpers import (  # noqa: E402
     EXPERTS,
     dense_model,
+    family_config,
     omni_model,
     random_ids,
     replaced_model,
 )
 
+from omni_moe import router_loss  # noqa: E402
 from omni_moe.integrations.transformers import (  # noqa: E402
     ExpertLoadCallback,
     omni_moe_layers,
@@ -91,6 +102,122 @@ def test_resuming(examples, tmp_path):
     wanted = whole.state_dict()
     for name, value in resumed.state_dict().items():
         assert_bitwise(value, wanted[name], name)
+
+
+# ---- router losses -------------------------------------------------------------------------------
+
+LOSSES = {"router_norm": "none", "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+
+
+def balanced_model(kind, **options):
+    options = LOSSES | options
+    scratch = kind == "scratch"
+    return omni_model(**options) if scratch else replace_mlp(dense_model(), **EXPERTS, **options)
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+@on_devices
+def test_router_loss_is_part_of_the_loss_in_training(device, kind):
+    model = balanced_model(kind).to(device)
+    base = LlamaForCausalLM if kind == "replaced" else Qwen3ForCausalLM
+    ids = random_ids(device=device)
+    task = model(ids, labels=ids).loss
+    assert_bitwise(task, base.forward(model, ids, labels=ids).loss)
+    model.train()
+    outputs = model(ids, labels=ids)
+    assert outputs["loss"] is outputs.loss
+    assert router_loss(model) > 1  # three layers of at least 0.5 each
+    assert_bitwise(outputs.loss, base.forward(model, ids, labels=ids).loss + router_loss(model))
+    assert_bitwise(model(ids, labels=ids, return_dict=False)[0], outputs.loss)
+    assert model(ids).loss is None
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, labels=ids).loss, task)
+    # The Trainer chooses a dataset's columns by it.
+    assert inspect.signature(model.forward) == inspect.signature(base(model.config).forward)
+    outputs.loss.backward()
+    for layer in omni_moe_layers(model).values():
+        assert layer.router_gate_x.weight.grad.any()
+
+
+def test_router_loss_of_a_classifier():
+    config = family_config("Llama", num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    replace_mlp(model, **EXPERTS, **LOSSES)
+    ids, labels = random_ids(), torch.tensor([0, 2])
+    loss = model(ids, labels=labels).loss
+    added = router_loss(model)
+    assert added > 1
+    assert_bitwise(loss, model.eval()(ids, labels=labels).loss + added)
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+def test_router_options_are_saved(kind, tmp_path):
+    model = balanced_model(kind, router_jitter_noise=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    layers = zip(omni_moe_layers(loaded).values(), omni_moe_layers(model).values(), strict=True)
+    for layer, saved in layers:
+        assert layer.config == saved.config and layer.config.has_router_loss
+    ids = random_ids()
+    loss = loaded(ids, labels=ids).loss
+    assert loss > loaded.eval()(ids, labels=ids).loss + 1
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+@on_devices
+def test_trainer_balances(device, options, kind, examples, tmp_path):
+    """With the router's loss in the Trainer's, and only with it, that loss falls."""
+    model = balanced_model(kind).to(device)
+    ids = torch.stack([example["input_ids"] for example in examples]).to(device)
+
+    def cost():
+        model.train()(ids)
+        return router_loss(model).item()
+
+    for layer in omni_moe_layers(model).values():
+        torch.nn.init.normal_(layer.router_gate_x.weight, std=0.5)
+    before = cost()
+    trainer = make_trainer(model, examples, tmp_path, device, **options)
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    assert cost() < 0.95 * before
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0]["loss"] > math.log(8) + 1
+
+
+def test_gradient_accumulation_weighs_the_router_loss_once(examples, tmp_path):
+    """The z-loss is a mean over tokens: the same in one batch as in micro-batches."""
+    losses = []
+    for batch, steps in ((4, 1), (2, 2), (1, 4)):
+        torch.manual_seed(0)
+        model = balanced_model("replaced", router_aux_loss_coef=0.0)
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
+        options = {"learning_rate": 0.0, "max_steps": 1, "logging_steps": 1}
+        trainer = make_trainer(model, examples, tmp_path, **sizes, **options)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_router_loss_refuses_reentrant_checkpointing():
+    model = balanced_model("scratch").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    ids = random_ids()
+    with pytest.raises(RuntimeError, match="use use_reentrant=False"):
+        model(ids, labels=ids, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+def test_compiled_router_loss(kind):
+    torch._dynamo.reset()
+    model = balanced_model(kind).train()
+    ids = random_ids()
+    want = model(ids, labels=ids, use_cache=False).loss
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(loss, want)
+    loss.backward()
 
 
 # ---- the callback --------------------------------------------------------------------------------
@@ -181,13 +308,16 @@ def peft():
     return pytest.importorskip("peft")
 
 
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj", "router_gate_x"], ["down_proj"], "all-linear"], ids=str
+)
 @pytest.mark.parametrize("kind", ["replaced", "scratch"])
-def test_lora_on_attention(peft, kind, examples, tmp_path):
+def test_lora(peft, kind, targets, examples, tmp_path):
     base = replaced_model() if kind == "replaced" else omni_model()
     base.save_pretrained(tmp_path / "base")
     frozen = copy.deepcopy(base.state_dict())
     # Training moves the running statistics of the router's BatchNorm: the adapter must hold them.
-    targets, norms = ["q_proj", "v_proj", "router_gate_x"], ["router_norm_x", "router_norm_y"]
+    norms = ["router_norm_x", "router_norm_y"]
     config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=norms)
     model = peft.get_peft_model(base, config)
     trainer = make_trainer(model, examples, tmp_path)
@@ -233,7 +363,21 @@ def test_training_the_experts_themselves(peft, examples, tmp_path):
         assert_bitwise(again(ids).logits, model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("target", ["gate_proj", "down_proj", "up_embed"])
+def test_router_loss_with_adapters(peft):
+    """PEFT calls the forward of the model itself; copies of layers that it keeps do not count."""
+    base = balanced_model("replaced")
+    targets, ids = ["q_proj", "router_gate_x"], random_ids()
+    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["layers.1.mlp"])
+    model = peft.get_peft_model(base, config)
+    task = model.eval()(ids, labels=ids).loss
+    loss = model.train()(ids, labels=ids).loss
+    layers = omni_moe_layers(model)
+    assert len(layers) == 3 and all(layer.aux_loss > 0.5 for layer in layers.values())
+    assert_bitwise(loss, task + sum(layer.aux_loss for layer in layers.values()))
+    loss.backward()
+
+
+@pytest.mark.parametrize("target", ["up_embed", "down_embed"])
 def test_adapters_without_effect_are_refused(peft, target):
     model = peft.get_peft_model(replaced_model(), peft.LoraConfig(r=2, target_modules=[target]))
     with pytest.raises(RuntimeError, match=f"{target}: an adapter .* would have no effect"):

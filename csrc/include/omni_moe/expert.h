@@ -30,8 +30,8 @@ struct ExpertForwardParams {
 };
 
 // With s of the forward and g = grad[t] · down[i] for each pair (t, k), i = idx[t,k]:
-//   grad_routing[t,k] = act(s) g          grad_hidden[t] += routing act'(s) g  up[i]
-//   grad_down[i] += routing act(s) grad[t]     grad_up[i] += routing act'(s) g  hidden[t]
+//   grad_routing[t,k] = act(s) g     grad_hidden[t] = addend[t] + Σ_k routing act'(s) g up[i]
+//   grad_down[i] += routing act(s) grad[t]     grad_up[i] += routing act'(s) g hidden[t]
 // Every row of the dense weight gradients is written once, those of idle experts with zeros.
 struct ExpertBackwardParams {
   const void* grad_expert_states;  // [T, H]
@@ -41,6 +41,7 @@ struct ExpertBackwardParams {
   const void* routing_weights;     // [T, K]
   const void* indices;             // [T, K], of index_type
   const void* scores;              // [T, K], of the forward
+  const void* addend;              // [T, H] of grad_hidden_states, or null: none
   void* grad_hidden_states;        // [T, H], or null: not wanted
   void* grad_up_weights;           // [E, H], or null: not wanted
   void* grad_down_weights;         // [E, H], or null: not wanted

@@ -16,7 +16,8 @@ class OmniMoeConfig(Qwen3Config):
     The fields of `Qwen3Config`, of which `intermediate_size` is the width of the shared MLP and
     `hidden_act` (Transformers' name) the activation of MLP and experts, and those of an OmniMoE
     layer, `omni_moe.OmniMoEConfig`: `num_experts`, `num_experts_per_token` (`num_experts_per_tok`
-    means the same), `norm_topk_prob`, `expert_grid`, `router_norm` and `track_expert_load`.
+    means the same), `norm_topk_prob`, `expert_grid`, `router_norm`, `track_expert_load`,
+    `router_aux_loss_coef`, `router_z_loss_coef` and `router_jitter_noise`.
 
     Raises:
         ValueError: a field of the layer has a value it cannot have.
@@ -44,6 +45,9 @@ class OmniMoeConfig(Qwen3Config):
     expert_grid: list[int] | tuple[int, ...] | None = None
     router_norm: str = "batch_norm"
     track_expert_load: bool = False
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    router_jitter_noise: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -62,6 +66,9 @@ class OmniMoeConfig(Qwen3Config):
             router_norm=self.router_norm,
             initializer_range=self.initializer_range,
             track_expert_load=self.track_expert_load,
+            router_aux_loss_coef=self.router_aux_loss_coef,
+            router_z_loss_coef=self.router_z_loss_coef,
+            router_jitter_noise=self.router_jitter_noise,
         )
 
     @classmethod

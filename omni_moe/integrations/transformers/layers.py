@@ -1,9 +1,18 @@
-"""What the integrations share: activation names, the OmniMoE layers of a model, their adapters."""
+"""What the integrations share: activation names, a model's OmniMoE layers, adapters, losses."""
 
-from torch import nn
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
-from omni_moe import OmniMoE
+from omni_moe import OmniMoE, router_loss
 
 # Names of Transformers' activations, by the name of the same function here. gelu_new, gelu_fast and
 # gelu_accurate are the tanh approximation, written out.
@@ -86,17 +95,65 @@ class ModelMixin:
 def refuse_ignored_adapters(layer: OmniMoE) -> None:
     """Makes the forward of `layer` raise where an adapter would be ignored.
 
-    The layer's kernels read the weights of these modules without calling them, so what LoRA wraps
+    The layer's kernels read the expert tables without calling their modules, so what LoRA wraps
     around one would have no effect.
     """
     layer.register_forward_pre_hook(_raise_on_adapters)
 
 
 def _raise_on_adapters(layer: OmniMoE, args: tuple) -> None:
-    for name in ("gate_proj", "up_proj", "down_proj", "up_embed", "down_embed"):
+    for name in ("up_embed", "down_embed"):
         if hasattr(getattr(layer, name), "base_layer"):
             raise RuntimeError(
                 f"{name}: an adapter on this module of an OmniMoE layer would have no effect; "
-                "leave it out of target_modules (attention projections and router gates work; to "
-                'train the experts themselves use modules_to_save=["mlp"])'
+                "leave it out of target_modules (every Linear works); to train the experts "
+                'themselves use modules_to_save=["mlp"]'
             )
+
+
+def with_router_loss(forward: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
+    """The `forward` of a model class, which adds the router losses of its layers to its loss.
+
+    In training only, and where the model computes a loss, that is for `labels`. Signature and
+    outputs stay those of `forward`; one without `labels` is returned as it is. Not a forward hook,
+    since PEFT calls the model's forward itself.
+    """
+    if "labels" not in inspect.signature(forward).parameters:
+        return forward
+
+    @can_return_tuple
+    @functools.wraps(forward)
+    def forward_with_router_loss(self: PreTrainedModel, *args: Any, **kwargs: Any) -> ModelOutput:
+        outputs = forward(self, *args, return_dict=True, **kwargs)
+        is_training = self.training and torch.is_grad_enabled()
+        if outputs.loss is not None and is_training and _have_router_loss(self):
+            share = _share_of_batch(self, **kwargs)
+            outputs.loss = outputs.loss + (share * router_loss(self)).to(outputs.loss)
+        return outputs
+
+    return forward_with_router_loss
+
+
+def _have_router_loss(model: nn.Module) -> bool:
+    return any(layer.config.has_router_loss for layer in omni_moe_layers(model).values())
+
+
+def _share_of_batch(
+    model: PreTrainedModel,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor | float:
+    """This forward's share of the items over which the Trainer averages the loss.
+
+    Under gradient accumulation the model's loss is that of one micro-batch, divided by the number
+    of items in all of them; the router's loss is a mean already.
+    """
+    if num_items_in_batch is None or labels is None:
+        return 1.0
+    if shift_labels is not None:
+        items = shift_labels
+    else:
+        items = labels[..., 1:] if model.loss_type == "ForCausalLM" else labels
+    return items.ne(-100).sum() / num_items_in_batch

@@ -11,7 +11,11 @@ from transformers import (
 
 from omni_moe import OmniMoE
 from omni_moe.integrations.transformers.configuration import OmniMoeConfig
-from omni_moe.integrations.transformers.layers import ModelMixin, refuse_ignored_adapters
+from omni_moe.integrations.transformers.layers import (
+    ModelMixin,
+    refuse_ignored_adapters,
+    with_router_loss,
+)
 
 
 class OmniMoeModel(ModelMixin, Qwen3Model):
@@ -35,11 +39,13 @@ class OmniMoeModel(ModelMixin, Qwen3Model):
 class OmniMoeForCausalLM(ModelMixin, Qwen3ForCausalLM):
     """The language model: `input_ids` (B, S) to `logits` (B, S, vocab_size).
 
-    Arguments, outputs, generation and caches are those of `transformers.Qwen3ForCausalLM`.
+    Arguments, outputs, generation and caches are those of `transformers.Qwen3ForCausalLM`. In
+    training the losses of the routers, if the config has any, are part of `loss`.
     """
 
     config: OmniMoeConfig
     config_class = OmniMoeConfig
+    forward = with_router_loss(Qwen3ForCausalLM.forward)
 
     def __init__(self, config: OmniMoeConfig) -> None:
         super(Qwen3ForCausalLM, self).__init__(config)  # past the one that makes a Qwen3Model

@@ -24,6 +24,9 @@ def replace_mlp(
     router_norm: str = "batch_norm",
     initializer_range: float = 0.02,
     track_expert_load: bool = False,
+    router_aux_loss_coef: float = 0.0,
+    router_z_loss_coef: float = 0.0,
+    router_jitter_noise: float = 0.0,
 ) -> PreTrainedModel:
     """Turns MLPs of a decoder into OmniMoE layers that start as the same function.
 
@@ -47,6 +50,10 @@ def replace_mlp(
         router_norm: "batch_norm" or "none".
         initializer_range: standard deviation of the initial router gates and `up_embed`.
         track_expert_load: count how often each expert is chosen.
+        router_aux_loss_coef: weight of the load balancing loss, which becomes part of the model's
+            loss in training, as the next.
+        router_z_loss_coef: weight of the router's z-loss.
+        router_jitter_noise: multiply the router's input by uniform(1 - eps, 1 + eps) in training.
 
     Returns:
         `model`.
@@ -68,6 +75,9 @@ def replace_mlp(
         "router_norm": router_norm,
         "initializer_range": initializer_range,
         "track_expert_load": track_expert_load,
+        "router_aux_loss_coef": router_aux_loss_coef,
+        "router_z_loss_coef": router_z_loss_coef,
+        "router_jitter_noise": router_jitter_noise,
     }
     put_in_place(blocks, build_layers(blocks, **arguments))
     mark_replaced(model, arguments)

@@ -16,7 +16,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import output_capturing
 
-from omni_moe.integrations.transformers.layers import ModelMixin, omni_moe_layers
+from omni_moe.integrations.transformers.layers import (
+    ModelMixin,
+    omni_moe_layers,
+    with_router_loss,
+)
 from omni_moe.integrations.transformers.surgery import build_layers, decoder_blocks, put_in_place
 
 MODEL_TYPE = "omni_moe_replaced"
@@ -75,8 +79,15 @@ def replaced_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig
 def replaced_model_class(
     base: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> type[PreTrainedModel]:
-    """The subclass of a model class that builds the layers recorded in its config."""
-    namespace = {"__module__": __name__, "config_class": config_class}
+    """The subclass of a model class that builds the layers recorded in its config.
+
+    Its loss includes those of the routers.
+    """
+    namespace = {
+        "__module__": __name__,
+        "config_class": config_class,
+        "forward": with_router_loss(base.forward),
+    }
     return type(_PREFIX + base.__name__, (_ReplacedModelMixin, base), namespace)
 
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "common/check.h"
+#include "cuda/common/check.h"
 
 namespace omni_moe::cuda {
 
