@@ -231,3 +231,63 @@ def omni_expert_mlp(
         activation,
         recompute,
     )
+
+
+def omni_batch_norm(
+    router_logits: Tensor,
+    num_rows: int,
+    running_mean_x: Tensor | None,
+    running_var_x: Tensor | None,
+    num_batches_tracked_x: Tensor | None,
+    running_mean_y: Tensor | None,
+    running_var_y: Tensor | None,
+    num_batches_tracked_y: Tensor | None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm of both axes' router logits in one pass: two `nn.BatchNorm1d(affine=False)`.
+
+    `(logits - mean) / sqrt(var + eps)` for each column, before the paper's Cartesian-product
+    router. In training, mean and (biased) variance are those of the batch, and the buffers are
+    updated in place as by `nn.BatchNorm1d`: `running = (1 - momentum) * running + momentum * batch`
+    with the unbiased variance, and the counter + 1. Otherwise the running statistics normalise and
+    nothing is written. Statistics are taken in fp32 (fp64 for fp64) and outputs rounded once;
+    results are bitwise the same on every run. With T = 0 outputs are empty and only the counters
+    change.
+
+    Args:
+        router_logits: (T, R + C), the logits of the grid's rows, then those of its columns; fp32,
+            fp16, bf16 (fp64 on CPU).
+        num_rows: R.
+        running_mean_x: (R,) fp32 or in the dtype of the logits, contiguous; None: not tracked.
+        running_var_x: (R,), same dtype; None with `running_mean_x`.
+        num_batches_tracked_x: () int64, or None.
+        running_mean_y: (C,), same dtype.
+        running_var_y: (C,), same dtype.
+        num_batches_tracked_y: () int64, or None.
+        training: normalise with the batch's own statistics.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        normed_x: (T, R) in the dtype of the logits, contiguous; differentiable.
+        normed_y: (T, C), the same.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, `eps` is not positive, there is one token in
+            training (it has no variance), or there are no running statistics outside training.
+    """
+    return torch.ops.omni_moe.omni_batch_norm(
+        router_logits,
+        num_rows,
+        running_mean_x,
+        running_var_x,
+        num_batches_tracked_x,
+        running_mean_y,
+        running_var_y,
+        num_batches_tracked_y,
+        training,
+        momentum,
+        eps,
+    )
