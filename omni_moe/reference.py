@@ -164,6 +164,55 @@ def omni_mlp(
     return F.linear(activated, _wide(down_weight)).to(x.dtype)
 
 
+def omni_batch_norm(
+    router_logits: Tensor,
+    num_rows: int,
+    running_mean_x: Tensor | None,
+    running_var_x: Tensor | None,
+    num_batches_tracked_x: Tensor | None,
+    running_mean_y: Tensor | None,
+    running_var_y: Tensor | None,
+    num_batches_tracked_y: Tensor | None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm without affine parameters of (T, R) and (T, C) logits that lie side by side.
+
+    Args:
+        router_logits: (T, R + C).
+        num_rows: R.
+        running_mean_x, running_var_x: (R,), updated in place if `training`, or None.
+        num_batches_tracked_x: () int64, counted up if `training`, or None.
+        running_mean_y, running_var_y, num_batches_tracked_y: the same for the C columns.
+        training: use the batch's mean and variance, not the running ones.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        normed_x: (T, R) in the dtype of the logits.
+        normed_y: (T, C).
+    """
+    logits_x, logits_y = _wide(router_logits).tensor_split([num_rows], dim=1)
+    normed = []
+    for logits, running_mean, running_var, num_batches_tracked in (
+        (logits_x, running_mean_x, running_var_x, num_batches_tracked_x),
+        (logits_y, running_mean_y, running_var_y, num_batches_tracked_y),
+    ):
+        if training:
+            mean, var = logits.mean(0), logits.var(0, correction=0)
+            if num_batches_tracked is not None:
+                num_batches_tracked += 1
+            if running_mean is not None and len(logits) > 0:
+                unbiased = logits.detach().var(0)
+                running_mean.copy_((1 - momentum) * running_mean + momentum * mean.detach())
+                running_var.copy_((1 - momentum) * running_var + momentum * unbiased)
+        else:
+            mean, var = running_mean.to(logits.dtype), running_var.to(logits.dtype)
+        normed.append(((logits - mean) / (var + eps).sqrt()).to(router_logits.dtype))
+    return normed[0], normed[1]
+
+
 def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
     """Forward of an `OmniMoE` layer by the functions above, with the layer's own parameters.
 

@@ -23,11 +23,13 @@ linear='*GatedLinear.*/T37_H200_I136_*:*GatedLinear.*/T199_H200_I264_*:*GatedLin
 router='CudaRouter.ForwardGrid5x7:CudaRouter.ForwardManyExpertsPerToken:CudaRouter.ForwardEmpty'
 router=$router:'CudaRouter.BackwardSpecialValues:CudaRouter.BackwardLongAxes'
 activation='CudaGatedActivation.ForwardAndBackward'
+# Vectors and single columns, one part and several, several rounds, all dtypes.
+batch_norm='CudaBatchNorm.Small:CudaBatchNorm.ManyColumns:CudaBatchNorm.NoTokens'
 
 status=0
 for tool in "$@"; do
   for pair in "expert $expert" "gated_linear $linear" "router $router" \
-    "gated_activation $activation"; do
+    "gated_activation $activation" "batch_norm $batch_norm"; do
     name=test_cuda_${pair%% *}
     start=$(date +%s)
     if timeout "${SECONDS_EACH:-60}" "$sanitizer" --tool "$tool" --error-exitcode 1 \

@@ -168,6 +168,9 @@ def expected_outputs(t, k):
     mlp = (empty(2, t, 10), empty(6, 10), empty(6, 10), empty(10, 6))
     shapes = [((t, 10), half), ((24, 10), half), ((24, 10), half), ((t, k), half)]
     none = ((0,), half)
+    mean, count = empty(4, dtype=torch.float32), empty(dtype=torch.int64)
+    normed = [((t, 4), half), ((t, 6), half), ((10,), torch.float32)]
+    batch_norm = (empty(t, 10), 4, mean, mean, count, None, None, None, True)
     return {
         "omni_router": ((x, y, k), chosen),
         "omni_softmax_router": ((x, y, k, True), chosen),
@@ -200,6 +203,12 @@ def expected_outputs(t, k):
             [((2, t, 10), half), ((6, 10), half), ((6, 10), half), ((10, 6), half)],
         ),
         "omni_expert_mlp": ((*expert, indices, *mlp[1:]), shapes[:1]),
+        "omni_batch_norm": (batch_norm, normed[:2]),
+        "omni_batch_norm_save_stats": (batch_norm, normed),
+        "omni_batch_norm_backward": (
+            (x, y, x, y, empty(10, dtype=torch.float32), True),
+            [((t, 10), half)],
+        ),
     }
 
 

@@ -132,6 +132,45 @@ def expert_mlp_samples(device):
     ] + [(*experts[:3], *with_grad(experts[3]), indices.int(), *with_grad(*map(strided, weights)))]
 
 
+def batch_norm_samples(device):
+    logits = torch.randn(T, 10, device=device)
+    mean, var = torch.zeros(2, 10, device=device), torch.ones(2, 10, device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    buffers = (mean[0, :4], var[0, :4], counts[0], mean[1, :6], var[1, :6], counts[1])
+    apart = [buffer.clone() for buffer in buffers]
+    narrow = [b.bfloat16() if b.is_floating_point() else b.clone() for b in buffers]
+    none = [None] * 3
+    return [
+        (*with_grad(logits), 4, *apart, True, 0.1, 1e-5),
+        (*with_grad(strided(logits)), 4, *apart, True, 0.3, 1e-3),
+        (*with_grad(logits), 4, *apart, False, 0.1, 1e-5),
+        (logits, 4, *apart, True, 0.1, 1e-5),
+        (logits[:, :5], 4, *none, *none, True, 0.1, 1e-5),
+        (logits, 4, *apart[:2], None, *none, True, 0.1, 1e-5),
+        (logits[:0], 4, *apart, True, 0.1, 1e-5),
+        (logits.bfloat16(), 4, *narrow, True, 0.1, 1e-5),
+    ]
+
+
+def batch_norm_save_stats_samples(device):
+    return [
+        tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in sample)
+        for sample in batch_norm_samples(device)
+    ]
+
+
+def batch_norm_backward_samples(device):
+    shapes = ((T, 4), (T, 6), (T, 4), (T, 6), (10,))
+    saved = [torch.randn(shape, device=device) for shape in shapes]
+    return [
+        (*saved, True),
+        (*saved, False),
+        (*map(strided, saved), True),
+        (*(tensor[:0] for tensor in saved[:4]), saved[4], True),
+        (*(tensor.half() for tensor in saved[:4]), saved[4], True),
+    ]
+
+
 SAMPLES = {
     "omni_router": router_samples,
     "omni_router_backward": router_backward_samples,
@@ -146,6 +185,9 @@ SAMPLES = {
     "omni_mlp_backward": mlp_backward_samples,
     "omni_mlp_backward_consume": mlp_backward_consume_samples,
     "omni_expert_mlp": expert_mlp_samples,
+    "omni_batch_norm": batch_norm_samples,
+    "omni_batch_norm_save_stats": batch_norm_save_stats_samples,
+    "omni_batch_norm_backward": batch_norm_backward_samples,
 }
 TESTS = (
     "test_schema",
