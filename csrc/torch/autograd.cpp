@@ -402,9 +402,10 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
   m.impl("omni_mlp", omni_mlp_autograd);
   m.impl("omni_expert_mlp", omni_expert_mlp_autograd);
   m.impl("omni_batch_norm", omni_batch_norm_autograd);
-  for (const char* op : {"omni_router_backward", "omni_softmax_router_backward",
-                         "omni_expert_save_scores", "omni_expert_backward", "omni_mlp_save_gates",
-                         "omni_mlp_backward", "omni_mlp_backward_consume"}) {
+  for (const char* op :
+       {"omni_router_backward", "omni_softmax_router_backward", "omni_expert_save_scores",
+        "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward",
+        "omni_mlp_backward_consume", "omni_batch_norm_save_stats", "omni_batch_norm_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }
