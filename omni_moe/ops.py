@@ -180,6 +180,59 @@ def omni_mlp(
     )
 
 
+def omni_expert_mlp(
+    hidden_states: Tensor,
+    up_embed: Tensor,
+    down_embed: Tensor,
+    routing_weights: Tensor,
+    indices: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    activation: str = "silu",
+    recompute: bool = False,
+) -> Tensor:
+    """Atomic experts plus shared MLP of the same tokens: the paper's layer behind its router.
+
+    `omni_expert(hidden_states, up_embed, down_embed, routing_weights, indices) +
+    omni_mlp(hidden_states, gate_weight, up_weight, down_weight)`, with neither the sum of the two
+    nor that of their gradients as a pass of its own, and a backward pass ordered for the least
+    memory.
+
+    Args:
+        hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
+        up_embed: (E, H), same dtype.
+        down_embed: (E, H), same dtype.
+        routing_weights: (T, K), same dtype.
+        indices: (T, K) int32 or int64, each in [0, E).
+        gate_weight: (I, H), same dtype.
+        up_weight: (I, H), same dtype.
+        down_weight: (H, I), same dtype.
+        activation: silu, gelu, gelu_tanh, relu or identity; of experts and MLP.
+        recompute: as in `omni_mlp`.
+
+    Returns:
+        (T, H) in the dtype of `hidden_states`; differentiable with respect to all floating-point
+        arguments.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
+        IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
+    """
+    return torch.ops.omni_moe.omni_expert_mlp(
+        hidden_states,
+        up_embed,
+        down_embed,
+        routing_weights,
+        indices,
+        gate_weight,
+        up_weight,
+        down_weight,
+        activation,
+        recompute,
+    )
+
+
 def omni_batch_norm(
     router_logits: Tensor,
     num_rows: int,
@@ -237,57 +290,4 @@ def omni_batch_norm(
         training,
         momentum,
         eps,
-    )
-
-
-def omni_expert_mlp(
-    hidden_states: Tensor,
-    up_embed: Tensor,
-    down_embed: Tensor,
-    routing_weights: Tensor,
-    indices: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    activation: str = "silu",
-    recompute: bool = False,
-) -> Tensor:
-    """Atomic experts plus shared MLP of the same tokens: the paper's layer behind its router.
-
-    `omni_expert(hidden_states, up_embed, down_embed, routing_weights, indices) +
-    omni_mlp(hidden_states, gate_weight, up_weight, down_weight)`, with neither the sum of the two
-    nor that of their gradients as a pass of its own, and a backward pass ordered for the least
-    memory.
-
-    Args:
-        hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
-        up_embed: (E, H), same dtype.
-        down_embed: (E, H), same dtype.
-        routing_weights: (T, K), same dtype.
-        indices: (T, K) int32 or int64, each in [0, E).
-        gate_weight: (I, H), same dtype.
-        up_weight: (I, H), same dtype.
-        down_weight: (H, I), same dtype.
-        activation: silu, gelu, gelu_tanh, relu or identity; of experts and MLP.
-        recompute: as in `omni_mlp`.
-
-    Returns:
-        (T, H) in the dtype of `hidden_states`; differentiable with respect to all floating-point
-        arguments.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
-        IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
-    """
-    return torch.ops.omni_moe.omni_expert_mlp(
-        hidden_states,
-        up_embed,
-        down_embed,
-        routing_weights,
-        indices,
-        gate_weight,
-        up_weight,
-        down_weight,
-        activation,
-        recompute,
     )

@@ -7,11 +7,12 @@ Orchestrating Atomic Experts at Scale" (arXiv 2602.05711).
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
-from omni_moe.ops import omni_expert, omni_expert_mlp, omni_softmax_router
+from omni_moe.ops import omni_batch_norm, omni_expert, omni_expert_mlp, omni_softmax_router
 from omni_moe.reference import ACTIVATION_FUNCTIONS
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
@@ -124,9 +125,36 @@ class OmniMoE(nn.Module):
             # In fp32: bf16 has four numbers from 0.99 to 1.01.
             factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
             tokens = (tokens * factors).to(tokens.dtype)
+        if not self._has_plain_router():
+            return (
+                self.router_norm_x(self.router_gate_x(tokens)),
+                self.router_norm_y(self.router_gate_y(tokens)),
+            )
+        # One matrix product and one pass of BatchNorm for both axes.
+        gates = torch.cat([self.router_gate_x.weight, self.router_gate_y.weight])
+        norm_x, norm_y = self.router_norm_x, self.router_norm_y
+        return omni_batch_norm(
+            F.linear(tokens, gates),
+            self.config.grid[0],
+            norm_x.running_mean,
+            norm_x.running_var,
+            norm_x.num_batches_tracked,
+            norm_y.running_mean,
+            norm_y.running_var,
+            norm_y.num_batches_tracked,
+            norm_x.training,
+            norm_x.momentum,
+            norm_x.eps,
+        )
+
+    def _has_plain_router(self) -> bool:
+        """Whether nothing has been done to gates and norms, such as adapters or SyncBatchNorm."""
+        norms = (self.router_norm_x, self.router_norm_y)
         return (
-            self.router_norm_x(self.router_gate_x(tokens)),
-            self.router_norm_y(self.router_gate_y(tokens)),
+            all(_is_plain(gate, nn.Linear) for gate in (self.router_gate_x, self.router_gate_y))
+            and all(_is_plain(norm, nn.BatchNorm1d) for norm in norms)
+            and all(norm.track_running_stats and norm.momentum is not None for norm in norms)
+            and len({(norm.training, norm.momentum, norm.eps) for norm in norms}) == 1
         )
 
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:

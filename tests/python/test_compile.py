@@ -198,17 +198,17 @@ def expected_outputs(t, k):
             (empty(2, t, 10), *mlp, None, None, "silu", [False, True, True, True]),
             [none, ((6, 10), half), ((6, 10), half), ((10, 6), half)],
         ),
+        "omni_mlp_backward_consume": (
+            (empty(2, t, 10), *mlp, empty(2, t, 6), empty(2, t, 6), "silu", [True] * 4),
+            [((2, t, 10), half), ((6, 10), half), ((6, 10), half), ((10, 6), half)],
+        ),
+        "omni_expert_mlp": ((*expert, indices, *mlp[1:]), shapes[:1]),
         "omni_batch_norm": (batch_norm, normed[:2]),
         "omni_batch_norm_save_stats": (batch_norm, normed),
         "omni_batch_norm_backward": (
             (x, y, x, y, empty(10, dtype=torch.float32), True),
             [((t, 10), half)],
         ),
-        "omni_mlp_backward_consume": (
-            (empty(2, t, 10), *mlp, empty(2, t, 6), empty(2, t, 6), "silu", [True] * 4),
-            [((2, t, 10), half), ((6, 10), half), ((6, 10), half), ((10, 6), half)],
-        ),
-        "omni_expert_mlp": ((*expert, indices, *mlp[1:]), shapes[:1]),
     }
 
 

@@ -114,6 +114,24 @@ def mlp_backward_samples(device):
     ]
 
 
+def mlp_backward_consume_samples(device):
+    inputs, grad = mlp_inputs((2, T), 10, 6, device, torch.float32)
+    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
+    return [
+        (grad, *inputs, gate, up, "silu", [True] * 4),
+        (grad, *inputs, gate.clone(), up.clone(), "gelu", [True, False, False, True]),
+    ]
+
+
+def expert_mlp_samples(device):
+    experts, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
+    (_, *weights), _ = mlp_inputs((T,), 10, 6, device, torch.float32)
+    return [
+        (*with_grad(*experts), indices, *with_grad(*weights), "silu", recompute)
+        for recompute in (False, True)
+    ] + [(*experts[:3], *with_grad(experts[3]), indices.int(), *with_grad(*map(strided, weights)))]
+
+
 def batch_norm_samples(device):
     logits = torch.randn(T, 10, device=device)
     mean, var = torch.zeros(2, 10, device=device), torch.ones(2, 10, device=device)
@@ -153,24 +171,6 @@ def batch_norm_backward_samples(device):
     ]
 
 
-def mlp_backward_consume_samples(device):
-    inputs, grad = mlp_inputs((2, T), 10, 6, device, torch.float32)
-    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
-    return [
-        (grad, *inputs, gate, up, "silu", [True] * 4),
-        (grad, *inputs, gate.clone(), up.clone(), "gelu", [True, False, False, True]),
-    ]
-
-
-def expert_mlp_samples(device):
-    experts, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
-    (_, *weights), _ = mlp_inputs((T,), 10, 6, device, torch.float32)
-    return [
-        (*with_grad(*experts), indices, *with_grad(*weights), "silu", recompute)
-        for recompute in (False, True)
-    ] + [(*experts[:3], *with_grad(experts[3]), indices.int(), *with_grad(*map(strided, weights)))]
-
-
 SAMPLES = {
     "omni_router": router_samples,
     "omni_router_backward": router_backward_samples,
@@ -183,11 +183,11 @@ SAMPLES = {
     "omni_mlp": mlp_samples,
     "omni_mlp_save_gates": mlp_save_gates_samples,
     "omni_mlp_backward": mlp_backward_samples,
+    "omni_mlp_backward_consume": mlp_backward_consume_samples,
+    "omni_expert_mlp": expert_mlp_samples,
     "omni_batch_norm": batch_norm_samples,
     "omni_batch_norm_save_stats": batch_norm_save_stats_samples,
     "omni_batch_norm_backward": batch_norm_backward_samples,
-    "omni_mlp_backward_consume": mlp_backward_consume_samples,
-    "omni_expert_mlp": expert_mlp_samples,
 }
 TESTS = (
     "test_schema",
