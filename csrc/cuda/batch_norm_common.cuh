@@ -16,6 +16,8 @@
 #include <initializer_list>
 
 #include "cuda/common/check.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/common/workspace.h"
 
@@ -24,7 +26,8 @@ namespace omni_moe::cuda::batch_norm {
 inline constexpr int kThreads = 256;
 inline constexpr int kBlocksPerSm = 2;  // 128 registers; the device must hold a grid at once
 inline constexpr int kGroupColumns = 32;
-inline constexpr int kSlices = kThreads / kGroupColumns;
+inline constexpr int kWarps = kThreads / kWarpSize;
+static_assert(kGroupColumns == kWarpSize, "a warp reads one partial of each column");
 
 // How the threads of a block lie over its columns: kLanes side by side, each a vector of columns,
 // kSlots rows at once.
@@ -59,6 +62,21 @@ class MomentsMerger {
     squares_ += weighted * distance;
     m2_ += m2;
   }
+  // Chan's formula with the same columns of the lane `offset` further.
+  template <int kVec>
+  __device__ static __forceinline__ void add_lane(int offset, float& count, float (&mean)[kVec],
+                                                  float (&m2)[kVec]) {
+    const float more = __shfl_down_sync(kFullWarp, count, offset);
+    const float share = more / fmaxf(count + more, 1.0f);
+    const float cross = count * share;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const float distance = __shfl_down_sync(kFullWarp, mean[i], offset) - mean[i];
+      mean[i] += distance * share;
+      m2[i] += __shfl_down_sync(kFullWarp, m2[i], offset) + distance * distance * cross;
+    }
+    count += more;
+  }
   __device__ Moments get() const {
     const float shift = sum_ / fmaxf(count_, 1.0f);
     const float spread = squares_ - sum_ * shift;
@@ -87,37 +105,36 @@ class SumsMerger {
     total_.first += first;
     total_.second += second;
   }
+  template <int kVec>
+  __device__ static __forceinline__ void add_lane(int offset, float& count, float (&first)[kVec],
+                                                  float (&second)[kVec]) {
+    count += __shfl_down_sync(kFullWarp, count, offset);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      first[i] += __shfl_down_sync(kFullWarp, first[i], offset);
+      second[i] += __shfl_down_sync(kFullWarp, second[i], offset);
+    }
+  }
   __device__ Sums get() const { return total_; }
 
  private:
   Sums total_{};
 };
 
-// Merges num_partials partials, load(partial, count&) -> float2, of column threadIdx.x %
-// kGroupColumns; every thread of the column gets the result.
-template <class Merger, class Load>
-__device__ __forceinline__ auto block_merge(int num_partials, Load load) {
-  __shared__ float slices[kSlices][3][kGroupColumns];
+// Partials of the block's columns, one of each column per warp.
+using WarpPartials = float[kWarps][3][kGroupColumns];
+
+// -> of column threadIdx.x % kGroupColumns, for every thread.
+template <class Merger>
+__device__ __forceinline__ auto merge_warps(const WarpPartials& partials) {
   const int column = threadIdx.x % kGroupColumns;
-  const int slice = threadIdx.x / kGroupColumns;
-  Merger merger;
-#pragma unroll 4
-  for (int i = slice; i < num_partials; i += kSlices) {
-    float count;
-    const float2 partial = load(i, count);
-    merger.add(count, partial.x, partial.y);
-  }
-  const auto [count, first, second] = merger.get();
-  slices[slice][0][column] = count;
-  slices[slice][1][column] = first;
-  slices[slice][2][column] = second;
   __syncthreads();
   Merger total;
 #pragma unroll
-  for (int s = 0; s < kSlices; ++s) {
-    total.add(slices[s][0][column], slices[s][1][column], slices[s][2][column]);
+  for (int w = 0; w < kWarps; ++w) {
+    total.add(partials[w][0][column], partials[w][1][column], partials[w][2][column]);
   }
-  __syncthreads();  // before the next call
+  __syncthreads();  // before they are written again
   return total.get();
 }
 
@@ -169,11 +186,10 @@ struct ThreadRows {
   __device__ explicit ThreadRows(const Tile& tile)
       : column(threadIdx.x % Threads::kLanes * kVec),
         row(tile.begin + threadIdx.x / Threads::kLanes),
-        count(tile.has(column) ? count_of_slot(tile, threadIdx.x / Threads::kLanes) : 0) {}
+        count(tile.has(column) ? rows_from(tile.end - row) : 0) {}
 
-  __device__ static int count_of_slot(const Tile& tile, int slot) {
-    const int64_t rows = tile.end - tile.begin - slot;
-    return rows > 0 ? static_cast<int>((rows + Threads::kSlots - 1) / Threads::kSlots) : 0;
+  __device__ static int rows_from(int64_t rest) {
+    return rest > 0 ? static_cast<int>((rest + Threads::kSlots - 1) / Threads::kSlots) : 0;
   }
 
   template <int kRows>
@@ -199,34 +215,36 @@ struct ThreadRows {
   __device__ int64_t at(int i) const { return row + int64_t{i} * Threads::kSlots; }
 };
 
-// Σ over the block's threads, of both numbers of every column of its own -> column threadIdx.x %
-// kGroupColumns. The thread's numbers are those of rows.count rows.
+// Over the block's threads, of both numbers of every column of its own, those of rows.count rows.
 template <class Merger, class T, int kVec>
-__device__ __forceinline__ auto merge_threads(const Tile& tile, const ThreadRows<T, kVec>& rows,
-                                              const float (&first)[kVec],
-                                              const float (&second)[kVec]) {
-  using Threads = Tiling<T, kVec>;
-  __shared__ float partials[2][Threads::kSlots][kGroupColumns];
-  const int slot = threadIdx.x / Threads::kLanes;
+__device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows,
+                                              WarpPartials& partials, float (&first)[kVec],
+                                              float (&second)[kVec]) {
+  float count = static_cast<float>(rows.count);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    partials[0][slot][rows.column + i] = first[i];
-    partials[1][slot][rows.column + i] = second[i];
+  for (int offset = kWarpSize / 2; offset >= Tiling<T, kVec>::kLanes; offset /= 2) {
+    Merger::add_lane(offset, count, first, second);
   }
-  __syncthreads();
-  const int column = threadIdx.x % kGroupColumns;
-  return block_merge<Merger>(Threads::kSlots, [&](int i, float& count) {
-    count = static_cast<float>(ThreadRows<T, kVec>::count_of_slot(tile, i));
-    return make_float2(partials[0][i][column], partials[1][i][column]);
-  });
+  if (threadIdx.x % kWarpSize < Tiling<T, kVec>::kLanes) {
+    auto& mine = partials[threadIdx.x / kWarpSize];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      mine[0][rows.column + i] = count;
+      mine[1][rows.column + i] = first[i];
+      mine[2][rows.column + i] = second[i];
+    }
+  }
+  return merge_warps<Merger>(partials);
 }
 
 // The same over all parts: writes this block's to the workspace, waits for the grid, and merges
 // those of the group's columns. Blocks without a group (in_use false) wait too.
 template <class Merger, class Partial>
 __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, bool in_use,
-                                           const Partial& own, void* workspace) {
+                                           const Partial& own, WarpPartials& warp_partials,
+                                           void* workspace) {
   const int column = threadIdx.x % kGroupColumns;
+  const int warp = threadIdx.x / kGroupColumns;
   float2* partials = static_cast<float2*>(workspace) +
                      int64_t{tile.group} * plan.num_parts * kGroupColumns + column;
   if (in_use && threadIdx.x < kGroupColumns) {
@@ -234,11 +252,20 @@ __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, b
     partials[tile.part * kGroupColumns] = make_float2(first, second);
   }
   cooperative_groups::this_grid().sync();
-  return block_merge<Merger>(in_use ? plan.num_parts : 0, [&](int i, float& count) {
+  let_next_kernel_start();
+  Merger merger;
+  const int num_parts = in_use ? plan.num_parts : 0;
+#pragma unroll 4
+  for (int i = warp; i < num_parts; i += kWarps) {
     const int64_t rest = tile.num_tokens - i * plan.tokens_per_part;
-    count = static_cast<float>(min(rest, plan.tokens_per_part));
-    return __ldcg(partials + i * kGroupColumns);  // from L2: other blocks wrote it
-  });
+    const float2 partial = __ldcg(partials + i * kGroupColumns);  // from L2: of other blocks
+    merger.add(static_cast<float>(min(rest, plan.tokens_per_part)), partial.x, partial.y);
+  }
+  const auto [count, first, second] = merger.get();
+  warp_partials[warp][0][column] = count;
+  warp_partials[warp][1][column] = first;
+  warp_partials[warp][2][column] = second;
+  return merge_warps<Merger>(warp_partials);
 }
 
 // ---- host ----

@@ -108,12 +108,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   constexpr int kRows = Tiling<T, kVec>::kForwardRows;
   using V = Vec<T, kVec>;
   __shared__ float means[kGroupColumns], inv_stds[kGroupColumns];
+  __shared__ WarpPartials warp_partials;
   const int column = threadIdx.x % kGroupColumns;
-  if (kTraining && blockIdx.x == 0 && threadIdx.x == 0) {
-    for (const BatchNormBuffers& axis : {params.x, params.y}) {
-      if (axis.num_batches_tracked != nullptr) ++*axis.num_batches_tracked;
-    }
-  }
   for (int round = 0; round < plan.num_rounds; ++round) {
     const Tile tile(plan, round, params.num_tokens, params.num_rows, params.num_cols);
     const ThreadRows<T, kVec> rows(tile);
@@ -128,22 +124,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     rows.load(logits, params.logits_stride, 0, held);
 
     // 2. Mean and variance of each column, those of the batch in three steps: thread, block, grid.
-    float mean = 0.0f, inv_std = 0.0f;
+    float mean = 0.0f, inv_std = 0.0f, unbiased_var = 0.0f;
     if constexpr (kTraining) {
       float thread_mean[kVec], thread_m2[kVec];
       thread_moments(rows, logits, params.logits_stride, held, thread_mean, thread_m2);
       rows.keep_packed(held);
-      const Moments block = merge_threads<MomentsMerger>(tile, rows, thread_mean, thread_m2);
+      const Moments block =
+          merge_threads<MomentsMerger>(rows, warp_partials, thread_mean, thread_m2);
       const Moments batch = merge_grid<MomentsMerger>(plan, tile, tile.group < plan.num_groups,
-                                                      block, params.workspace);
+                                                      block, warp_partials, params.workspace);
       const auto n = static_cast<float>(max(params.num_tokens, int64_t{1}));
       mean = batch.mean;
       inv_std = 1.0f / sqrtf(batch.m2 / n + static_cast<float>(params.eps));
-      if (owns_column && tile.part == 0 && params.num_tokens > 0) {
-        const auto momentum = static_cast<float>(params.momentum);
-        running.update(running.buffers.running_mean, axis_column, momentum, mean);
-        running.update(running.buffers.running_var, axis_column, momentum, batch.m2 / (n - 1.0f));
-      }
+      unbiased_var = batch.m2 / (n - 1.0f);
     } else if (owns_column) {
       mean = running.load(running.buffers.running_mean, axis_column);
       const float var = running.load(running.buffers.running_var, axis_column);
@@ -187,7 +180,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       rows.load(logits, params.logits_stride, first, more);
       normalise(more, first);
     }
+
+    // 4. The buffers, last: nothing waits for what is read of them.
+    if (kTraining && owns_column && tile.part == 0 && params.num_tokens > 0) {
+      const auto momentum = static_cast<float>(params.momentum);
+      running.update(running.buffers.running_mean, axis_column, momentum, mean);
+      running.update(running.buffers.running_var, axis_column, momentum, unbiased_var);
+    }
     __syncthreads();  // means and inv_stds are free again
+  }
+  if (kTraining && blockIdx.x == 0 && threadIdx.x == 0) {
+    for (const BatchNormBuffers& axis : {params.x, params.y}) {
+      if (axis.num_batches_tracked != nullptr) ++*axis.num_batches_tracked;
+    }
   }
 }
 
