@@ -11,7 +11,8 @@
 //
 // A warp handles its 16 rows of a tile in pieces of 64 columns. TMA brings gate and up of the first
 // pieces to shared memory, and of the others to L2, while the tensor cores are at the tile; the
-// gradients take their places there and leave by TMA while the next piece or tile is under way.
+// gradients take their places there and leave by TMA while the next piece or tile is under way. No
+// other warp reads or writes a piece, so that the outputs may take the memory of gate and up.
 //
 // The blocks of a cluster take neighbouring tokens. Each loads its own rows of grad_output and a
 // part of the down_weight tile, which TMA writes to all of them.
@@ -37,6 +38,8 @@ constexpr int kSlabBytes = kStageDepth * kSwizzleRowBytes;
 constexpr int kSlabs = kTileCols / kPieceCols;
 constexpr int kStageBytes = kGradBytes + kSlabs * kSlabBytes;
 constexpr int kPieces = kTileCols / kPieceCols;  // of a warp and tile
+constexpr int kSlots = 2;                        // pieces in shared memory, a warp: 80 KB for all
+static_assert(kPieces % (2 * kSlots) == 0, "a slot's barrier starts every tile in one phase");
 
 struct Sm90Tuning {
   static constexpr int kStages = 3;   // 144 KB
@@ -44,8 +47,6 @@ struct Sm90Tuning {
   // Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns: the fewest
   // bytes from memory for 66 clusters.
   static constexpr int kGroup = 8;
-  // Pieces of gate and up that a warp has in shared memory: 64 KB for all.
-  static constexpr int kSlots = 2;
   // The second warpgroup starts late, so that one multiplies while the other differentiates.
   static constexpr bool kStaggered = true;
   // Pieces that have no slot yet wait in L2 instead of memory.
@@ -64,7 +65,6 @@ struct GatedLinearBackwardArguments {
 };
 
 // A warp's own shared memory for pieces, so that no warp waits for another.
-template <int kSlots>
 struct PieceStorage {
   struct Slot {
     char gate[kPieceBytes];  // then grad_gate
@@ -77,10 +77,10 @@ template <class Tuning>
 struct SharedStorage {
   char grad_output[Tuning::kStages][kGradBytes];
   char down_weight[Tuning::kStages][kSlabs][kSlabBytes];
-  PieceStorage<Tuning::kSlots> pieces[kConsumerWarps];
-  uint64_t full[Tuning::kStages];                   // the stage's tiles have landed here
-  uint64_t empty[Tuning::kStages];                  // all consumers of the cluster have read it
-  uint64_t landed[kConsumerWarps][Tuning::kSlots];  // gate and up have landed in the slot
+  PieceStorage pieces[kConsumerWarps];
+  uint64_t full[Tuning::kStages];           // the stage's tiles have landed here
+  uint64_t empty[Tuning::kStages];          // all consumers of the cluster have read it
+  uint64_t landed[kConsumerWarps][kSlots];  // gate and up have landed in the slot
 };
 
 // ---- kernel: tiles of the product ----
@@ -126,11 +126,8 @@ __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& a
 // The pieces of one warp in one tile, `landed` its slots' barriers. All of it runs in that warp.
 template <class T, Activation kActivation, class Tuning>
 struct WarpPieces {
-  static constexpr int kSlots = Tuning::kSlots;
-  static_assert(kPieces % (2 * kSlots) == 0, "a slot's barrier starts every tile in one phase");
-
   const GatedLinearBackwardArguments& args;
-  PieceStorage<kSlots>& storage;
+  PieceStorage& storage;
   uint64_t* landed;
   int lane;
 
@@ -158,8 +155,7 @@ struct WarpPieces {
 
   // Differentiates the 16 columns of `quarter` in place, grad(i) at accumulator i of the piece.
   template <class Grad>
-  __device__ __forceinline__ void differentiate(typename PieceStorage<kSlots>::Slot& slot,
-                                                int quarter, Grad grad,
+  __device__ __forceinline__ void differentiate(PieceStorage::Slot& slot, int quarter, Grad grad,
                                                 uint32_t (&activated)[4]) const {
     const int offset = fragment_offset(quarter);
     uint32_t gate[4], up[4], grad_gate[4], grad_up[4];
@@ -194,7 +190,7 @@ struct WarpPieces {
                                          int col) const {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      auto& slot = storage.slots[piece % kSlots];
+      PieceStorage::Slot& slot = storage.slots[piece % kSlots];
       const auto grad = [&](int i) { return d[piece * kPieceAccumulators + i]; };
       mbarrier_wait(&landed[piece % kSlots], piece / kSlots % 2);
 
@@ -205,10 +201,9 @@ struct WarpPieces {
       for (int quarter = 0; quarter < 4; ++quarter) {
         differentiate(slot, quarter, grad, activated[quarter]);
         if (quarter == 1 && piece > 0) {
-          const int next = piece - 1 + kSlots;
           if (lane == 0) {
             tma_store_wait_read<0>();
-            if (next < kPieces) load(next, row, col);
+            if (piece + 1 < kPieces) load(piece + 1, row, col);
           }
           __syncwarp();
         }
