@@ -31,6 +31,11 @@ constexpr int kTileCols = 128;                     // of gate and, again, of up
 constexpr int kTileBytes = 128 * kStageDepth * 2;  // of x, gate_weight or up_weight in one stage
 static_assert(kTileTokens == kTileCols && 2 * kTileCols == kWgmmaCols);
 
+// A warp stores its 16 rows of an output 64 columns at a time.
+constexpr int kStoreRows = kWarpRows;
+constexpr int kStoreCols = kSwizzleRowBytes / 2;
+constexpr int kStoreBytes = kStoreRows * kSwizzleRowBytes;
+
 struct Sm90Tuning {
   static constexpr int kStages = 4;   // 192 KB
   static constexpr int kCluster = 2;  // blocks that share weight tiles
@@ -55,7 +60,7 @@ template <int kStages>
 struct SharedStorage {
   char x[kStages][kTileBytes];
   char weights[kStages][2][kTileBytes];  // gate, up
-  char stores[kConsumerWarps][2][kPieceBytes];
+  char stores[kConsumerWarps][2][kStoreBytes];
   uint64_t full[kStages];   // the stage's tiles have landed here
   uint64_t empty[kStages];  // all consumers of the cluster have read the stage
 };
@@ -65,7 +70,7 @@ struct SharedStorage {
 // Writes the warp's 16 rows by 128 columns of one output, value(i) at accumulator i of a 128-column
 // half of D. `halves` is this warp's alone, so that no warp waits for another.
 template <class T, class Value>
-__device__ __forceinline__ void store_output(const CUtensorMap& map, char (*halves)[kPieceBytes],
+__device__ __forceinline__ void store_output(const CUtensorMap& map, char (*halves)[kStoreBytes],
                                              int row, int col, const GatedLinearArguments& args,
                                              Value value) {
   const int lane = threadIdx.x % kWarpSize;
@@ -87,7 +92,7 @@ __device__ __forceinline__ void store_output(const CUtensorMap& map, char (*halv
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) {
-      const int half_col = col + half * kPieceCols;
+      const int half_col = col + half * kStoreCols;
       if (row < args.num_tokens && half_col < args.intermediate_size) {
         tma_store(map, halves[half], row, half_col);
       }
@@ -138,7 +143,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize % (kWarpgroupThreads / kWarpSize);
-  char(*halves)[kPieceBytes] = shared.stores[consumer * 4 + warp];
+  char(*halves)[kStoreBytes] = shared.stores[consumer * 4 + warp];
   const auto release = [&](int stage) {
     if (lane < kCluster) mbarrier_arrive_remote(&shared.empty[stage], lane);
   };
@@ -178,7 +183,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
     // 2. Activate and store: accumulator i is of gate, 64 + i of the same column of up.
     const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
     const int row = (at.token_tile * kCluster + position.rank) * kTileTokens +
-                    consumer * kWgmmaRows + warp * kPieceRows;
+                    consumer * kWgmmaRows + warp * kWarpRows;
     const int col = at.col_tile * kTileCols;
     constexpr int kUp = kWgmmaRegisters / 2;
     if (args.store_gate) {
@@ -234,7 +239,7 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_
   const auto output = [&](const void* matrix, CUtensorMap* map) {
     return [=, &params] {
       if (matrix == nullptr) return cudaSuccess;
-      return encode_tensor_map<T>(matrix, params.num_tokens, params.intermediate_size, kPieceRows,
+      return encode_tensor_map<T>(matrix, params.num_tokens, params.intermediate_size, kStoreRows,
                                   map);
     };
   };

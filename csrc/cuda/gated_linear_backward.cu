@@ -9,10 +9,11 @@
 // ring of 64-deep stages filled by TMA; two warpgroups multiply, 64 tokens each. A row of
 // down_weight runs along the columns of the result, so that wgmma reads its tiles column-major.
 //
-// A warp handles its 16 rows of a tile in pieces of 64 columns. TMA brings gate and up of the first
-// pieces to shared memory, and of the others to L2, while the tensor cores are at the tile; the
-// gradients take their places there and leave by TMA while the next piece or tile is under way. No
-// other warp reads or writes a piece, so that the outputs may take the memory of gate and up.
+// A warp handles its 16 rows of a tile in pieces of 8 rows by 64 columns. TMA brings gate and up of
+// the first four pieces to shared memory, and of the others to L2, while the tensor cores are at
+// the tile; the gradients take their places there and leave by TMA while the next pieces, or the
+// next tile, are under way. No other warp reads or writes a piece, so that the outputs may take the
+// memory of gate and up.
 //
 // The blocks of a cluster take neighbouring tokens. Each loads its own rows of grad_output and a
 // part of the down_weight tile, which TMA writes to all of them.
@@ -33,12 +34,21 @@ namespace {
 
 constexpr int kTileCols = kWgmmaCols;
 constexpr int kGradBytes = kTileTokens * kSwizzleRowBytes;  // of grad_output in one stage
-// Of down_weight in one stage, per 64 columns.
+// Of down_weight in one stage, a slab of 64 columns.
+constexpr int kSlabCols = kSwizzleRowBytes / 2;
 constexpr int kSlabBytes = kStageDepth * kSwizzleRowBytes;
-constexpr int kSlabs = kTileCols / kPieceCols;
+constexpr int kSlabs = kTileCols / kSlabCols;
 constexpr int kStageBytes = kGradBytes + kSlabs * kSlabBytes;
-constexpr int kPieces = kTileCols / kPieceCols;  // of a warp and tile
-constexpr int kSlots = 2;                        // pieces in shared memory, a warp: 80 KB for all
+
+// What a warp loads, differentiates and stores at once. Pieces 2 n and 2 n + 1 are the upper and
+// the lower 8 rows of its 16 in slab n.
+constexpr int kPieceRows = 8;
+constexpr int kPieceBytes = kPieceRows * kSwizzleRowBytes;
+constexpr int kPieces = kSlabs * kWarpRows / kPieceRows;  // of a warp and tile
+// Pieces of a warp in shared memory: two whose gradients are leaving, one at work, one to come.
+// With two places for `activated` 80 KB for all warps.
+constexpr int kSlots = 4;
+constexpr int kLeaving = 2;
 static_assert(kPieces % (2 * kSlots) == 0, "a slot's barrier starts every tile in one phase");
 
 struct Sm90Tuning {
@@ -70,7 +80,7 @@ struct PieceStorage {
     char gate[kPieceBytes];  // then grad_gate
     char up[kPieceBytes];    // then grad_up
   } slots[kSlots];
-  char activated[kPieceBytes];
+  char activated[kLeaving][kPieceBytes];
 };
 
 template <class Tuning>
@@ -111,9 +121,9 @@ __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& a
         const int slab = position.rank * kOwnSlabs + i;
         char* tile_at = shared.down_weight[stage][slab];
         if constexpr (kCluster == 1) {
-          tma_load(args.down_weight, tile_at, full, depth, col + slab * kPieceCols);
+          tma_load(args.down_weight, tile_at, full, depth, col + slab * kSlabCols);
         } else {
-          tma_load_multicast(args.down_weight, tile_at, full, depth, col + slab * kPieceCols,
+          tma_load_multicast(args.down_weight, tile_at, full, depth, col + slab * kSlabCols,
                              (1 << kCluster) - 1);
         }
       }
@@ -123,7 +133,7 @@ __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& a
 
 // ---- kernel: a warp's pieces ----
 
-// The pieces of one warp in one tile, `landed` its slots' barriers. All of it runs in that warp.
+// The pieces of one warp, `landed` its slots' barriers; row and col are of its part of a tile.
 template <class T, Activation kActivation, class Tuning>
 struct WarpPieces {
   const GatedLinearBackwardArguments& args;
@@ -131,12 +141,16 @@ struct WarpPieces {
   uint64_t* landed;
   int lane;
 
+  static __device__ __forceinline__ int row_of(int piece) { return piece % 2 * kPieceRows; }
+  static __device__ __forceinline__ int col_of(int piece) { return piece / 2 * kSlabCols; }
+
   // Lane 0: gate and up of a piece into its slot, which must be free.
   __device__ __forceinline__ void load(int piece, int row, int col) const {
-    const int slot = piece % kSlots;
-    mbarrier_arrive_expect(&landed[slot], 2 * kPieceBytes);
-    tma_load(args.gate, storage.slots[slot].gate, &landed[slot], row, col + piece * kPieceCols);
-    tma_load(args.up, storage.slots[slot].up, &landed[slot], row, col + piece * kPieceCols);
+    PieceStorage::Slot& slot = storage.slots[piece % kSlots];
+    uint64_t* barrier = &landed[piece % kSlots];
+    mbarrier_arrive_expect(barrier, 2 * kPieceBytes);
+    tma_load(args.gate, slot.gate, barrier, row + row_of(piece), col + col_of(piece));
+    tma_load(args.up, slot.up, barrier, row + row_of(piece), col + col_of(piece));
   }
 
   // While the tile's products are under way: what the epilogue will need first. The last tile's
@@ -146,43 +160,39 @@ struct WarpPieces {
       tma_store_wait_read<0>();
       for (int piece = 0; piece < kSlots; ++piece) load(piece, row, col);
       for (int piece = kSlots; Tuning::kPrefetch && piece < kPieces; ++piece) {
-        tma_prefetch(args.gate, row, col + piece * kPieceCols);
-        tma_prefetch(args.up, row, col + piece * kPieceCols);
+        tma_prefetch(args.gate, row + row_of(piece), col + col_of(piece));
+        tma_prefetch(args.up, row + row_of(piece), col + col_of(piece));
       }
     }
     __syncwarp();
   }
 
-  // Differentiates the 16 columns of `quarter` in place, grad(i) at accumulator i of the piece.
+  // Puts the gradients of columns 32 half … 32 half + 31 of a piece in the places of gate and up,
+  // and activated into its own. grad(i): of pair i / 2 of this thread's in the piece.
   template <class Grad>
-  __device__ __forceinline__ void differentiate(PieceStorage::Slot& slot, int quarter, Grad grad,
-                                                uint32_t (&activated)[4]) const {
-    const int offset = fragment_offset(quarter);
-    uint32_t gate[4], up[4], grad_gate[4], grad_up[4];
+  __device__ __forceinline__ void differentiate(PieceStorage::Slot& slot, char* activated, int half,
+                                                Grad grad) const {
+    // Of this lane's row: matrices lie side by side.
+    const int offset = swizzle128(lane % 8, half * 4 + lane / 8);
+    uint32_t gate[4], up[4], grad_gate[4], grad_up[4], act_up[4];
     load_matrices(slot.gate + offset, gate);
     load_matrices(slot.up + offset, up);
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const float2 gate_pair = unpack_pair(gate[pair], T()), up_pair = unpack_pair(up[pair], T());
-      const ActivationResult act[] = {fast_activate_with_derivative<kActivation>(gate_pair.x),
-                                      fast_activate_with_derivative<kActivation>(gate_pair.y)};
-      const int i = quarter * 8 + pair * 2;
-      const float grads[] = {grad(i), grad(i + 1)};
-      grad_gate[pair] =
-          pack_pair(through_derivative(kActivation, act[0], grads[0] * up_pair.x),
-                    through_derivative(kActivation, act[1], grads[1] * up_pair.y), T());
-      grad_up[pair] = pack_pair(grads[0] * act[0].value, grads[1] * act[1].value, T());
-      activated[pair] = pack_pair(act[0].value * up_pair.x, act[1].value * up_pair.y, T());
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const float2 g = unpack_pair(gate[matrix], T()), u = unpack_pair(up[matrix], T());
+      const ActivationResult act0 = fast_activate_with_derivative<kActivation>(g.x);
+      const ActivationResult act1 = fast_activate_with_derivative<kActivation>(g.y);
+      const int i = (half * 4 + matrix) * 2;
+      const float grad0 = grad(i), grad1 = grad(i + 1);
+      grad_gate[matrix] = pack_pair(through_derivative(kActivation, act0, grad0 * u.x),
+                                    through_derivative(kActivation, act1, grad1 * u.y), T());
+      grad_up[matrix] = pack_pair(grad0 * act0.value, grad1 * act1.value, T());
+      act_up[matrix] = pack_pair(act0.value * u.x, act1.value * u.y, T());
     }
-    // All lanes have read these 16 columns: loads and stores of matrices are the whole warp's.
+    // All lanes have read these columns: loads and stores of matrices are the whole warp's.
     store_matrices(slot.gate + offset, grad_gate);
     store_matrices(slot.up + offset, grad_up);
-  }
-
-  // Byte of this lane's row in matrices of accumulator order: rows 0-7, rows 8-15, then the same of
-  // the next 8 columns.
-  __device__ __forceinline__ int fragment_offset(int quarter) const {
-    return swizzle128(lane % 16, quarter * 2 + lane / 16);
+    if (args.store_activated) store_matrices(activated + offset, act_up);
   }
 
   // The whole warp, with the accumulators of its rows of the tile.
@@ -190,42 +200,36 @@ struct WarpPieces {
                                          int col) const {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
+      // 1. The stores of the piece before the last have been read: its places are free.
+      if (piece >= kLeaving) {
+        if (lane == 0) {
+          tma_store_wait_read<kLeaving - 1>();
+          const int next = piece - kLeaving + kSlots;
+          if (next < kPieces) load(next, row, col);
+        }
+        __syncwarp();
+      }
+
+      // 2. Differentiate.
       PieceStorage::Slot& slot = storage.slots[piece % kSlots];
-      const auto grad = [&](int i) { return d[piece * kPieceAccumulators + i]; };
+      char* activated = storage.activated[piece % kLeaving];
       mbarrier_wait(&landed[piece % kSlots], piece / kSlots % 2);
-
-      // 1. Gradients take the places of gate and up. In the middle of it the stores of the piece
-      // before have been read: its slot is free for another load, as is storage.activated.
-      uint32_t activated[4][4];
 #pragma unroll
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        differentiate(slot, quarter, grad, activated[quarter]);
-        if (quarter == 1 && piece > 0) {
-          if (lane == 0) {
-            tma_store_wait_read<0>();
-            if (piece + 1 < kPieces) load(piece + 1, row, col);
-          }
-          __syncwarp();
-        }
+      for (int half = 0; half < 2; ++half) {
+        differentiate(slot, activated, half, [&](int i) {
+          return d[piece / 2 * (kWgmmaRegisters / kSlabs) + i / 2 * 4 + piece % 2 * 2 + i % 2];
+        });
       }
-      if (args.store_activated) {
-#pragma unroll
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          store_matrices(storage.activated + fragment_offset(quarter), activated[quarter]);
-        }
-      }
-
-      // 2. Store.
       fence_async_proxy();
       __syncwarp();
+
+      // 3. Store.
       if (lane == 0) {
-        const int piece_col = col + piece * kPieceCols;
-        if (row < args.num_tokens && piece_col < args.intermediate_size) {
-          tma_store(args.grad_gate, slot.gate, row, piece_col);
-          tma_store(args.grad_up, slot.up, row, piece_col);
-          if (args.store_activated) {
-            tma_store(args.activated, storage.activated, row, piece_col);
-          }
+        const int piece_row = row + row_of(piece), piece_col = col + col_of(piece);
+        if (piece_row < args.num_tokens && piece_col < args.intermediate_size) {
+          tma_store(args.grad_gate, slot.gate, piece_row, piece_col);
+          tma_store(args.grad_up, slot.up, piece_row, piece_col);
+          if (args.store_activated) tma_store(args.activated, activated, piece_row, piece_col);
         }
         tma_store_commit();
       }
@@ -264,7 +268,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
   for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
     const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
     const int row = (at.token_tile * kCluster + position.rank) * kTileTokens +
-                    consumer * kWgmmaRows + warp * kPieceRows;
+                    consumer * kWgmmaRows + warp * kWarpRows;
     const int col = at.col_tile * kTileCols;
 
     // 1. D = grad_output down_weight. A stage goes back once the next one's products have been

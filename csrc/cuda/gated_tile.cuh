@@ -1,7 +1,6 @@
 // What the two Hopper GEMMs of the shared MLP have in common (gated_linear.cu and
 // gated_linear_backward.cu): persistent clusters of blocks that make tiles of 128 tokens each, one
-// warp that keeps a ring of stages filled by TMA, two warpgroups that multiply 64 tokens each and
-// pass their accumulators on 16 rows by 64 columns a warp at a time.
+// warp that keeps a ring of stages filled by TMA, two warpgroups that multiply 64 tokens each.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,11 +33,8 @@ inline constexpr int kGatedThreads = (1 + kConsumers) * kWarpgroupThreads;
 inline constexpr int kProducerRegisters = 40;
 inline constexpr int kConsumerRegisters = 232;
 
-// What a warp loads or stores at once of a matrix of the shape of D: of its 16 rows, 64 columns.
-inline constexpr int kPieceRows = 16;
-inline constexpr int kPieceCols = kSwizzleRowBytes / 2;
-inline constexpr int kPieceBytes = kPieceRows * kSwizzleRowBytes;
-inline constexpr int kPieceAccumulators = kPieceRows * kPieceCols / kWarpSize;
+// Rows of D that one warp has in its registers.
+inline constexpr int kWarpRows = kWgmmaRows / (kWarpgroupThreads / kWarpSize);
 
 // ---- device ----
 
