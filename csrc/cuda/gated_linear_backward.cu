@@ -167,32 +167,39 @@ struct WarpPieces {
     __syncwarp();
   }
 
-  // Puts the gradients of columns 32 half … 32 half + 31 of a piece in the places of gate and up,
-  // and activated into its own. grad(i): of pair i / 2 of this thread's in the piece.
+  // Puts the gradients of a piece in the places of gate and up, and activated into its own.
+  // grad(i): of element i of this thread's 16, two in each of the piece's eight 8x8 matrices.
   template <class Grad>
-  __device__ __forceinline__ void differentiate(PieceStorage::Slot& slot, char* activated, int half,
+  __device__ __forceinline__ void differentiate(PieceStorage::Slot& slot, char* activated,
                                                 Grad grad) const {
-    // Of this lane's row: matrices lie side by side.
-    const int offset = swizzle128(lane % 8, half * 4 + lane / 8);
-    uint32_t gate[4], up[4], grad_gate[4], grad_up[4], act_up[4];
-    load_matrices(slot.gate + offset, gate);
-    load_matrices(slot.up + offset, up);
+    // Four matrices lie side by side in each half; this lane's row in them.
+    const int offsets[] = {swizzle128(lane % 8, lane / 8), swizzle128(lane % 8, 4 + lane / 8)};
+    uint32_t gate[2][4], up[2][4], act_up[2][4];
 #pragma unroll
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      const float2 g = unpack_pair(gate[matrix], T()), u = unpack_pair(up[matrix], T());
+    for (int half = 0; half < 2; ++half) {
+      load_matrices(slot.gate + offsets[half], gate[half]);
+      load_matrices(slot.up + offsets[half], up[half]);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      uint32_t& gate_pair = gate[i / 8][i / 2 % 4];
+      uint32_t& up_pair = up[i / 8][i / 2 % 4];
+      const float2 g = unpack_pair(gate_pair, T()), u = unpack_pair(up_pair, T());
       const ActivationResult act0 = fast_activate_with_derivative<kActivation>(g.x);
       const ActivationResult act1 = fast_activate_with_derivative<kActivation>(g.y);
-      const int i = (half * 4 + matrix) * 2;
       const float grad0 = grad(i), grad1 = grad(i + 1);
-      grad_gate[matrix] = pack_pair(through_derivative(kActivation, act0, grad0 * u.x),
-                                    through_derivative(kActivation, act1, grad1 * u.y), T());
-      grad_up[matrix] = pack_pair(grad0 * act0.value, grad1 * act1.value, T());
-      act_up[matrix] = pack_pair(act0.value * u.x, act1.value * u.y, T());
+      gate_pair = pack_pair(through_derivative(kActivation, act0, grad0 * u.x),
+                            through_derivative(kActivation, act1, grad1 * u.y), T());
+      up_pair = pack_pair(grad0 * act0.value, grad1 * act1.value, T());
+      act_up[i / 8][i / 2 % 4] = pack_pair(act0.value * u.x, act1.value * u.y, T());
     }
-    // All lanes have read these columns: loads and stores of matrices are the whole warp's.
-    store_matrices(slot.gate + offset, grad_gate);
-    store_matrices(slot.up + offset, grad_up);
-    if (args.store_activated) store_matrices(activated + offset, act_up);
+    // All lanes have read the piece: loads and stores of matrices are the whole warp's.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      store_matrices(slot.gate + offsets[half], gate[half]);
+      store_matrices(slot.up + offsets[half], up[half]);
+      if (args.store_activated) store_matrices(activated + offsets[half], act_up[half]);
+    }
   }
 
   // The whole warp, with the accumulators of its rows of the tile.
@@ -201,25 +208,20 @@ struct WarpPieces {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       // 1. The stores of the piece before the last have been read: its places are free.
-      if (piece >= kLeaving) {
-        if (lane == 0) {
-          tma_store_wait_read<kLeaving - 1>();
-          const int next = piece - kLeaving + kSlots;
-          if (next < kPieces) load(next, row, col);
-        }
-        __syncwarp();
+      if (piece >= kLeaving && lane == 0) {
+        tma_store_wait_read<kLeaving - 1>();
+        const int next = piece - kLeaving + kSlots;
+        if (next < kPieces) load(next, row, col);
       }
 
       // 2. Differentiate.
       PieceStorage::Slot& slot = storage.slots[piece % kSlots];
       char* activated = storage.activated[piece % kLeaving];
       mbarrier_wait(&landed[piece % kSlots], piece / kSlots % 2);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        differentiate(slot, activated, half, [&](int i) {
-          return d[piece / 2 * (kWgmmaRegisters / kSlabs) + i / 2 * 4 + piece % 2 * 2 + i % 2];
-        });
-      }
+      __syncwarp();
+      differentiate(slot, activated, [&](int i) {
+        return d[piece / 2 * (kWgmmaRegisters / kSlabs) + i / 2 * 4 + piece % 2 * 2 + i % 2];
+      });
       fence_async_proxy();
       __syncwarp();
 
@@ -247,7 +249,9 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   const int num_stages = args.num_stages_per_tile;
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize % (kWarpgroupThreads / kWarpSize);
+  // The same in all lanes, and known to be.
+  const int warp =
+      __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % (kWarpgroupThreads / kWarpSize), 0);
   const int consumer_warp = consumer * (kWarpgroupThreads / kWarpSize) + warp;
   const WarpPieces<T, kActivation, Tuning> pieces{args, shared.pieces[consumer_warp],
                                                   shared.landed[consumer_warp], lane};
