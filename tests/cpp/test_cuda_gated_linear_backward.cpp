@@ -34,7 +34,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
 }
 
 double derivative(Activation activation, double x) {
-  const double pi = std::acos(-1.0);
+  constexpr double kPi = 3.14159265358979323846;
   switch (activation) {
     case Activation::kSilu: {
       const double sigmoid = 1 / (1 + std::exp(-x));
@@ -42,10 +42,10 @@ double derivative(Activation activation, double x) {
     }
     case Activation::kGelu:
       return 0.5 * (1 + std::erf(x * std::sqrt(0.5))) +
-             x * std::exp(-x * x / 2) / std::sqrt(2 * pi);
+             x * std::exp(-x * x / 2) / std::sqrt(2 * kPi);
     case Activation::kGeluTanh: {
-      const double tanh_inner = std::tanh(std::sqrt(2 / pi) * (x + 0.044715 * x * x * x));
-      return 0.5 * (1 + tanh_inner) + 0.5 * x * (1 - tanh_inner * tanh_inner) * std::sqrt(2 / pi) *
+      const double tanh_inner = std::tanh(std::sqrt(2 / kPi) * (x + 0.044715 * x * x * x));
+      return 0.5 * (1 + tanh_inner) + 0.5 * x * (1 - tanh_inner * tanh_inner) * std::sqrt(2 / kPi) *
                                           (1 + 3 * 0.044715 * x * x);
     }
     case Activation::kRelu:

@@ -2,9 +2,9 @@
 // registers: D[64, 256] (+)= A[64, 16] B[16, 256], issued by the four warps of a warpgroup. sm_90a.
 //
 // Operands are tiles as tma.cuh loads them: rows of 64 elements, 128-byte swizzle. Rows of A run
-// along K, its depth. Those of B either run along K too, 256 of them ("K-major", memory holds Bᵀ),
-// or along the columns of D ("column-major" here, memory holds B): then a tile has 64 of the
-// columns and a row per element of K, and four tiles lie one behind the other.
+// along K. Those of B run along K too, 256 of them (PTX's K-major, for a matrix Bᵀ in memory), or
+// along the columns of D (N-major, for B itself in memory): then a tile has a row for each element
+// of K and 64 of the columns, and four tiles lie one behind the other.
 //
 // Thread t of the warpgroup holds of D, for j = 0 … 31 and i = 0, 1, at d[4 j + 2 i + {0, 1}]:
 //   row 16 (t / 32) + (t % 32) / 4 + 8 i,  columns 8 j + 2 (t % 4) + {0, 1}.
@@ -102,7 +102,7 @@ struct WgmmaType<__half> {
   static constexpr const char kName[] = "f16";
 };
 
-// accumulate = 0 overwrites D. a, b: wgmma_descriptor, of K-major tiles and of tiles of kMajorB.
+// accumulate = 0 overwrites D. a, b: wgmma_descriptor, a along K and b as kMajorB says.
 // clang-format off
 template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth>
 __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters], uint64_t a, uint64_t b,
