@@ -44,6 +44,8 @@ struct Sm90Tuning {
   static constexpr int kGroup = 8;
   // The second warpgroup starts late, so that one multiplies while the other activates.
   static constexpr bool kStaggered = true;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kOtherRegisters = 40;
 };
 
 struct GatedLinearArguments {
@@ -205,14 +207,15 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
     gated_linear_forward_kernel(const __grid_constant__ GatedLinearArguments args) {
   if (!kHasHopperInstructions) return;  // never launched there
   using Shared = SharedStorage<Tuning::kStages>;
-  run_gated_block<Shared, Tuning::kStages, Tuning::kCluster>(
+  run_gated_block<Shared, Tuning>(
       [](Shared&) {},
       [&](Shared& shared, const ClusterPosition& position) {
         load_tiles<Tuning>(args, shared, position);
       },
       [&](Shared& shared, const ClusterPosition& position, int consumer) {
         multiply_tiles<T, kActivation, Tuning>(args, shared, position, consumer);
-      });
+      },
+      [](Shared&, const ClusterPosition&, int) {});
 }
 
 // ---- launcher ----

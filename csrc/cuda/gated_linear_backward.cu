@@ -1,19 +1,23 @@
 // The gradient through the shared MLP's down product and gated activation in one Hopper GEMM:
-//   grad_activated = grad_output down_weight                       (in registers only)
+//   grad_activated = grad_output down_weight                       (in shared memory only)
 //   grad_gate = grad_activated * up * act'(gate),  grad_up = grad_activated * act(gate)
 // and, where the down weight's gradient wants it, activated = act(gate) * up again.
 //
 // 2 T H I FLOP and, besides the operands, 2 T I elements read and 2 or 3 T I written: tensor cores
-// and memory have about the same to do (43 and 38 µs on an H200 at T4096 H1024 I4096), so that they
-// must work at the same time. A block computes tiles of 128 tokens by 256 columns. One warp keeps a
-// ring of 64-deep stages filled by TMA; two warpgroups multiply, 64 tokens each. A row of
-// down_weight runs along the columns of the result, so that wgmma reads its tiles column-major.
+// and memory have about the same to do (37 and 38 µs on an H200 at T4096 H1024 I4096, 160 MB), so
+// that they must work at the same time: three warps take a tile through the activation while the
+// next one is multiplied.
 //
-// A warp handles its 16 rows of a tile in pieces of 8 rows by 64 columns. TMA brings gate and up of
-// the first four pieces to shared memory, and of the others to L2, while the tensor cores are at
-// the tile; the gradients take their places there and leave by TMA while the next pieces, or the
-// next tile, are under way. No other warp reads or writes a piece, so that the outputs may take the
-// memory of gate and up.
+// A block computes tiles of 128 tokens by 256 columns. One warp keeps a ring of 64-deep stages
+// filled by TMA; two warpgroups multiply, 64 tokens each. A row of down_weight runs along the
+// columns of the result, so that wgmma reads its tiles column-major. Each multiplying warp leaves
+// its 16 rows of grad_activated, rounded to the element type as a separate product would, in shared
+// memory for one of the epilogue warps and turns to the next tile; rows of the block's last tile,
+// which nothing could hide, it finishes itself.
+//
+// The epilogue takes whole rows, 512 contiguous bytes of each matrix, a lane 16 of them. A lane has
+// read gate and up of a position when it writes there, and no one else touches them, so that the
+// outputs may take the memory of gate and up.
 //
 // The blocks of a cluster take neighbouring tokens. Each loads its own rows of grad_output and a
 // part of the down_weight tile, which TMA writes to all of them.
@@ -25,6 +29,7 @@
 #include "cuda/common/check.h"
 #include "cuda/common/dispatch.h"
 #include "cuda/common/fragment.cuh"
+#include "cuda/common/vec.cuh"
 #include "cuda/gated_tile.cuh"
 #include "omni_moe/cuda.h"
 
@@ -40,16 +45,12 @@ constexpr int kSlabBytes = kStageDepth * kSwizzleRowBytes;
 constexpr int kSlabs = kTileCols / kSlabCols;
 constexpr int kStageBytes = kGradBytes + kSlabs * kSlabBytes;
 
-// What a warp loads, differentiates and stores at once. Pieces 2 n and 2 n + 1 are the upper and
-// the lower 8 rows of its 16 in slab n.
-constexpr int kPieceRows = 8;
-constexpr int kPieceBytes = kPieceRows * kSwizzleRowBytes;
-constexpr int kPieces = kSlabs * kWarpRows / kPieceRows;  // of a warp and tile
-// Pieces of a warp in shared memory: two whose gradients are leaving, one at work, one to come.
-// With two places for `activated` 80 KB for all warps.
-constexpr int kSlots = 4;
-constexpr int kLeaving = 2;
-static_assert(kPieces % (2 * kSlots) == 0, "a slot's barrier starts every tile in one phase");
+// What a lane has of a row in the epilogue.
+constexpr int kLaneCols = kVecWidth<__half>;
+static_assert(kWarpSize * kLaneCols == kTileCols);
+// Of a row of grad_activated in shared memory: 16 bytes more than its elements, so that eight rows
+// of one column meet no bank twice.
+constexpr int kStashRowBytes = kTileCols * 2 + 16;
 
 struct Sm90Tuning {
   static constexpr int kStages = 3;   // 144 KB
@@ -57,40 +58,45 @@ struct Sm90Tuning {
   // Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns: the fewest
   // bytes from memory for 66 clusters.
   static constexpr int kGroup = 8;
-  // The second warpgroup starts late, so that one multiplies while the other differentiates.
+  // The second warpgroup starts late, so that one multiplies while the other empties its
+  // accumulators.
   static constexpr bool kStaggered = true;
-  // Pieces that have no slot yet wait in L2 instead of memory.
+  // Rows of gate and up that an epilogue warp has under way: 8 registers each.
+  static constexpr int kRowsAhead = 4;
+  // gate and up of the next tile wait in L2, so that memory is busy during the first tile and has
+  // less left to do after the last.
   static constexpr bool kPrefetch = true;
+  static constexpr int kConsumerRegisters = 168;
+  static constexpr int kOtherRegisters = 168;
 };
 
 struct GatedLinearBackwardArguments {
-  CUtensorMap grad_output, down_weight;       // tiles of the product
-  CUtensorMap gate, up;                       // pieces loaded
-  CUtensorMap grad_gate, grad_up, activated;  // pieces stored; activated is unset if not wanted
-  bool store_activated;
+  CUtensorMap grad_output, down_weight;
+  const void* gate;
+  const void* up;
+  void* grad_gate;
+  void* grad_up;
+  void* activated;  // or null
   int num_tokens;
   int intermediate_size;
   int num_stages_per_tile;  // ceil(H / 64)
   TileGrid tiles;
 };
 
-// A warp's own shared memory for pieces, so that no warp waits for another.
-struct PieceStorage {
-  struct Slot {
-    char gate[kPieceBytes];  // then grad_gate
-    char up[kPieceBytes];    // then grad_up
-  } slots[kSlots];
-  char activated[kLeaving][kPieceBytes];
+// grad_activated of 16 rows of a tile, from a consumer warp to an epilogue warp.
+struct Stash {
+  char rows[kWarpRows][kStashRowBytes];
 };
 
 template <class Tuning>
 struct SharedStorage {
   char grad_output[Tuning::kStages][kGradBytes];
   char down_weight[Tuning::kStages][kSlabs][kSlabBytes];
-  PieceStorage pieces[kConsumerWarps];
-  uint64_t full[Tuning::kStages];           // the stage's tiles have landed here
-  uint64_t empty[Tuning::kStages];          // all consumers of the cluster have read it
-  uint64_t landed[kConsumerWarps][kSlots];  // gate and up have landed in the slot
+  Stash stash[kConsumerWarps];
+  uint64_t full[Tuning::kStages];   // the stage's tiles have landed here
+  uint64_t empty[Tuning::kStages];  // all consumers of the cluster have read it
+  uint64_t stash_full[kConsumerWarps];
+  uint64_t stash_empty[kConsumerWarps];
 };
 
 // ---- kernel: tiles of the product ----
@@ -131,115 +137,160 @@ __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& a
   }
 }
 
-// ---- kernel: a warp's pieces ----
+// ---- kernel: epilogue ----
 
-// The pieces of one warp, `landed` its slots' barriers; row and col are of its part of a tile.
-template <class T, Activation kActivation, class Tuning>
-struct WarpPieces {
+// First row and column of what a consumer warp makes of a tile.
+struct WarpPlace {
+  int row;
+  int col;
+};
+
+// Past the last tile there are no tokens.
+template <class Tuning>
+__device__ __forceinline__ WarpPlace warp_place(const GatedLinearBackwardArguments& args,
+                                                const ClusterPosition& position, int tile,
+                                                int consumer_warp) {
+  if (tile >= args.tiles.num_token_tiles * args.tiles.num_col_tiles) return {args.num_tokens, 0};
+  const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
+  return {
+      (at.token_tile * Tuning::kCluster + position.rank) * kTileTokens + consumer_warp * kWarpRows,
+      at.col_tile * kTileCols};
+}
+
+// One warp's way through rows of gate and up, always kRowsAhead of them under way.
+template <class T, Activation kActivation, int kRowsAhead>
+struct RowEpilogue {
+  using LaneVec = Vec<T, kLaneCols>;
+  static_assert(kWarpRows % kRowsAhead == 0);
+
   const GatedLinearBackwardArguments& args;
-  PieceStorage& storage;
-  uint64_t* landed;
-  int lane;
+  const int lane = threadIdx.x % kWarpSize;
+  LaneVec gate[kRowsAhead] = {};
+  LaneVec up[kRowsAhead] = {};
 
-  static __device__ __forceinline__ int row_of(int piece) { return piece % 2 * kPieceRows; }
-  static __device__ __forceinline__ int col_of(int piece) { return piece / 2 * kSlabCols; }
-
-  // Lane 0: gate and up of a piece into its slot, which must be free.
-  __device__ __forceinline__ void load(int piece, int row, int col) const {
-    PieceStorage::Slot& slot = storage.slots[piece % kSlots];
-    uint64_t* barrier = &landed[piece % kSlots];
-    mbarrier_arrive_expect(barrier, 2 * kPieceBytes);
-    tma_load(args.gate, slot.gate, barrier, row + row_of(piece), col + col_of(piece));
-    tma_load(args.up, slot.up, barrier, row + row_of(piece), col + col_of(piece));
+  __device__ __forceinline__ bool exists(int row, int col) const {
+    return row < args.num_tokens && col < args.intermediate_size;
   }
 
-  // While the tile's products are under way: what the epilogue will need first. The last tile's
-  // stores have long been read.
-  __device__ __forceinline__ void load_first(int row, int col) const {
-    if (lane == 0) {
-      tma_store_wait_read<0>();
-      for (int piece = 0; piece < kSlots; ++piece) load(piece, row, col);
-      for (int piece = kSlots; Tuning::kPrefetch && piece < kPieces; ++piece) {
-        tma_prefetch(args.gate, row + row_of(piece), col + col_of(piece));
-        tma_prefetch(args.up, row + row_of(piece), col + col_of(piece));
+  __device__ __forceinline__ int64_t index_of(int row, int col) const {
+    return static_cast<int64_t>(row) * args.intermediate_size + col;
+  }
+
+  // Brings rows into L2: a lane takes 128 bytes of every eighth one.
+  __device__ __forceinline__ void prefetch(const WarpPlace& at) const {
+    constexpr int kLineCols = 64, kRowLanes = kTileCols / kLineCols;
+    const int col = at.col + lane % kRowLanes * kLineCols;
+#pragma unroll
+    for (int first = 0; first < kWarpRows; first += kWarpSize / kRowLanes) {
+      const int row = at.row + first + lane / kRowLanes;
+      if (exists(row, col)) {
+        prefetch_l2(static_cast<const T*>(args.gate) + index_of(row, col));
+        prefetch_l2(static_cast<const T*>(args.up) + index_of(row, col));
       }
     }
-    __syncwarp();
   }
 
-  // Puts the gradients of a piece in the places of gate and up, and activated into its own.
-  // grad(i): of element i of this thread's 16, two in each of the piece's eight 8x8 matrices.
-  template <class Grad>
-  __device__ __forceinline__ void differentiate(PieceStorage::Slot& slot, char* activated,
-                                                Grad grad) const {
-    // Four matrices lie side by side in each half; this lane's row in them.
-    const int offsets[] = {swizzle128(lane % 8, lane / 8), swizzle128(lane % 8, 4 + lane / 8)};
-    uint32_t gate[2][4], up[2][4], act_up[2][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      load_matrices(slot.gate + offsets[half], gate[half]);
-      load_matrices(slot.up + offsets[half], up[half]);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-      uint32_t& gate_pair = gate[i / 8][i / 2 % 4];
-      uint32_t& up_pair = up[i / 8][i / 2 % 4];
-      const float2 g = unpack_pair(gate_pair, T()), u = unpack_pair(up_pair, T());
-      const ActivationResult act0 = fast_activate_with_derivative<kActivation>(g.x);
-      const ActivationResult act1 = fast_activate_with_derivative<kActivation>(g.y);
-      const float grad0 = grad(i), grad1 = grad(i + 1);
-      gate_pair = pack_pair(through_derivative(kActivation, act0, grad0 * u.x),
-                            through_derivative(kActivation, act1, grad1 * u.y), T());
-      up_pair = pack_pair(grad0 * act0.value, grad1 * act1.value, T());
-      act_up[i / 8][i / 2 % 4] = pack_pair(act0.value * u.x, act1.value * u.y, T());
-    }
-    // All lanes have read the piece: loads and stores of matrices are the whole warp's.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      store_matrices(slot.gate + offsets[half], gate[half]);
-      store_matrices(slot.up + offsets[half], up[half]);
-      if (args.store_activated) store_matrices(activated + offsets[half], act_up[half]);
+  __device__ __forceinline__ void load(int slot, int row, int col) {
+    if (exists(row, col)) {
+      gate[slot] = load_vec_once<LaneVec>(static_cast<const T*>(args.gate) + index_of(row, col));
+      up[slot] = load_vec_once<LaneVec>(static_cast<const T*>(args.up) + index_of(row, col));
     }
   }
 
-  // The whole warp, with the accumulators of its rows of the tile.
-  __device__ __forceinline__ void finish(const float (&d)[kWgmmaRegisters], int row,
-                                         int col) const {
+  __device__ __forceinline__ void store(void* matrix, int64_t index,
+                                        const float (&values)[kLaneCols]) const {
+    LaneVec packed;
+    pack(values, packed);
+    store_vec(static_cast<T*>(matrix) + index, packed);
+  }
+
+  // The first rows of a place, before its products are there.
+  __device__ __forceinline__ void start(const WarpPlace& at) {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      // 1. The stores of the piece before the last have been read: its places are free.
-      if (piece >= kLeaving && lane == 0) {
-        tma_store_wait_read<kLeaving - 1>();
-        const int next = piece - kLeaving + kSlots;
-        if (next < kPieces) load(next, row, col);
-      }
+    for (int slot = 0; slot < kRowsAhead; ++slot) {
+      load(slot, at.row + slot, at.col + lane * kLaneCols);
+    }
+  }
 
-      // 2. Differentiate.
-      PieceStorage::Slot& slot = storage.slots[piece % kSlots];
-      char* activated = storage.activated[piece % kLeaving];
-      mbarrier_wait(&landed[piece % kSlots], piece / kSlots % 2);
-      __syncwarp();
-      differentiate(slot, activated, [&](int i) {
-        return d[piece / 2 * (kWgmmaRegisters / kSlabs) + i / 2 * 4 + piece % 2 * 2 + i % 2];
-      });
-      fence_async_proxy();
-      __syncwarp();
+  // All rows of a place that has been started; starts the next one.
+  __device__ __forceinline__ void finish(const Stash& stash, const WarpPlace& at,
+                                         const WarpPlace& next) {
+    const int col = at.col + lane * kLaneCols;
+#pragma unroll 1
+    for (int first = 0; first < kWarpRows; first += kRowsAhead) {
+      const bool is_last = first + kRowsAhead == kWarpRows;
+      const int row_ahead = is_last ? next.row : at.row + first + kRowsAhead;
+      const int col_ahead = (is_last ? next.col : at.col) + lane * kLaneCols;
+#pragma unroll
+      for (int slot = 0; slot < kRowsAhead; ++slot) {
+        // 1. A row's operands; their registers take a row to come.
+        float grad[kLaneCols], g[kLaneCols], u[kLaneCols];
+        unpack(*reinterpret_cast<const LaneVec*>(stash.rows[first + slot] + lane * sizeof(LaneVec)),
+               grad);
+        unpack(gate[slot], g);
+        unpack(up[slot], u);
+        load(slot, row_ahead + slot, col_ahead);
 
-      // 3. Store.
-      if (lane == 0) {
-        const int piece_row = row + row_of(piece), piece_col = col + col_of(piece);
-        if (piece_row < args.num_tokens && piece_col < args.intermediate_size) {
-          tma_store(args.grad_gate, slot.gate, piece_row, piece_col);
-          tma_store(args.grad_up, slot.up, piece_row, piece_col);
-          if (args.store_activated) tma_store(args.activated, activated, piece_row, piece_col);
+        // 2. Differentiate.
+        float grad_gate[kLaneCols], grad_up[kLaneCols], activated[kLaneCols];
+#pragma unroll
+        for (int i = 0; i < kLaneCols; ++i) {
+          const ActivationResult act = fast_activate_with_derivative<kActivation>(g[i]);
+          grad_gate[i] = through_derivative(kActivation, act, grad[i] * u[i]);
+          grad_up[i] = grad[i] * act.value;
+          activated[i] = act.value * u[i];
         }
-        tma_store_commit();
+
+        // 3. Store.
+        const int row = at.row + first + slot;
+        if (exists(row, col)) {
+          const int64_t index = index_of(row, col);
+          store(args.grad_gate, index, grad_gate);
+          store(args.grad_up, index, grad_up);
+          if (args.activated != nullptr) store(args.activated, index, activated);
+        }
       }
     }
   }
 };
 
-// ---- kernel ----
+// One epilogue warp: every third of the consumer warps' results, counted through all tiles of the
+// block but the last.
+template <class T, Activation kActivation, class Tuning>
+__device__ __forceinline__ void differentiate_tiles(const GatedLinearBackwardArguments& args,
+                                                    SharedStorage<Tuning>& shared,
+                                                    const ClusterPosition& position, int epilogue) {
+  const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
+  const int num_results =
+      (num_tiles - 1 - position.cluster) / position.num_clusters * kConsumerWarps;
+  const auto place_of = [&](int result) {
+    return warp_place<Tuning>(args, position,
+                              position.cluster + result / kConsumerWarps * position.num_clusters,
+                              result % kConsumerWarps);
+  };
+  RowEpilogue<T, kActivation, Tuning::kRowsAhead> rows{args};
+
+  WarpPlace at = place_of(epilogue);
+  if (num_results > 0) rows.start(at);
+  for (int result = epilogue; Tuning::kPrefetch && result < kConsumerWarps;
+       result += kEpilogueWarps) {
+    rows.prefetch(place_of(result));
+  }
+  for (int result = epilogue; result < num_results; result += kEpilogueWarps) {
+    if (Tuning::kPrefetch) rows.prefetch(place_of(result + kConsumerWarps));
+    const int next_result = result + kEpilogueWarps;
+    const WarpPlace next =
+        next_result < num_results ? place_of(next_result) : WarpPlace{args.num_tokens, 0};
+    const int consumer_warp = result % kConsumerWarps;
+    mbarrier_wait(&shared.stash_full[consumer_warp], result / kConsumerWarps % 2);
+    rows.finish(shared.stash[consumer_warp], at, next);
+    __syncwarp();
+    if (rows.lane == 0) mbarrier_arrive(&shared.stash_empty[consumer_warp]);
+    at = next;
+  }
+}
+
+// ---- kernel: products ----
 
 template <class T, Activation kActivation, class Tuning>
 __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArguments& args,
@@ -247,38 +298,29 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
                                                const ClusterPosition& position, int consumer) {
   constexpr int kCluster = Tuning::kCluster;
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
-  const int num_stages = args.num_stages_per_tile;
   const int lane = threadIdx.x % kWarpSize;
-  // The same in all lanes, and known to be.
-  const int warp =
-      __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % (kWarpgroupThreads / kWarpSize), 0);
-  const int consumer_warp = consumer * (kWarpgroupThreads / kWarpSize) + warp;
-  const WarpPieces<T, kActivation, Tuning> pieces{args, shared.pieces[consumer_warp],
-                                                  shared.landed[consumer_warp], lane};
-  // Once the tensor cores have work and the last tile's pieces have had time to leave.
-  const int load_stage = min(1, num_stages - 1);
+  const int consumer_warp = threadIdx.x / kWarpSize;
+  Stash& stash = shared.stash[consumer_warp];
+  // This lane's row of the four matrices that the warp stores at once.
+  char* const stash_lane = stash.rows[lane % kWarpRows] + lane / kWarpRows * 16;
   const auto release = [&](int stage) {
     if (lane < kCluster) mbarrier_arrive_remote(&shared.empty[stage], lane);
   };
 
   RingCursor<Tuning::kStages> ring;
-  if (Tuning::kStaggered && consumer == 1 && num_stages >= Tuning::kStages) {
+  unsigned stash_parity = 1;  // it starts empty
+  if (Tuning::kStaggered && consumer == 1 && args.num_stages_per_tile >= Tuning::kStages) {
     mbarrier_wait(&shared.full[Tuning::kStages - 1], 0);
   }
   float d[kWgmmaRegisters];
 #pragma unroll
   for (int i = 0; i < kWgmmaRegisters; ++i) d[i] = 0.0f;
 
-  for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
-    const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
-    const int row = (at.token_tile * kCluster + position.rank) * kTileTokens +
-                    consumer * kWgmmaRows + warp * kWarpRows;
-    const int col = at.col_tile * kTileCols;
-
+  for (int tile = position.cluster;;) {
     // 1. D = grad_output down_weight. A stage goes back once the next one's products have been
     // issued, so that the tensor cores always have work.
     int last_stage = 0;
-    for (int k = 0; k < num_stages; ++k, ring.advance()) {
+    for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
       mbarrier_wait(&shared.full[ring.stage], ring.parity);
       const uint64_t a = wgmma_descriptor<WgmmaMajor::kDepth, kTileTokens>(
           shared.grad_output[ring.stage] + consumer * kWgmmaRows * kSwizzleRowBytes);
@@ -292,7 +334,6 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
                                     k > 0 || step > 0);
       }
       wgmma_commit();
-      if (k == load_stage) pieces.load_first(row, col);
       wgmma_wait<1>();
       if (k > 0) release(last_stage);
       last_stage = ring.stage;
@@ -301,21 +342,44 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
     wgmma_use(d);
     release(last_stage);
 
-    // 2. Through the activation.
-    pieces.finish(d, row, col);
+    // 2. To shared memory. Matrices in accumulator order: rows 0-7, rows 8-15, then the same of the
+    // next 8 columns.
+    mbarrier_wait(&shared.stash_empty[consumer_warp], stash_parity);
+    stash_parity ^= 1;
+#pragma unroll
+    for (int i = 0; i < kWgmmaRegisters; i += 8) {  // 16 columns
+      const uint32_t fragment[] = {
+          pack_pair(d[i], d[i + 1], T()), pack_pair(d[i + 2], d[i + 3], T()),
+          pack_pair(d[i + 4], d[i + 5], T()), pack_pair(d[i + 6], d[i + 7], T())};
+      store_matrices(stash_lane + i / 8 * 32, fragment);
+    }
+    __syncwarp();
+    const int next_tile = tile + position.num_clusters;
+    if (next_tile >= num_tiles) {
+      // 3. No more to multiply: through the activation at once.
+      const WarpPlace at = warp_place<Tuning>(args, position, tile, consumer_warp);
+      RowEpilogue<T, kActivation, Tuning::kRowsAhead> rows{args};
+      rows.start(at);
+      rows.finish(stash, at, {args.num_tokens, 0});
+      return;
+    }
+    if (lane == 0) mbarrier_arrive(&shared.stash_full[consumer_warp]);
+    tile = next_tile;
   }
-  if (lane == 0) tma_store_wait_all();
 }
+
+// ---- kernel ----
 
 template <class T, Activation kActivation, class Tuning>
 __global__ void __launch_bounds__(kGatedThreads, 1)
     gated_linear_backward_kernel(const __grid_constant__ GatedLinearBackwardArguments args) {
   if (!kHasHopperInstructions) return;  // never launched there
   using Shared = SharedStorage<Tuning>;
-  run_gated_block<Shared, Tuning::kStages, Tuning::kCluster>(
+  run_gated_block<Shared, Tuning>(
       [](Shared& shared) {
-        for (auto& warp : shared.landed) {
-          for (uint64_t& barrier : warp) mbarrier_init(&barrier, 1);
+        for (int warp = 0; warp < kConsumerWarps; ++warp) {
+          mbarrier_init(&shared.stash_full[warp], 1);
+          mbarrier_init(&shared.stash_empty[warp], 1);
         }
       },
       [&](Shared& shared, const ClusterPosition& position) {
@@ -323,6 +387,9 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
       },
       [&](Shared& shared, const ClusterPosition& position, int consumer) {
         multiply_tiles<T, kActivation, Tuning>(args, shared, position, consumer);
+      },
+      [&](Shared& shared, const ClusterPosition& position, int epilogue) {
+        differentiate_tiles<T, kActivation, Tuning>(args, shared, position, epilogue);
       });
 }
 
@@ -335,19 +402,16 @@ template <class T, Activation kActivation, class Tuning>
 cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params, int num_sms,
                                          cudaStream_t stream) {
   GatedLinearBackwardArguments args{};
-  args.store_activated = params.activated != nullptr;
+  args.gate = params.gate;
+  args.up = params.up;
+  args.grad_gate = params.grad_gate;
+  args.grad_up = params.grad_up;
+  args.activated = params.activated;
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.intermediate_size = static_cast<int>(params.intermediate_size);
   args.num_stages_per_tile = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
   args.tiles = tile_grid(params.num_tokens, params.intermediate_size, Tuning::kCluster, kTileCols);
 
-  const auto piece = [&](const void* matrix, CUtensorMap* map) {
-    return [=, &params] {
-      if (matrix == nullptr) return cudaSuccess;
-      return encode_tensor_map<T>(matrix, params.num_tokens, params.intermediate_size, kPieceRows,
-                                  map);
-    };
-  };
   const auto kernel = gated_linear_backward_kernel<T, kActivation, Tuning>;
   return run_steps(
       [&] {
@@ -358,9 +422,6 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
         return encode_tensor_map<T>(params.down_weight, params.hidden_size,
                                     params.intermediate_size, kStageDepth, &args.down_weight);
       },
-      piece(params.gate, &args.gate), piece(params.up, &args.up),
-      piece(params.grad_gate, &args.grad_gate), piece(params.grad_up, &args.grad_up),
-      piece(params.activated, &args.activated),
       [&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
       [&] {
         return launch_gated_clusters(kernel, args, Tuning::kCluster, num_sms, kSharedBytes<Tuning>,

@@ -1,6 +1,7 @@
 // What the two Hopper GEMMs of the shared MLP have in common (gated_linear.cu and
 // gated_linear_backward.cu): persistent clusters of blocks that make tiles of 128 tokens each, one
-// warp that keeps a ring of stages filled by TMA, two warpgroups that multiply 64 tokens each.
+// warp that keeps a ring of stages filled by TMA, two warpgroups that multiply 64 tokens each, and
+// three more warps for what may follow the product.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,15 +27,17 @@ static_assert(kStageDepth * 2 == kSwizzleRowBytes);
 
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumers = kTileTokens / kWgmmaRows;  // warpgroups
-inline constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarpSize;
+inline constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpSize;
+inline constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
+// One warpgroup: 168 registers a thread are the least that hold 128 accumulators, and leave no room
+// for a fourth.
+inline constexpr int kEpilogueWarps = kWarpgroupWarps - 1;
 inline constexpr int kGatedThreads = (1 + kConsumers) * kWarpgroupThreads;
-// 168 a thread at launch; the loading warpgroup leaves most of its own to the other two, which hold
-// 128 accumulators.
-inline constexpr int kProducerRegisters = 40;
-inline constexpr int kConsumerRegisters = 232;
+// Of a thread, at launch; Tuning says what consumers and the others have then.
+inline constexpr int kLaunchRegisters = 168;
 
 // Rows of D that one warp has in its registers.
-inline constexpr int kWarpRows = kWgmmaRows / (kWarpgroupThreads / kWarpSize);
+inline constexpr int kWarpRows = kWgmmaRows / kWarpgroupWarps;
 
 // ---- device ----
 
@@ -70,12 +73,24 @@ struct ClusterPosition {
   int rank;  // of the block in its cluster
 };
 
+// Every warp of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kRegisters > kLaunchRegisters) take_registers<kRegisters>();
+  if constexpr (kRegisters < kLaunchRegisters) give_registers<kRegisters>();
+}
+
 // The whole of a block: load(shared, position) in one thread, multiply(shared, position, consumer)
-// in the warpgroups `consumer`. Shared has barriers full[kStages], for copies into a stage, and
-// empty[kStages], for the consumer warps of the cluster that have read it; init(shared) makes
-// others.
-template <class Shared, int kStages, int kCluster, class Init, class Load, class Multiply>
-__device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply multiply) {
+// in the warpgroups `consumer`, finish(shared, position, epilogue) in kEpilogueWarps warps.
+// Shared has barriers full[kStages], for copies into a stage, and empty[kStages], for the consumer
+// warps of the cluster that have read it; init(shared) makes others.
+template <class Shared, class Tuning, class Init, class Load, class Multiply, class Finish>
+__device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply multiply,
+                                                Finish finish) {
+  constexpr int kCluster = Tuning::kCluster;
+  static_assert(kConsumers * Tuning::kConsumerRegisters + Tuning::kOtherRegisters <=
+                    (kConsumers + 1) * kLaunchRegisters,
+                "more registers than the block has");
   extern __shared__ char dynamic_shared[];
   const uint32_t misaligned = shared_address(dynamic_shared) % kSwizzleAlignment;
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared +
@@ -84,11 +99,11 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
                                  static_cast<int>(gridDim.x) / kCluster,
                                  static_cast<int>(blockIdx.x) % kCluster};
   // The same in all lanes, and known to be.
-  const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
 
   // 1. Barriers of all blocks stand before one copies to another.
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < Tuning::kStages; ++stage) {
       mbarrier_init(&shared.full[stage], 1);
       mbarrier_init(&shared.empty[stage], kConsumerWarps * kCluster);
     }
@@ -98,13 +113,17 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
   __syncthreads();
   cluster_sync();
 
-  // 2. Load, or multiply and store.
-  if (warpgroup == kConsumers) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroupThreads) load(shared, position);
+  // 2. Load, multiply, or finish.
+  if (warp < kConsumerWarps) {
+    set_registers<Tuning::kConsumerRegisters>();
+    multiply(shared, position, warp / kWarpgroupWarps);
   } else {
-    take_registers<kConsumerRegisters>();
-    multiply(shared, position, warpgroup);
+    set_registers<Tuning::kOtherRegisters>();
+    if (warp > kConsumerWarps) {
+      finish(shared, position, warp - kConsumerWarps - 1);
+    } else if (threadIdx.x % kWarpSize == 0) {
+      load(shared, position);
+    }
   }
 
   // 3. Shared memory stays until the other blocks have sent their last copies and arrivals.

@@ -1,4 +1,4 @@
-// 16-bit elements between fp32 accumulators of a warp and rows of shared memory, four 8x8 matrices
+// From fp32 accumulators of a warp to rows of 16-bit elements in shared memory, four 8x8 matrices
 // at a time: lane l gives the address of row l % 8 of matrix l / 8 and holds, of each matrix,
 // columns 2 (l % 4) + {0, 1} of row l / 4, the layout of the tensor cores' accumulators. sm_90 and
 // later.
@@ -22,25 +22,11 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-__device__ __forceinline__ float2 unpack_pair(uint32_t pair, __nv_bfloat16) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
-}
-__device__ __forceinline__ float2 unpack_pair(uint32_t pair, __half) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragment)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
       "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
       : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(const void* row, uint32_t (&fragment)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(shared_address(row))
-               : "memory");
 }
 
 }  // namespace omni_moe::cuda

@@ -95,13 +95,6 @@ __device__ __forceinline__ void tma_load_multicast(const CUtensorMap& map, void*
       : "memory");
 }
 
-// Brings what tma_load of the same tile will read into L2.
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, int row, int col) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%2, %1}];" ::"l"(&map), "r"(row),
-               "r"(col)
-               : "memory");
-}
-
 // Part of the calling thread's current group of stores.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* tile, int row,
                                           int col) {
