@@ -186,7 +186,9 @@ void check_rows(const Case& c, const Inputs& in, const Outputs& out) {
       const int64_t at = row * width + col;
       const double gate = decoded(in.gate[at]), up = decoded(in.up[at]), grad = sums[col];
       const double act = activate(c.activation, gate), slope = derivative(c.activation, gate);
-      const double grad_error = std::sqrt(squares[col]) * sum_error_of(hidden);
+      // grad_activated is rounded to the dtype, like the outputs that it is a factor of.
+      const double grad_error =
+          std::sqrt(squares[col]) * sum_error_of(hidden) + rounding_error(c.dtype, grad);
       const double act_error = activation_error(gate);
       check("grad_gate", row, col, out.grad_gate[at], grad * up * slope,
             std::abs(up) * (std::abs(slope) * grad_error + std::abs(grad) * act_error));
@@ -201,7 +203,8 @@ void check_rows(const Case& c, const Inputs& in, const Outputs& out) {
 }
 
 // What holds among the outputs at every element, even in rows that the oracle leaves out:
-// grad_gate * act = grad_up * up * act', each side with one rounding, and activated in full.
+// grad_gate * act = grad_up * up * act', each side with one rounding besides the common one of
+// grad_activated, and activated in full.
 void check_agreement(const Case& c, const Inputs& in, const Outputs& out) {
   const auto decoded = [&](uint16_t bits) -> double { return decode(c.dtype, bits); };
   int64_t mismatches = 0, mismatches_activated = 0;

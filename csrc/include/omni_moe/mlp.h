@@ -57,10 +57,11 @@ struct GatedLinearForwardParams {
 };
 
 // The gradient through the down product and the gated activation, all operands dense and row-major:
-//   grad_activated = grad_output down_weight                      [T, I], in fp32, never written
+//   grad_activated = grad_output down_weight                                [T, I], never written
 //   grad_gate = grad_activated * up * act'(gate),  grad_up = grad_activated * act(gate)
-// Each output is rounded once. An output may be the same memory as gate or as up: at each position
-// both are read before an output is written.
+// Sums and the activation are in fp32. grad_activated is rounded to the dtype, as the product alone
+// would be, and each output once. An output may be the same memory as gate or as up: at each
+// position both are read before an output is written.
 struct GatedLinearBackwardParams {
   const void* grad_output;  // [T, H]
   const void* down_weight;  // [H, I]
