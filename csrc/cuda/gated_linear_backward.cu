@@ -61,8 +61,9 @@ struct Sm90Tuning {
   // The second warpgroup starts late, so that one multiplies while the other empties its
   // accumulators.
   static constexpr bool kStaggered = true;
-  // Rows of gate and up that an epilogue warp has under way: 8 registers each.
-  static constexpr int kRowsAhead = 4;
+  // Rows of gate and up that an epilogue warp works at while as many are under way: 16 registers
+  // each.
+  static constexpr int kBatchRows = 4;
   // gate and up of the next tile wait in L2, so that memory is busy during the first tile and has
   // less left to do after the last.
   static constexpr bool kPrefetch = true;
@@ -157,16 +158,19 @@ __device__ __forceinline__ WarpPlace warp_place(const GatedLinearBackwardArgumen
       at.col_tile * kTileCols};
 }
 
-// One warp's way through rows of gate and up, always kRowsAhead of them under way.
-template <class T, Activation kActivation, int kRowsAhead>
+// One warp's way through rows of gate and up: a batch of them at work, the next one under way.
+template <class T, Activation kActivation, int kBatchRows>
 struct RowEpilogue {
   using LaneVec = Vec<T, kLaneCols>;
-  static_assert(kWarpRows % kRowsAhead == 0);
+  static_assert(kWarpRows % kBatchRows == 0);
+
+  struct Batch {
+    LaneVec gate[kBatchRows], up[kBatchRows];
+  };
 
   const GatedLinearBackwardArguments& args;
   const int lane = threadIdx.x % kWarpSize;
-  LaneVec gate[kRowsAhead] = {};
-  LaneVec up[kRowsAhead] = {};
+  Batch batch;
 
   __device__ __forceinline__ bool exists(int row, int col) const {
     return row < args.num_tokens && col < args.intermediate_size;
@@ -190,11 +194,17 @@ struct RowEpilogue {
     }
   }
 
-  __device__ __forceinline__ void load(int slot, int row, int col) {
-    if (exists(row, col)) {
-      gate[slot] = load_vec_once<LaneVec>(static_cast<const T*>(args.gate) + index_of(row, col));
-      up[slot] = load_vec_once<LaneVec>(static_cast<const T*>(args.up) + index_of(row, col));
+  // Lanes that have nothing to do take something that exists and is not used.
+  __device__ __forceinline__ Batch load(const WarpPlace& at) const {
+    const int col = min(at.col + lane * kLaneCols, args.intermediate_size - kLaneCols);
+    Batch loaded;
+#pragma unroll
+    for (int i = 0; i < kBatchRows; ++i) {
+      const int64_t index = index_of(min(at.row + i, args.num_tokens - 1), col);
+      loaded.gate[i] = load_vec_once<LaneVec>(static_cast<const T*>(args.gate) + index);
+      loaded.up[i] = load_vec_once<LaneVec>(static_cast<const T*>(args.up) + index);
     }
+    return loaded;
   }
 
   __device__ __forceinline__ void store(void* matrix, int64_t index,
@@ -204,45 +214,38 @@ struct RowEpilogue {
     store_vec(static_cast<T*>(matrix) + index, packed);
   }
 
-  // The first rows of a place, before its products are there.
-  __device__ __forceinline__ void start(const WarpPlace& at) {
-#pragma unroll
-    for (int slot = 0; slot < kRowsAhead; ++slot) {
-      load(slot, at.row + slot, at.col + lane * kLaneCols);
-    }
-  }
+  // The first batch of a place, before its products are there.
+  __device__ __forceinline__ void start(const WarpPlace& at) { batch = load(at); }
 
   // All rows of a place that has been started; starts the next one.
   __device__ __forceinline__ void finish(const Stash& stash, const WarpPlace& at,
                                          const WarpPlace& next) {
     const int col = at.col + lane * kLaneCols;
 #pragma unroll 1
-    for (int first = 0; first < kWarpRows; first += kRowsAhead) {
-      const bool is_last = first + kRowsAhead == kWarpRows;
-      const int row_ahead = is_last ? next.row : at.row + first + kRowsAhead;
-      const int col_ahead = (is_last ? next.col : at.col) + lane * kLaneCols;
-#pragma unroll
-      for (int slot = 0; slot < kRowsAhead; ++slot) {
-        // 1. A row's operands; their registers take a row to come.
-        float grad[kLaneCols], g[kLaneCols], u[kLaneCols];
-        unpack(*reinterpret_cast<const LaneVec*>(stash.rows[first + slot] + lane * sizeof(LaneVec)),
-               grad);
-        unpack(gate[slot], g);
-        unpack(up[slot], u);
-        load(slot, row_ahead + slot, col_ahead);
+    for (int first = 0; first < kWarpRows; first += kBatchRows) {
+      // 1. The next rows on their way.
+      const int first_ahead = first + kBatchRows;
+      const Batch ahead =
+          load(first_ahead < kWarpRows ? WarpPlace{at.row + first_ahead, at.col} : next);
 
+#pragma unroll
+      for (int i = 0; i < kBatchRows; ++i) {
         // 2. Differentiate.
+        float grad[kLaneCols], gate[kLaneCols], up[kLaneCols];
+        unpack(load_shared_vec<LaneVec>(stash.rows[first + i] + lane * sizeof(LaneVec)), grad);
+        unpack(batch.gate[i], gate);
+        unpack(batch.up[i], up);
         float grad_gate[kLaneCols], grad_up[kLaneCols], activated[kLaneCols];
 #pragma unroll
-        for (int i = 0; i < kLaneCols; ++i) {
-          const ActivationResult act = fast_activate_with_derivative<kActivation>(g[i]);
-          grad_gate[i] = through_derivative(kActivation, act, grad[i] * u[i]);
-          grad_up[i] = grad[i] * act.value;
-          activated[i] = act.value * u[i];
+        for (int j = 0; j < kLaneCols; ++j) {
+          const ActivationResult act = fast_activate_with_derivative<kActivation>(gate[j]);
+          grad_gate[j] = through_derivative(kActivation, act, grad[j] * up[j]);
+          grad_up[j] = grad[j] * act.value;
+          activated[j] = act.value * up[j];
         }
 
         // 3. Store.
-        const int row = at.row + first + slot;
+        const int row = at.row + first + i;
         if (exists(row, col)) {
           const int64_t index = index_of(row, col);
           store(args.grad_gate, index, grad_gate);
@@ -250,6 +253,7 @@ struct RowEpilogue {
           if (args.activated != nullptr) store(args.activated, index, activated);
         }
       }
+      batch = ahead;
     }
   }
 };
@@ -268,7 +272,7 @@ __device__ __forceinline__ void differentiate_tiles(const GatedLinearBackwardArg
                               position.cluster + result / kConsumerWarps * position.num_clusters,
                               result % kConsumerWarps);
   };
-  RowEpilogue<T, kActivation, Tuning::kRowsAhead> rows{args};
+  RowEpilogue<T, kActivation, Tuning::kBatchRows> rows{args};
 
   WarpPlace at = place_of(epilogue);
   if (num_results > 0) rows.start(at);
@@ -358,7 +362,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
     if (next_tile >= num_tiles) {
       // 3. No more to multiply: through the activation at once.
       const WarpPlace at = warp_place<Tuning>(args, position, tile, consumer_warp);
-      RowEpilogue<T, kActivation, Tuning::kRowsAhead> rows{args};
+      RowEpilogue<T, kActivation, Tuning::kBatchRows> rows{args};
       rows.start(at);
       rows.finish(stash, at, {args.num_tokens, 0});
       return;
