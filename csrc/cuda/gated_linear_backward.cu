@@ -259,7 +259,7 @@ struct RowEpilogue {
 };
 
 // One epilogue warp: every third of the consumer warps' results, counted through all tiles of the
-// block but the last.
+// block but the last, so that three warps have the same to do.
 template <class T, Activation kActivation, class Tuning>
 __device__ __forceinline__ void differentiate_tiles(const GatedLinearBackwardArguments& args,
                                                     SharedStorage<Tuning>& shared,

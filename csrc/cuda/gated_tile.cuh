@@ -29,8 +29,8 @@ inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumers = kTileTokens / kWgmmaRows;  // warpgroups
 inline constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpSize;
 inline constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
-// One warpgroup: 168 registers a thread are the least that hold 128 accumulators, and leave no room
-// for a fourth.
+// With the loading warp one warpgroup. There is no room for more: wgmma with 128 accumulators wants
+// at least 154 registers at launch, and a quarter of an SM has them for three warps.
 inline constexpr int kEpilogueWarps = kWarpgroupWarps - 1;
 inline constexpr int kGatedThreads = (1 + kConsumers) * kWarpgroupThreads;
 // Of a thread, at launch; Tuning says what consumers and the others have then.
