@@ -192,10 +192,6 @@ __device__ __forceinline__ V load_shared_vec(const void* pointer) {
   return bits.vec;
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* pointer) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
-}
-
 template <class T, class V>
 __device__ __forceinline__ void store_vec(T* pointer, const V& value) {
   *reinterpret_cast<V*>(pointer) = value;
