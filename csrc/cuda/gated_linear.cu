@@ -14,41 +14,25 @@
 // 1024 cycles of tensor core work (L2 gives an SM about 36 bytes a cycle).
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
-#include <limits>
 
 #include "cuda/common/activation.cuh"
 #include "cuda/common/check.h"
 #include "cuda/common/dispatch.h"
-#include "cuda/common/reduce.cuh"
-#include "cuda/common/tma.cuh"
-#include "cuda/common/wgmma.cuh"
+#include "cuda/common/fragment.cuh"
+#include "cuda/gated_tile.cuh"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe::cuda {
 
 namespace {
 
-constexpr int kTileTokens = 128;
-constexpr int kTileCols = 128;  // of gate and, again, of up
-constexpr int kStageDepth = 64;
+constexpr int kTileCols = 128;                     // of gate and, again, of up
 constexpr int kTileBytes = 128 * kStageDepth * 2;  // of x, gate_weight or up_weight in one stage
 static_assert(kTileTokens == kTileCols && 2 * kTileCols == kWgmmaCols);
-static_assert(kStageDepth * 2 == kSwizzleRowBytes);
-
-constexpr int kWarpgroupThreads = 128;
-constexpr int kConsumers = kTileTokens / kWgmmaRows;  // warpgroups
-constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarpSize;
-constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
-// 168 a thread at launch; the loading warpgroup leaves most of its own to the other two, which hold
-// 128 accumulators.
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
 
 // A warp stores its 16 rows of an output 64 columns at a time.
-constexpr int kStoreRows = 16;
+constexpr int kStoreRows = kWarpRows;
 constexpr int kStoreCols = kSwizzleRowBytes / 2;
 constexpr int kStoreBytes = kStoreRows * kSwizzleRowBytes;
 
@@ -60,6 +44,8 @@ struct Sm90Tuning {
   static constexpr int kGroup = 8;
   // The second warpgroup starts late, so that one multiplies while the other activates.
   static constexpr bool kStaggered = true;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kOtherRegisters = 40;
 };
 
 struct GatedLinearArguments {
@@ -69,8 +55,7 @@ struct GatedLinearArguments {
   int num_tokens;
   int intermediate_size;
   int num_stages_per_tile;  // ceil(H / 64)
-  int num_token_tiles;      // of a cluster's 128 * kCluster tokens
-  int num_col_tiles;
+  TileGrid tiles;
 };
 
 template <int kStages>
@@ -83,61 +68,6 @@ struct SharedStorage {
 };
 
 // ---- device helpers ----
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kHasHopperInstructions = true;
-#else
-constexpr bool kHasHopperInstructions = false;
-#endif
-
-struct TilePosition {
-  int token_tile;
-  int col_tile;
-};
-
-// Column by column through bands of kGroup token tiles: what runs at the same time shares operands.
-template <int kGroup>
-__device__ __forceinline__ TilePosition tile_position(int tile, const GatedLinearArguments& args) {
-  const int band_tiles = kGroup * args.num_col_tiles;
-  const int first = tile / band_tiles * kGroup;
-  const int height = min(kGroup, args.num_token_tiles - first);
-  const int within = tile % band_tiles;
-  return {first + within % height, within / height};
-}
-
-// silu and tanh-gelu are x times a sigmoid: two special-function instructions instead of an exact
-// division and range reductions. Errors stay near 2^-21, the output keeps 2^-11 at most.
-template <Activation kActivation>
-__device__ __forceinline__ float activate_product(float x) {
-  if constexpr (kActivation == Activation::kSilu) {
-    return __fdividef(x, 1.0f + __expf(-x));
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    // (1 + tanh(u)) / 2 = sigmoid(2 u)
-    constexpr float kTwoSqrtTwoOverPi = 1.59576912160573071176f;
-    constexpr float kCubic = 0.044715f;
-    return __fdividef(x, 1.0f + __expf(-kTwoSqrtTwoOverPi * (x + kCubic * x * x * x)));
-  } else {
-    return activate<kActivation>(x);
-  }
-}
-
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and
-// holds, of each, columns 2 (l % 4) + {0, 1} of row l / 4: the layout of wgmma's accumulators.
-__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragment)[4]) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-      "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
-      : "memory");
-}
 
 // Writes the warp's 16 rows by 128 columns of one output, value(i) at accumulator i of a 128-column
 // half of D. `halves` is this warp's alone, so that no warp waits for another.
@@ -177,14 +107,14 @@ __device__ __forceinline__ void store_output(const CUtensorMap& map, char (*halv
 
 template <class Tuning>
 __device__ __forceinline__ void load_tiles(const GatedLinearArguments& args,
-                                           SharedStorage<Tuning::kStages>& shared, int cluster,
-                                           int num_clusters, int rank) {
+                                           SharedStorage<Tuning::kStages>& shared,
+                                           const ClusterPosition& position) {
   constexpr int kCluster = Tuning::kCluster;
-  const int num_tiles = args.num_token_tiles * args.num_col_tiles;
+  const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   RingCursor<Tuning::kStages> ring;
-  for (int tile = cluster; tile < num_tiles; tile += num_clusters) {
-    const TilePosition at = tile_position<Tuning::kGroup>(tile, args);
-    const int token = (at.token_tile * kCluster + rank) * kTileTokens;
+  for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
+    const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
+    const int token = (at.token_tile * kCluster + position.rank) * kTileTokens;
     const int col = at.col_tile * kTileCols;
     for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
       const int stage = ring.stage;
@@ -199,8 +129,8 @@ __device__ __forceinline__ void load_tiles(const GatedLinearArguments& args,
         tma_load(args.up_weight, shared.weights[stage][1], full, col, depth);
       } else {
         static_assert(kCluster == 2, "a block for each of the two weights");
-        tma_load_multicast(rank == 0 ? args.gate_weight : args.up_weight,
-                           shared.weights[stage][rank], full, col, depth, 0b11);
+        tma_load_multicast(position.rank == 0 ? args.gate_weight : args.up_weight,
+                           shared.weights[stage][position.rank], full, col, depth, 0b11);
       }
     }
   }
@@ -208,10 +138,11 @@ __device__ __forceinline__ void load_tiles(const GatedLinearArguments& args,
 
 template <class T, Activation kActivation, class Tuning>
 __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
-                                               SharedStorage<Tuning::kStages>& shared, int cluster,
-                                               int num_clusters, int rank, int consumer) {
+                                               SharedStorage<Tuning::kStages>& shared,
+                                               const ClusterPosition& position, int consumer) {
   constexpr int kCluster = Tuning::kCluster;
-  const int num_tiles = args.num_token_tiles * args.num_col_tiles;
+  constexpr uint64_t kDepthStep = kWgmmaDepthStep<WgmmaMajor::kDepth, kTileTokens>;
+  const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize % (kWarpgroupThreads / kWarpSize);
   char(*halves)[kStoreBytes] = shared.stores[consumer * 4 + warp];
@@ -227,19 +158,20 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
 #pragma unroll
   for (int i = 0; i < kWgmmaRegisters; ++i) d[i] = 0.0f;
 
-  for (int tile = cluster; tile < num_tiles; tile += num_clusters) {
+  for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
     // 1. D = x [gate_weight; up_weight]ᵀ. A stage goes back once the next one's products have been
     // issued, so that the tensor cores always have work.
     int last_stage = 0;
     for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
       mbarrier_wait(&shared.full[ring.stage], ring.parity);
-      const uint64_t a =
-          wgmma_descriptor(shared.x[ring.stage] + consumer * kWgmmaRows * kSwizzleRowBytes);
-      const uint64_t b = wgmma_descriptor(shared.weights[ring.stage][0]);
+      const uint64_t a = wgmma_descriptor<WgmmaMajor::kDepth, kTileTokens>(
+          shared.x[ring.stage] + consumer * kWgmmaRows * kSwizzleRowBytes);
+      const uint64_t b =
+          wgmma_descriptor<WgmmaMajor::kDepth, kWgmmaCols>(shared.weights[ring.stage][0]);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kStageDepth / kWgmmaDepth; ++step) {
-        wgmma<T>(d, a + step * kWgmmaDepthStep, b + step * kWgmmaDepthStep, k > 0 || step > 0);
+        wgmma<T>(d, a + step * kDepthStep, b + step * kDepthStep, k > 0 || step > 0);
       }
       wgmma_commit();
       wgmma_wait<1>();
@@ -251,9 +183,9 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
     release(last_stage);
 
     // 2. Activate and store: accumulator i is of gate, 64 + i of the same column of up.
-    const TilePosition at = tile_position<Tuning::kGroup>(tile, args);
-    const int row =
-        (at.token_tile * kCluster + rank) * kTileTokens + consumer * kWgmmaRows + warp * kStoreRows;
+    const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
+    const int row = (at.token_tile * kCluster + position.rank) * kTileTokens +
+                    consumer * kWgmmaRows + warp * kWarpRows;
     const int col = at.col_tile * kTileCols;
     constexpr int kUp = kWgmmaRegisters / 2;
     if (args.store_gate) {
@@ -264,55 +196,32 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
     }
     if (args.store_activated) {
       store_output<T>(args.activated, halves, row, col, args,
-                      [&](int i) { return activate_product<kActivation>(d[i]) * d[kUp + i]; });
+                      [&](int i) { return fast_activate<kActivation>(d[i]) * d[kUp + i]; });
     }
   }
   if (lane == 0) tma_store_wait_all();
 }
 
 template <class T, Activation kActivation, class Tuning>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kGatedThreads, 1)
     gated_linear_forward_kernel(const __grid_constant__ GatedLinearArguments args) {
   if (!kHasHopperInstructions) return;  // never launched there
-  extern __shared__ char dynamic_shared[];
-  const uint32_t misaligned = shared_address(dynamic_shared) % kSwizzleAlignment;
-  auto& shared = *reinterpret_cast<SharedStorage<Tuning::kStages>*>(
-      dynamic_shared + (kSwizzleAlignment - misaligned) % kSwizzleAlignment);
-  constexpr int kCluster = Tuning::kCluster;
-  const int cluster = blockIdx.x / kCluster;
-  const int num_clusters = gridDim.x / kCluster;
-  const int rank = blockIdx.x % kCluster;
-  // The same in all lanes, and known to be.
-  const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
-
-  // 1. Barriers of both blocks stand before either copies to the other.
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tuning::kStages; ++stage) {
-      mbarrier_init(&shared.full[stage], 1);
-      mbarrier_init(&shared.empty[stage], kConsumerWarps * kCluster);
-    }
-    mbarrier_init_fence();
-  }
-  __syncthreads();
-  cluster_sync();
-
-  // 2. Load, or multiply and store.
-  if (warpgroup == kConsumers) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroupThreads) {
-      load_tiles<Tuning>(args, shared, cluster, num_clusters, rank);
-    }
-  } else {
-    take_registers<kConsumerRegisters>();
-    multiply_tiles<T, kActivation, Tuning>(args, shared, cluster, num_clusters, rank, warpgroup);
-  }
-
-  // 3. Shared memory stays until the other block has sent its last copy and arrival.
-  __syncwarp();
-  cluster_sync();
+  using Shared = SharedStorage<Tuning::kStages>;
+  run_gated_block<Shared, Tuning>(
+      [](Shared&) {},
+      [&](Shared& shared, const ClusterPosition& position) {
+        load_tiles<Tuning>(args, shared, position);
+      },
+      [&](Shared& shared, const ClusterPosition& position, int consumer) {
+        multiply_tiles<T, kActivation, Tuning>(args, shared, position, consumer);
+      },
+      [](Shared&, const ClusterPosition&, int) {});
 }
 
 // ---- launcher ----
+
+template <class Tuning>
+constexpr size_t kSharedBytes = sizeof(SharedStorage<Tuning::kStages>) + kSwizzleAlignment;
 
 template <class T, Activation kActivation, class Tuning>
 cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_sms,
@@ -324,9 +233,7 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.intermediate_size = static_cast<int>(params.intermediate_size);
   args.num_stages_per_tile = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
-  args.num_token_tiles =
-      static_cast<int>(ceil_div<int64_t>(params.num_tokens, kTileTokens * Tuning::kCluster));
-  args.num_col_tiles = static_cast<int>(ceil_div<int64_t>(params.intermediate_size, kTileCols));
+  args.tiles = tile_grid(params.num_tokens, params.intermediate_size, Tuning::kCluster, kTileCols);
 
   const auto operand = [&](const void* matrix, int64_t rows, CUtensorMap* map) {
     return
@@ -340,27 +247,16 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_
     };
   };
   const auto kernel = gated_linear_forward_kernel<T, kActivation, Tuning>;
-  constexpr size_t kSharedBytes = sizeof(SharedStorage<Tuning::kStages>) + kSwizzleAlignment;
   return run_steps(
       operand(params.x, params.num_tokens, &args.x),
       operand(params.gate_weight, params.intermediate_size, &args.gate_weight),
       operand(params.up_weight, params.intermediate_size, &args.up_weight),
       output(params.activated, &args.activated), output(params.gate, &args.gate),
-      output(params.up, &args.up), [&] { return allow_shared_memory(kernel, kSharedBytes); },
+      output(params.up, &args.up),
+      [&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
       [&] {
-        const int clusters = std::min(std::max(num_sms / Tuning::kCluster, 1),
-                                      args.num_token_tiles * args.num_col_tiles);
-        cudaLaunchAttribute cluster_size{};
-        cluster_size.id = cudaLaunchAttributeClusterDimension;
-        cluster_size.val.clusterDim = {Tuning::kCluster, 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(clusters * Tuning::kCluster);
-        config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = kSharedBytes;
-        config.stream = stream;
-        config.attrs = &cluster_size;
-        config.numAttrs = 1;
-        return cudaLaunchKernelEx(&config, kernel, args);
+        return launch_gated_clusters(kernel, args, Tuning::kCluster, num_sms, kSharedBytes<Tuning>,
+                                     stream);
       });
 }
 
@@ -369,34 +265,13 @@ bool is_empty(const GatedLinearForwardParams& params) {
          (params.activated == nullptr && params.gate == nullptr && params.up == nullptr);
 }
 
-// What TMA and the 32-bit coordinates of the kernel ask of the operands.
-bool fits_tensor_maps(const GatedLinearForwardParams& params) {
-  constexpr int64_t kMaxSize = std::numeric_limits<int>::max() - 1024;
-  const auto fits = [](int64_t size) { return size >= 0 && size <= kMaxSize; };
-  if (!fits(params.num_tokens) || !fits(params.hidden_size) || !fits(params.intermediate_size)) {
-    return false;
-  }
-  const std::initializer_list<const void*> pointers = {
-      params.x, params.gate_weight, params.up_weight, params.activated, params.gate, params.up};
-  return params.hidden_size > 0 && params.hidden_size % 8 == 0 &&
-         params.intermediate_size % 8 == 0 &&
-         ceil_div<int64_t>(params.num_tokens, kTileTokens) *
-                 ceil_div<int64_t>(params.intermediate_size, kTileCols) <=
-             kMaxSize &&
-         std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return is_aligned(p, 16); });
-}
-
 }  // namespace
 
 bool gated_linear_forward_supported(const GatedLinearForwardParams& params) {
-  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
-  if (!is_valid(params.activation) || !fits_tensor_maps(params)) return false;
-  DeviceInfo device;
-  if (current_device_info(&device) != cudaSuccess) return false;
-  constexpr int kNeeded = sizeof(SharedStorage<Sm90Tuning::kStages>) + kSwizzleAlignment;
-  return device.compute_capability / 10 == 9 && device.shared_bytes_per_block >= kNeeded &&
-         tensor_map_encoder() != nullptr;
+  return gated_tiles_supported(
+      params,
+      {params.x, params.gate_weight, params.up_weight, params.activated, params.gate, params.up},
+      kTileCols, kSharedBytes<Sm90Tuning>);
 }
 
 cudaError_t gated_linear_forward(const GatedLinearForwardParams& params, cudaStream_t stream) {

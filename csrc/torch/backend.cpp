@@ -156,4 +156,22 @@ void launch([[maybe_unused]] GatedLinearForwardParams params, at::Device device)
   no_backend(device);
 }
 
+bool supports([[maybe_unused]] const GatedLinearBackwardParams& params,
+              [[maybe_unused]] at::Device device) {
+#if OMNI_MOE_WITH_CUDA
+  if (device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(device);
+    return cuda::gated_linear_backward_supported(params);
+  }
+#endif
+  return false;
+}
+
+void launch([[maybe_unused]] GatedLinearBackwardParams params, at::Device device) {
+#if OMNI_MOE_WITH_CUDA
+  if (device.is_cuda()) return launch_cuda(params, device, cuda::gated_linear_backward);
+#endif
+  no_backend(device);
+}
+
 }  // namespace omni_moe::torch_api

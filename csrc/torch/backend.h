@@ -21,8 +21,10 @@ void launch(GatedActivationBackwardParams params, at::Device device);
 void launch(BatchNormForwardParams params, at::Device device);
 void launch(BatchNormBackwardParams params, at::Device device);
 
-// Not every backend has this one: ask first (outputs may still be null then).
+// Not every backend has these: ask first (outputs may still be null then).
 bool supports(const GatedLinearForwardParams& params, at::Device device);
+bool supports(const GatedLinearBackwardParams& params, at::Device device);
 void launch(GatedLinearForwardParams params, at::Device device);
+void launch(GatedLinearBackwardParams params, at::Device device);
 
 }  // namespace omni_moe::torch_api

@@ -100,16 +100,37 @@ struct GatedGradients {
   Tensor activated;  // act(gate) * up again: where wanted
 };
 
-// Gradients through the activation. They take the memory of what they are computed from as far as
-// it is this call's own: of grad_activated always, of gate and up if those are not saved tensors.
-GatedGradients gated_gradients(Tensor grad_activated, Tensor gate, Tensor up, bool owns_products,
-                               Activation activation, bool want_activated) {
-  GatedGradients result;
-  if (owns_products) {
-    result = {gate, up, want_activated ? grad_activated : Tensor()};
-  } else {
-    result = {grad_activated, at::empty_like(up), want_activated ? at::empty_like(gate) : Tensor()};
+// Gradients through the down product and the activation. Those of gate and up take the memory of
+// the products where these are this call's own. One kernel where there is one, else a GEMM and the
+// activation's own; grad_activated is rounded in between in either case.
+GatedGradients gated_gradients(const Tensor& grad, const Tensor& down_weight, Tensor gate,
+                               Tensor up, bool owns_products, Activation activation,
+                               bool want_activated) {
+  const auto like = [](const Tensor& t, bool wanted) {
+    return wanted ? at::empty_like(t) : Tensor();
+  };
+  GatedLinearBackwardParams fused{grad.const_data_ptr(), down_weight.const_data_ptr(),
+                                  gate.const_data_ptr(), up.const_data_ptr(),
+                                  /*grad_gate=*/nullptr,
+                                  /*grad_up=*/nullptr,
+                                  /*activated=*/nullptr, grad.size(0),
+                                  grad.size(1),          gate.size(1),
+                                  to_dtype(gate),        activation};
+  if (grad.is_contiguous() && down_weight.is_contiguous() && supports(fused, gate.device())) {
+    GatedGradients result{owns_products ? gate : at::empty_like(gate),
+                          owns_products ? up : at::empty_like(up), like(gate, want_activated)};
+    fused.grad_gate = result.gate.mutable_data_ptr();
+    fused.grad_up = result.up.mutable_data_ptr();
+    fused.activated = want_activated ? result.activated.mutable_data_ptr() : nullptr;
+    launch(fused, gate.device());
+    return result;
   }
+  // Some results take the memory of grad_activated, too.
+  Tensor grad_activated = at::mm(grad, down_weight);
+  const GatedGradients result =
+      owns_products
+          ? GatedGradients{gate, up, want_activated ? grad_activated : Tensor()}
+          : GatedGradients{grad_activated, at::empty_like(up), like(gate, want_activated)};
   launch({grad_activated.const_data_ptr(), gate.const_data_ptr(), up.const_data_ptr(),
           result.gate.mutable_data_ptr(), result.up.mutable_data_ptr(),
           want_activated ? result.activated.mutable_data_ptr() : nullptr, gate.size(0),
@@ -128,8 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of_products(
 
   // 1. Through the down product and the activation; act(gate) * up again, for the weight gradient.
   GatedGradients grads =
-      gated_gradients(at::mm(grad, down_weight), std::move(gate), std::move(up), owns_products,
-                      activation, /*want_activated=*/output_mask[3]);
+      gated_gradients(grad, down_weight, std::move(gate), std::move(up), owns_products, activation,
+                      /*want_activated=*/output_mask[3]);
 
   // 2. Through the gate and up products. Each operand is freed after its last use: memory peaks
   //    here, where the weights' gradients pile up.

@@ -19,6 +19,7 @@ expert=$expert:'*CudaExpert.*/T1_H100_K200_*:*CudaExpert.Backward/T199_H128_K16_
 expert=$expert:'*CudaExpert.Backward/T50_H1024_K70_*:*CudaExpert.Backward/T1200_H64_K40_*'
 # Tails in every dimension, fewer and more tiles than one.
 linear='*GatedLinear.*/T37_H200_I136_*:*GatedLinear.*/T199_H200_I264_*:*GatedLinear.*/T257_H64_I128_*'
+linear_backward='*GatedLinearBackward.*/T37_H104_I136_*:*GatedLinearBackward.*/T199_H200_I264_*'
 # Warp and block kernels, all dtypes and special values; shared and global workspaces.
 router='CudaRouter.ForwardGrid5x7:CudaRouter.ForwardManyExpertsPerToken:CudaRouter.ForwardEmpty'
 router=$router:'CudaRouter.BackwardSpecialValues:CudaRouter.BackwardLongAxes'
@@ -28,8 +29,9 @@ batch_norm='CudaBatchNorm.Small:CudaBatchNorm.ManyColumns:CudaBatchNorm.NoTokens
 
 status=0
 for tool in "$@"; do
-  for pair in "expert $expert" "gated_linear $linear" "router $router" \
-    "gated_activation $activation" "batch_norm $batch_norm"; do
+  for pair in "expert $expert" "gated_linear $linear" \
+    "gated_linear_backward $linear_backward" "router $router" "gated_activation $activation" \
+    "batch_norm $batch_norm"; do
     name=test_cuda_${pair%% *}
     start=$(date +%s)
     if timeout "${SECONDS_EACH:-60}" "$sanitizer" --tool "$tool" --error-exitcode 1 \

@@ -2,21 +2,14 @@
 // rounded to the dtype. Outputs are poisoned with NaN bytes before each run and lie between guards;
 // every element is checked (on big sizes every column of a sample of rows), and a second run must
 // repeat the first bit for bit.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
-#include <gtest/gtest.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <ostream>
 #include <random>
 #include <sstream>
-#include <string>
 #include <vector>
 
+#include "gated_linear_testing.h"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe {
@@ -34,90 +27,6 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << "_dtype" << int(c.dtype) << "_act" << int(c.activation)
              << (c.activated ? "_activated" : "") << (c.products ? "_products" : "");
 }
-
-uint16_t encode(DType dtype, float value) {
-  uint16_t bits;
-  if (dtype == DType::kFloat16) {
-    const __half half = __float2half(value);
-    std::memcpy(&bits, &half, 2);
-  } else {
-    const __nv_bfloat16 bfloat = __float2bfloat16(value);
-    std::memcpy(&bits, &bfloat, 2);
-  }
-  return bits;
-}
-
-float decode(DType dtype, uint16_t bits) {
-  return dtype == DType::kFloat16 ? __half2float(__half(__half_raw{bits}))
-                                  : __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{bits}));
-}
-
-double activate(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kGelu:
-      return 0.5 * x * (1 + std::erf(x * std::sqrt(0.5)));
-    case Activation::kGeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
-    case Activation::kRelu:
-      return std::max(x, 0.0);
-    case Activation::kIdentity:
-      return x;
-  }
-  return NAN;
-}
-
-#define CHECK_CUDA(call) ASSERT_EQ(call, cudaSuccess) << cudaGetErrorString(cudaGetLastError())
-
-using Matrix = std::vector<uint16_t>;
-
-// Device elements between two guards that must stay untouched.
-class DeviceMatrix {
- public:
-  explicit DeviceMatrix(size_t count) : count_(count) {
-    void* base = nullptr;
-    EXPECT_EQ(cudaMalloc(&base, bytes()), cudaSuccess);
-    base_ = static_cast<uint16_t*>(base);
-    poison();
-  }
-  explicit DeviceMatrix(const Matrix& host) : DeviceMatrix(host.size()) {
-    EXPECT_EQ(cudaMemcpy(data(), host.data(), 2 * host.size(), cudaMemcpyHostToDevice),
-              cudaSuccess);
-  }
-  DeviceMatrix(const DeviceMatrix&) = delete;
-  DeviceMatrix& operator=(const DeviceMatrix&) = delete;
-  ~DeviceMatrix() { cudaFree(base_); }
-
-  // All bytes 0xff: a NaN in both types.
-  void poison() { EXPECT_EQ(cudaMemset(base_, 0xff, bytes()), cudaSuccess); }
-  void* data() const { return base_ + kGuard; }
-
-  Matrix download() const {
-    Matrix all(count_ + 2 * kGuard);
-    EXPECT_EQ(cudaMemcpy(all.data(), base_, bytes(), cudaMemcpyDeviceToHost), cudaSuccess);
-    const auto untouched = [](uint16_t bits) { return bits == 0xffff; };
-    EXPECT_TRUE(std::all_of(all.begin(), all.begin() + kGuard, untouched)) << "write before";
-    EXPECT_TRUE(std::all_of(all.end() - kGuard, all.end(), untouched)) << "write past";
-    return {all.begin() + kGuard, all.end() - kGuard};
-  }
-
- private:
-  static constexpr size_t kGuard = 1024;
-  size_t bytes() const { return 2 * (count_ + 2 * kGuard); }
-  uint16_t* base_ = nullptr;
-  size_t count_;
-};
-
-Matrix random_matrix(int64_t rows, int64_t cols, double deviation, DType dtype, std::mt19937& rng) {
-  std::normal_distribution<float> normal(0.0f, static_cast<float>(deviation));
-  Matrix matrix(rows * cols);
-  for (uint16_t& bits : matrix) bits = encode(dtype, normal(rng));
-  return matrix;
-}
-
-// A multiply-add per element of the rows checked: what a second of host time allows.
-constexpr double kMaxOracleWork = 3e8;
 
 GatedLinearForwardParams params_of(const Case& c) {
   return {nullptr,      nullptr,       nullptr,
@@ -150,11 +59,9 @@ struct Check {
 
   void operator()(const char* name, int64_t row, int64_t col, uint16_t bits, double want,
                   double magnitude) {
-    const double rounding = dtype == DType::kFloat16 ? 1.0 / 2048 : 1.0 / 256;
-    const double smallest = dtype == DType::kFloat16 ? 6e-8 : 1e-37;
-    const double sum_error = magnitude * (1e-6 * std::sqrt(double(hidden_size)) + 4e-6);
+    const double sum_error = magnitude * sum_error_of(hidden_size);
     const double error = std::abs(decode(dtype, bits) - want);
-    const double tolerance = 1.01 * rounding * std::abs(want) + sum_error + smallest;
+    const double tolerance = rounding_error(dtype, want) + sum_error;
     if (!(error <= tolerance) && ++failures <= 10) {  // NaN fails
       ADD_FAILURE() << name << "[" << row << ", " << col << "] = " << decode(dtype, bits)
                     << ", want " << want << " +- " << tolerance;
@@ -234,7 +141,7 @@ TEST_P(GatedLinear, MatchesOracle) {
   EXPECT_EQ(count(got_gate), c.products ? tokens * width : 0);
   EXPECT_EQ(count(got_up), c.products ? tokens * width : 0);
   if (c.activated && c.products) {
-    const double rounding = c.dtype == DType::kFloat16 ? 1.0 / 2048 : 1.0 / 256;
+    const double rounding = rounding_of(c.dtype);
     int64_t mismatches = 0;
     for (size_t i = 0; i < got_gate.size(); ++i) {
       const double g = decoded(got_gate[i]), u = decoded(got_up[i]);

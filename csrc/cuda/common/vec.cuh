@@ -161,6 +161,37 @@ __device__ __forceinline__ V load_vec_streaming(const T* pointer) {
   return bits.vec;
 }
 
+// The same for data read once whose memory this thread may write later: in order with its other
+// accesses, and first to leave the caches.
+template <class V, class T>
+__device__ __forceinline__ V load_vec_once(const T* pointer) {
+  static_assert(sizeof(V) == 16, "narrower loads are not needed yet");
+  union {
+    uint4 word;
+    V vec;
+  } bits;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.word.x), "=r"(bits.word.y), "=r"(bits.word.z), "=r"(bits.word.w)
+               : "l"(pointer)
+               : "memory");
+  return bits.vec;
+}
+
+// From shared memory, in one instruction even if the compiler sees narrower uses.
+template <class V>
+__device__ __forceinline__ V load_shared_vec(const void* pointer) {
+  static_assert(sizeof(V) == 16, "narrower loads are not needed yet");
+  union {
+    uint4 word;
+    V vec;
+  } bits;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.word.x), "=r"(bits.word.y), "=r"(bits.word.z), "=r"(bits.word.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(pointer)))
+               : "memory");
+  return bits.vec;
+}
+
 template <class T, class V>
 __device__ __forceinline__ void store_vec(T* pointer, const V& value) {
   *reinterpret_cast<V*>(pointer) = value;

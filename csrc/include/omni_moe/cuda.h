@@ -27,11 +27,13 @@ cudaError_t gated_activation_backward(const GatedActivationBackwardParams& param
 cudaError_t batch_norm_forward(const BatchNormForwardParams& params, cudaStream_t stream);
 cudaError_t batch_norm_backward(const BatchNormBackwardParams& params, cudaStream_t stream);
 
-// Whether gated_linear_forward has a kernel for these operands on the current device (Hopper,
-// 16-bit elements, H and I multiples of 8, 16-byte aligned pointers). Where not, it returns
-// cudaErrorNotSupported.
+// Whether gated_linear_forward or _backward has a kernel for these operands on the current device
+// (Hopper, 16-bit elements, H and I multiples of 8, 16-byte aligned pointers). Where not, it
+// returns cudaErrorNotSupported.
 bool gated_linear_forward_supported(const GatedLinearForwardParams& params);
 cudaError_t gated_linear_forward(const GatedLinearForwardParams& params, cudaStream_t stream);
+bool gated_linear_backward_supported(const GatedLinearBackwardParams& params);
+cudaError_t gated_linear_backward(const GatedLinearBackwardParams& params, cudaStream_t stream);
 
 // Bytes of workspace (aligned to 256), from the shapes and the current device's properties alone.
 size_t router_forward_workspace_size(const RouterForwardParams& params);

@@ -56,4 +56,25 @@ struct GatedLinearForwardParams {
   Activation activation;
 };
 
+// The gradient through the down product and the gated activation, all operands dense and row-major:
+//   grad_activated = grad_output down_weight                                [T, I], never written
+//   grad_gate = grad_activated * up * act'(gate),  grad_up = grad_activated * act(gate)
+// Sums and the activation are in fp32. grad_activated is rounded to the dtype, as the product alone
+// would be, and each output once. An output may be the same memory as gate or as up: at each
+// position both are read before an output is written.
+struct GatedLinearBackwardParams {
+  const void* grad_output;  // [T, H]
+  const void* down_weight;  // [H, I]
+  const void* gate;         // [T, I]
+  const void* up;           // [T, I]
+  void* grad_gate;          // [T, I]
+  void* grad_up;            // [T, I]
+  void* activated;          // [T, I] act(gate) * up again, or null: not wanted
+  int64_t num_tokens;
+  int64_t hidden_size;
+  int64_t intermediate_size;
+  DType dtype;
+  Activation activation;
+};
+
 }  // namespace omni_moe

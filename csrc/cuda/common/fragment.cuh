@@ -1,0 +1,32 @@
+// From fp32 accumulators of a warp to rows of 16-bit elements in shared memory, four 8x8 matrices
+// at a time: lane l gives the address of row l % 8 of matrix l / 8 and holds, of each matrix,
+// columns 2 (l % 4) + {0, 1} of row l / 4, the layout of the tensor cores' accumulators. sm_90 and
+// later.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/common/mbarrier.cuh"
+
+namespace omni_moe::cuda {
+
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragment)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+      : "memory");
+}
+
+}  // namespace omni_moe::cuda
