@@ -247,17 +247,16 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_
     };
   };
   const auto kernel = gated_linear_forward_kernel<T, kActivation, Tuning>;
-  return run_steps(
-      operand(params.x, params.num_tokens, &args.x),
-      operand(params.gate_weight, params.intermediate_size, &args.gate_weight),
-      operand(params.up_weight, params.intermediate_size, &args.up_weight),
-      output(params.activated, &args.activated), output(params.gate, &args.gate),
-      output(params.up, &args.up),
-      [&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
-      [&] {
-        return launch_gated_clusters(kernel, args, Tuning::kCluster, num_sms, kSharedBytes<Tuning>,
-                                     stream);
-      });
+  return run_steps([&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
+                   operand(params.x, params.num_tokens, &args.x),
+                   operand(params.gate_weight, params.intermediate_size, &args.gate_weight),
+                   operand(params.up_weight, params.intermediate_size, &args.up_weight),
+                   output(params.activated, &args.activated), output(params.gate, &args.gate),
+                   output(params.up, &args.up),
+                   [&] {
+                     return launch_gated_clusters(kernel, args, Tuning::kCluster, num_sms,
+                                                  kSharedBytes<Tuning>, stream);
+                   });
 }
 
 bool is_empty(const GatedLinearForwardParams& params) {

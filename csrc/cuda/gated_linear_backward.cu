@@ -398,6 +398,7 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
 
   const auto kernel = gated_linear_backward_kernel<T, kActivation, Tuning>;
   return run_steps(
+      [&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
       [&] {
         return encode_tensor_map<T>(params.grad_output, params.num_tokens, params.hidden_size,
                                     kTileTokens, &args.grad_output);
@@ -406,7 +407,6 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
         return encode_tensor_map<T>(params.down_weight, params.hidden_size,
                                     params.intermediate_size, kStageDepth, &args.down_weight);
       },
-      [&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
       [&] {
         return launch_gated_clusters(kernel, args, Tuning::kCluster, num_sms, kSharedBytes<Tuning>,
                                      stream);

@@ -13,6 +13,7 @@
 
 #include "cuda/common/check.h"
 #include "cuda/common/dispatch.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/tma.cuh"
@@ -112,6 +113,7 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
   }
   __syncthreads();
   cluster_sync();
+  wait_for_previous_kernel();
 
   // 2. Load, multiply, or finish.
   if (warp < kConsumerWarps) {
@@ -139,16 +141,18 @@ cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& ar
                                   int num_sms, size_t shared_bytes, cudaStream_t stream) {
   const int clusters = std::min(std::max(num_sms / cluster, 1),
                                 args.tiles.num_token_tiles * args.tiles.num_col_tiles);
-  cudaLaunchAttribute cluster_size{};
-  cluster_size.id = cudaLaunchAttributeClusterDimension;
-  cluster_size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(clusters * cluster);
   config.blockDim = dim3(kGatedThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &cluster_size;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -116,7 +116,7 @@ GatedGradients gated_gradients(const Tensor& grad, const Tensor& down_weight, Te
                                   /*activated=*/nullptr, grad.size(0),
                                   grad.size(1),          gate.size(1),
                                   to_dtype(gate),        activation};
-  if (grad.is_contiguous() && down_weight.is_contiguous() && supports(fused, gate.device())) {
+  if (down_weight.is_contiguous() && supports(fused, gate.device())) {
     GatedGradients result{owns_products ? gate : at::empty_like(gate),
                           owns_products ? up : at::empty_like(up), like(gate, want_activated)};
     fused.grad_gate = result.gate.mutable_data_ptr();
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of_products(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, Tensor gate, Tensor up, bool owns_products, Activation activation,
     std::array<bool, 4> output_mask) {
-  const Tensor rows = as_rows(x), grad = as_rows(grad_output);
+  const Tensor rows = as_rows(x), grad = as_rows(grad_output).contiguous();
 
   // 1. Through the down product and the activation; act(gate) * up again, for the weight gradient.
   GatedGradients grads =

@@ -5,6 +5,7 @@ Every kernel strategy has a case; results are compared bit for bit with a plain 
 
 import contextlib
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -220,6 +221,28 @@ def test_concurrent_streams():
     torch.cuda.synchronize()
     for name, results in got:
         assert_same_run(results, want[name])
+
+
+@on_cases
+def test_threads_without_a_context(case):
+    """A new thread, as autograd's are, has no current context until something makes one so."""
+    function, inputs, grad = CASES[case]("cuda")
+    want, got = run(function, inputs, grad), []
+    out = function(*(leaves := [tensor.detach().requires_grad_() for tensor in inputs]))
+
+    def forward_then_backward():
+        got.append(run(function, inputs, grad))
+
+    def backward_alone():
+        got.append((out.detach(), torch.autograd.grad(out, leaves, grad)))
+
+    for target in (forward_then_backward, backward_alone):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert len(got) == 2
+    for results in got:
+        assert_same_run(results, want)
 
 
 @on_cases

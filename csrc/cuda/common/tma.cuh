@@ -41,6 +41,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
+// Needs a current context: in a new thread, one of autograd's, call the runtime for something else
+// that does (cudaFuncSetAttribute) first.
 // matrix is [num_rows, num_cols], dense, 16-byte aligned with rows of a multiple of 16 bytes. A
 // copy moves tile_rows rows of 128 bytes.
 template <class T>
