@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <functional>
 
+#include "checks.h"
 #include "ops.h"
 
 namespace omni_moe::torch_api {
@@ -197,6 +198,10 @@ class ExpertMlpFunction : public Function<ExpertMlpFunction> {
                         const Tensor& down_embed, const Tensor& routing_weights,
                         const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
                         const Tensor& down_weight, std::string_view activation, bool recompute) {
+    constexpr auto kOp = "omni_expert_mlp";
+    parse_activation(kOp, activation);
+    check_expert_mlp(kOp, hidden_states, up_embed, down_embed, routing_weights, indices,
+                     gate_weight, up_weight, down_weight);
     const at::AutoDispatchBelowADInplaceOrView guard;
     Tensor shared_states, gate, up;
     if (recompute) {

@@ -87,10 +87,11 @@ void check_softmax_router_backward(const char* op, const at::Tensor& grad_routin
 
 void check_expert(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_weights,
                   const at::Tensor& down_weights, const at::Tensor& routing_weights,
-                  const at::Tensor& indices, const std::optional<at::Tensor>& addend) {
+                  const at::Tensor& indices, const std::optional<at::Tensor>& addend,
+                  const char* up_name, const char* down_name) {
   const Argument hidden{op, "hidden_states", hidden_states};
-  const Argument up{op, "up_weights", up_weights};
-  const Argument down{op, "down_weights", down_weights};
+  const Argument up{op, up_name, up_weights};
+  const Argument down{op, down_name, down_weights};
   const Argument routing{op, "routing_weights", routing_weights};
   const Argument ids{op, "indices", indices};
   for (const auto& argument : {hidden, up, down, routing, ids}) check_rank(argument, 2);
@@ -99,7 +100,8 @@ void check_expert(const char* op, const at::Tensor& hidden_states, const at::Ten
   check_integer(ids);
   check_like(ids, hidden, /*same_dtype=*/false);
   check_size(up, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
-  check_size(down, 0, up_weights.sym_size(0), "number of experts of up_weights");
+  check_size(down, 0, up_weights.sym_size(0),
+             ("number of experts of " + std::string(up_name)).c_str());
   check_size(down, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
   check_size(ids, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
   check_size(routing, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
@@ -139,23 +141,33 @@ at::ScalarType accumulation_dtype(at::ScalarType dtype) {
 }
 
 void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weight,
-               const at::Tensor& up_weight, const at::Tensor& down_weight) {
-  const Argument input{op, "x", x};
+               const at::Tensor& up_weight, const at::Tensor& down_weight, const char* x_name) {
+  const Argument input{op, x_name, x};
+  const std::string hidden_size = "hidden_size of " + std::string(x_name);
   const Argument gate{op, "gate_weight", gate_weight};
   const Argument up{op, "up_weight", up_weight};
   const Argument down{op, "down_weight", down_weight};
-  TORCH_CHECK_VALUE(x.dim() >= 1, op,
-                    ": expected x to have at least 1 dimension, but got a scalar");
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": expected ", x_name,
+                    " to have at least 1 dimension, but got a scalar");
   check_floating(input);
   for (const auto& argument : {gate, up, down}) {
     check_rank(argument, 2);
     check_like(argument, input);
   }
-  check_size(gate, 1, x.sym_size(-1), "hidden_size of x");
+  check_size(gate, 1, x.sym_size(-1), hidden_size.c_str());
   check_size(up, 0, gate_weight.sym_size(0), "intermediate_size of gate_weight");
-  check_size(up, 1, x.sym_size(-1), "hidden_size of x");
-  check_size(down, 0, x.sym_size(-1), "hidden_size of x");
+  check_size(up, 1, x.sym_size(-1), hidden_size.c_str());
+  check_size(down, 0, x.sym_size(-1), hidden_size.c_str());
   check_size(down, 1, gate_weight.sym_size(0), "intermediate_size of gate_weight");
+}
+
+void check_expert_mlp(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_embed,
+                      const at::Tensor& down_embed, const at::Tensor& routing_weights,
+                      const at::Tensor& indices, const at::Tensor& gate_weight,
+                      const at::Tensor& up_weight, const at::Tensor& down_weight) {
+  check_expert(op, hidden_states, up_embed, down_embed, routing_weights, indices,
+               /*addend=*/std::nullopt, "up_embed", "down_embed");
+  check_mlp(op, hidden_states, gate_weight, up_weight, down_weight, "hidden_states");
 }
 
 void check_mlp_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& x,

@@ -43,7 +43,8 @@ void check_softmax_router_backward(const char* op, const at::Tensor& grad_routin
 
 void check_expert(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_weights,
                   const at::Tensor& down_weights, const at::Tensor& routing_weights,
-                  const at::Tensor& indices, const std::optional<at::Tensor>& addend);
+                  const at::Tensor& indices, const std::optional<at::Tensor>& addend,
+                  const char* up_name = "up_weights", const char* down_name = "down_weights");
 
 void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& hidden_states, const at::Tensor& up_weights,
@@ -55,7 +56,13 @@ void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
 at::ScalarType accumulation_dtype(at::ScalarType dtype);
 
 void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weight,
-               const at::Tensor& up_weight, const at::Tensor& down_weight);
+               const at::Tensor& up_weight, const at::Tensor& down_weight,
+               const char* x_name = "x");
+
+void check_expert_mlp(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_embed,
+                      const at::Tensor& down_embed, const at::Tensor& routing_weights,
+                      const at::Tensor& indices, const at::Tensor& gate_weight,
+                      const at::Tensor& up_weight, const at::Tensor& down_weight);
 
 void check_mlp_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& x,
                         const at::Tensor& gate_weight, const at::Tensor& up_weight,

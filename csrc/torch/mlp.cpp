@@ -204,6 +204,10 @@ Tensor omni_expert_mlp_kernel(const Tensor& hidden_states, const Tensor& up_embe
                               const Tensor& indices, const Tensor& gate_weight,
                               const Tensor& up_weight, const Tensor& down_weight,
                               std::string_view activation, bool recompute) {
+  constexpr auto kOp = "omni_expert_mlp";
+  parse_activation(kOp, activation);
+  check_expert_mlp(kOp, hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
+                   up_weight, down_weight);
   return omni_expert(
       hidden_states, up_embed, down_embed, routing_weights, indices, activation,
       omni_mlp(hidden_states, gate_weight, up_weight, down_weight, activation, recompute));

@@ -158,6 +158,37 @@ SHAPE_CASES = [
         size_message("grad_expert_states", 0, "number of tokens of hidden_states", T, (T + 1, H)),
     ),
     (["omni_expert_backward"], "grad_expert_states", (H,), "expected grad_expert_states to have 2"),
+    (["omni_expert_mlp"], "hidden_states", (H,), rank_message("hidden_states", 2, (H,))),
+    (
+        ["omni_expert_mlp"],
+        "up_embed",
+        (E, H + 1),
+        size_message("up_embed", 1, "hidden_size of hidden_states", H, (E, H + 1)),
+    ),
+    (
+        ["omni_expert_mlp"],
+        "down_embed",
+        (E + 1, H),
+        size_message("down_embed", 0, "number of experts of up_embed", E, (E + 1, H)),
+    ),
+    (
+        ["omni_expert_mlp"],
+        "routing_weights",
+        (T, K + 1),
+        size_message("routing_weights", 1, "experts per token of indices", K, (T, K + 1)),
+    ),
+    (
+        ["omni_expert_mlp"],
+        "gate_weight",
+        (I, H + 1),
+        size_message("gate_weight", 1, "hidden_size of hidden_states", H, (I, H + 1)),
+    ),
+    (
+        ["omni_expert_mlp"],
+        "down_weight",
+        (H, I + 1),
+        size_message("down_weight", 1, "intermediate_size of gate_weight", I, (H, I + 1)),
+    ),
     (["omni_expert"], "addend", (H,), rank_message("addend", 2, (H,))),
     (
         ["omni_expert"],

@@ -34,10 +34,6 @@ __device__ __forceinline__ void warp_sum(float (&values)[kCount]) {
   }
 }
 
-__device__ __forceinline__ float warp_max(float value) {
-  return warp_reduce(value, [](float a, float b) { return fmaxf(a, b); });
-}
-
 // Sum over lanes 0 … lane.
 __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned value, int lane) {
 #pragma unroll

@@ -71,10 +71,6 @@ __device__ __forceinline__ int swizzle128(int row, int piece) {
   return row * kSwizzleRowBytes + ((piece ^ (row & 7)) << 4);
 }
 
-__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // The tile whose first element is (row, col); its bytes complete on `barrier`.
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, void* tile, uint64_t* barrier,
                                          int row, int col) {
