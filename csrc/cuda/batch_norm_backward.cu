@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         }
         V packed;
         pack(g, packed);
-        store_vec(out + rows.at(first + j) * stride, packed);
+        store_vec_streaming(out + rows.at(first + j) * stride, packed);
       }
     };
     write(held_grads, held_norms, 0);

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         for (int i = 0; i < kVec; ++i) values[i] = (values[i] - shift[i]) * scale[i];
         V out;
         pack(values, out);
-        store_vec(normed + rows.at(first + j) * tile.axis_width, out);
+        store_vec_streaming(normed + rows.at(first + j) * tile.axis_width, out);
       }
     };
     normalise(held, 0);

@@ -144,13 +144,13 @@ __device__ __forceinline__ void group_write_gradient(const TokenGroup<kWarps>& g
     }
     Vec<T, kVec> out;
     pack(values, out);
-    store_vec(grad + v * kVec, out);
+    store_vec_streaming(grad + v * kVec, out);
   }
 #pragma unroll 1
   for (int i = num_vec * kVec + group.thread(); i < n; i += group.kSize) {
     float value = total(i);
     if (subtracts) value -= scale * expf(to_float(logits[i]) - softmax.max);
-    grad[i] = from_float<T>(value);
+    store_vec_streaming(grad + i, from_float<T>(value));
   }
 }
 
