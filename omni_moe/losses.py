@@ -6,6 +6,8 @@ over the tokens is one (R, T) x (T, C) GEMM and its logsumexp a sum of two: noth
 elements. Computed in fp32 whatever the dtype of the logits (fp64 for fp64), under autocast too.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def load_balancing_loss(
         raise ValueError(
             f"indices: expected shape (T, K) with T = {num_tokens}, got {tuple(indices.shape)}"
         )
-    with torch.autocast(router_logits_x.device.type, enabled=False):
+    with _without_autocast(router_logits_x):
         probs_x = _wide(router_logits_x, router_logits_y).softmax(-1)
         probs_y = _wide(router_logits_y, router_logits_x).softmax(-1)
         prob_sums = probs_x.T @ probs_y  # (R, C)
@@ -70,7 +72,7 @@ def router_z_loss(router_logits_x: Tensor, router_logits_y: Tensor) -> Tensor:
         ValueError: shapes disagree.
     """
     _check_logits(router_logits_x, router_logits_y)
-    with torch.autocast(router_logits_x.device.type, enabled=False):
+    with _without_autocast(router_logits_x):
         log_sums = _wide(router_logits_x, router_logits_y).logsumexp(-1)
         log_sums = log_sums + _wide(router_logits_y, router_logits_x).logsumexp(-1)
         return log_sums.square().sum() / max(router_logits_x.shape[0], 1)
@@ -105,6 +107,12 @@ def _check_logits(x: Tensor, y: Tensor) -> None:
             f"router_logits_y: expected as many rows as router_logits_x, {x.shape[0]}, "
             f"got {y.shape[0]}"
         )
+
+
+def _without_autocast(logits: Tensor) -> contextlib.AbstractContextManager:
+    if logits.is_meta:  # has none
+        return contextlib.nullcontext()
+    return torch.autocast(logits.device.type, enabled=False)
 
 
 def _wide(logits: Tensor, other: Tensor) -> Tensor:

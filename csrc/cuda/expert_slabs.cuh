@@ -84,8 +84,9 @@ __global__ void __launch_bounds__(Slab::kWarps* kWarpSize, Slab::kBlocksPerSm)
     expert_slab_dots_kernel(const __grid_constant__ TokenPassArgs args, bool beside_previous,
                             float* partial) {  // [num_slabs, T * K]
   using Lane = SlabLane<T, Slab>;
-  let_next_kernel_start();
+  // In this order: the sum reads indices before it waits.
   if (!beside_previous) wait_for_previous_kernel();
+  let_next_kernel_start();
   const SlabTask task = slab_task<Slab>(args.num_tokens);
   const Lane lane(task.slab, static_cast<int>(args.hidden_size * sizeof(T)));
   const char* table = static_cast<const char*>(args.scored) + lane.byte;

@@ -119,34 +119,41 @@ class ExpertFunction : public Function<ExpertFunction> {
 struct MlpProducts {
   Tensor gate, up;
 
-  // In the forward: what sees tensors as they are saved or computed may also keep them.
+  // Asked in the forward and in the backward: what sees tensors as they are saved or computed may
+  // also keep them.
   static bool may_be_consumed() {
     return !at::SavedTensorDefaultHooks::get_hooks() &&
            !c10::impl::TorchDispatchModeTLS::any_modes_set();
   }
-
-  // Wrappers of tensors (fake, functional, batched) belong to what traces this pass.
-  bool are_plain() const {
-    constexpr c10::DispatchKeySet kWrappers(
-        {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-         c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
-    return !gate.key_set().has_any(kWrappers);
-  }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
-    const Tensor& down_weight, MlpProducts products, bool may_consume,
-    const std::string& activation, std::array<bool, 4> mask) {
+// Wrappers of tensors (fake, functional, batched) belong to what traces this pass.
+bool are_plain(std::initializer_list<std::reference_wrapper<const Tensor>> tensors) {
+  constexpr c10::DispatchKeySet kWrappers(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
+       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  return std::none_of(tensors.begin(), tensors.end(),
+                      [&](const Tensor& tensor) { return tensor.key_set().has_any(kWrappers); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(AutogradContext* ctx, const Tensor& grad,
+                                                        const Tensor& x, const Tensor& gate_weight,
+                                                        const Tensor& up_weight,
+                                                        const Tensor& down_weight,
+                                                        MlpProducts products,
+                                                        std::array<bool, 4> mask) {
+  const std::string activation = ctx->saved_data["activation"].toStringRef();
   if (!products.gate.defined()) {
     return omni_mlp_backward(grad, x, gate_weight, up_weight, down_weight, std::nullopt,
                              std::nullopt, activation, mask);
   }
-  if (may_consume && products.are_plain() &&
+  if (ctx->saved_data["may_consume"].toBool() && MlpProducts::may_be_consumed() &&
+      are_plain({grad, x, gate_weight, up_weight, down_weight, products.gate, products.up}) &&
       !torch::autograd::get_current_graph_task_keep_graph()) {
     auto grads = omni_mlp_backward_consume(grad, x, gate_weight, up_weight, down_weight,
                                            products.gate, products.up, activation, mask);
-    // The node holds on to them until it has returned, after the experts' backward.
+    // The node holds on to them until it has returned, after the experts' backward. If that fails,
+    // their versions tell a second try that they are no longer what was saved.
     for (const Tensor& product : {products.gate, products.up}) {
       product.storage().unsafeGetStorageImpl()->reset();
     }
@@ -179,8 +186,7 @@ class MlpFunction : public Function<MlpFunction> {
     const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
     auto [grad_x, grad_gate, grad_up, grad_down] = mlp_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], {saved[4], saved[5]},
-        ctx->saved_data["may_consume"].toBool(), ctx->saved_data["activation"].toStringRef(), mask);
+        ctx, grads[0], saved[0], saved[1], saved[2], saved[3], {saved[4], saved[5]}, mask);
     return {if_wanted(mask[0], grad_x),
             if_wanted(mask[1], grad_gate),
             if_wanted(mask[2], grad_up),
@@ -223,7 +229,7 @@ class ExpertMlpFunction : public Function<ExpertMlpFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto& hidden_states = saved[0];
-    const std::string& activation = ctx->saved_data["activation"].toStringRef();
+    const std::string activation = ctx->saved_data["activation"].toStringRef();
     const auto needs = [&](size_t input) { return ctx->needs_input_grad(input); };
     const std::array<bool, 4> mlp_mask = {needs(0), needs(5), needs(6), needs(7)};
     const std::array<bool, 4> expert_mask = {needs(0), needs(1), needs(2), needs(3)};
@@ -234,8 +240,8 @@ class ExpertMlpFunction : public Function<ExpertMlpFunction> {
     variable_list result(10);
     if (any(mlp_mask)) {
       auto [grad_x, grad_gate, grad_up, grad_down] =
-          mlp_backward(grads[0], hidden_states, saved[5], saved[6], saved[7], {saved[9], saved[10]},
-                       ctx->saved_data["may_consume"].toBool(), activation, mlp_mask);
+          mlp_backward(ctx, grads[0], hidden_states, saved[5], saved[6], saved[7],
+                       {saved[9], saved[10]}, mlp_mask);
       result[0] = if_wanted(mlp_mask[0], grad_x);
       result[5] = if_wanted(mlp_mask[1], grad_gate);
       result[6] = if_wanted(mlp_mask[2], grad_up);
@@ -359,7 +365,7 @@ std::tuple<Tensor, Tensor> omni_batch_norm_autograd(
   return {outputs[0], outputs[1]};
 }
 
-// ---- versions of the buffers that BatchNorm updates: autograd sees in-place changes by them ----
+// ---- versions of what is changed in place, by which autograd sees it ----
 
 void bump_version(bool training, std::initializer_list<const std::optional<Tensor>*> buffers) {
   if (!training) return;  // then they are only read
@@ -418,8 +424,6 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
 TORCH_LIBRARY_IMPL(omni_moe, ADInplaceOrView, m) {
   m.impl("omni_batch_norm", omni_batch_norm_inplace);
   m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_inplace);
-  m.impl("omni_mlp_backward_consume",
-         torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }
 
 }  // namespace omni_moe::torch_api

@@ -193,6 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume_kernel(
   constexpr auto kOp = "omni_mlp_backward_consume";
   const Activation act = parse_activation(kOp, activation);
   check_mlp_backward(kOp, grad_output, x, gate_weight, up_weight, down_weight, gate, up);
+  for (Tensor* product : {&gate, &up}) product->unsafeGetTensorImpl()->bump_version();
   return backward_of_products(grad_output, x, gate_weight, up_weight, down_weight,
                               as_rows(gate).contiguous(), as_rows(up).contiguous(),
                               /*owns_products=*/true, act, output_mask);

@@ -149,12 +149,22 @@ class OmniMoE(nn.Module):
 
     def _has_plain_router(self) -> bool:
         """Whether nothing has been done to gates and norms, such as adapters or SyncBatchNorm."""
+        gates = (self.router_gate_x, self.router_gate_y)
         norms = (self.router_norm_x, self.router_norm_y)
-        return (
-            all(_is_plain(gate, nn.Linear) for gate in (self.router_gate_x, self.router_gate_y))
-            and all(_is_plain(norm, nn.BatchNorm1d) for norm in norms)
-            and all(norm.track_running_stats and norm.momentum is not None for norm in norms)
-            and len({(norm.training, norm.momentum, norm.eps) for norm in norms}) == 1
+        if not all(_is_plain(gate, nn.Linear) for gate in gates):
+            return False
+        if norms[0] is norms[1] or not all(_is_plain(norm, nn.BatchNorm1d) for norm in norms):
+            return False
+        device = gates[0].weight.device.type
+        half = {gate.weight.dtype for gate in gates} & {torch.float16, torch.bfloat16}
+        if half and torch.is_autocast_enabled(device):
+            if half != {torch.get_autocast_dtype(device)}:
+                return False  # cat takes no second 16-bit dtype
+        return all(
+            norm.weight is None and norm.momentum is not None and norm.running_mean is not None
+            for norm in norms
+        ) and 1 == len(
+            {(norm.training, norm.momentum, norm.eps, norm.running_mean.dtype) for norm in norms}
         )
 
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
@@ -233,7 +243,12 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks) and getattr(module, "bias", None) is None
+    return (
+        type(module) is kind
+        and not any(hooks)
+        and "forward" not in module.__dict__  # replaced on the instance
+        and module.bias is None
+    )
 
 
 def _is_recomputing() -> bool:

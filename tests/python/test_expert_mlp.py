@@ -185,15 +185,65 @@ class Watch(TorchDispatchMode):
         return result
 
 
+def operators_of(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function()
+    return {event.name for event in profiler.events()}
+
+
 @pytest.mark.parametrize("retain_graph", [False, True])
 @on_devices
 def test_the_last_pass_takes_their_memory(device, leaves_and_run, retain_graph):
     leaves, function, grad = leaves_and_run
     out = function(*leaves)
+    names = operators_of(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=retain_graph))
+    assert ("omni_moe::omni_mlp_backward_consume" in names) != retain_graph
+    assert ("omni_moe::omni_mlp_backward" in names) == retain_graph
+
+
+@on_devices
+def test_a_dispatch_mode_in_the_backward_may_keep_arguments(device, leaves_and_run):
+    leaves, function, grad = leaves_and_run
+    out = function(*leaves)
+    want = torch.autograd.grad(function(*leaves), leaves, grad)
     with Watch() as watch:
-        torch.autograd.grad(out, leaves, grad, retain_graph=retain_graph)
-    assert ("omni_moe::omni_mlp_backward_consume" in watch.names) != retain_graph
-    assert ("omni_moe::omni_mlp_backward" in watch.names) == retain_graph
+        got = torch.autograd.grad(out, leaves, grad)
+    assert "omni_moe::omni_mlp_backward" in watch.names
+    for one, other in zip(got, want, strict=True):
+        assert_bitwise(one, other)
+
+
+@on_devices
+def test_batched_gradients(device, leaves_and_run):
+    leaves, function, grad = leaves_and_run
+    grads = torch.stack([grad, 2 * grad])
+    got = torch.autograd.grad(function(*leaves), leaves, grads, is_grads_batched=True)
+    for i in range(2):
+        want = torch.autograd.grad(function(*leaves), leaves, grads[i])
+        for one, other in zip(got, want, strict=True):
+            assert_bitwise(one[i], other)
+
+
+def test_a_backward_that_failed_cannot_be_tried_again():
+    """What it had saved is gone: an error, not a read of what is no longer there."""
+    inputs, indices, grad = layer_inputs(ExpertShape(9, 20, 12, 3), 16, "cpu", torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    out = function_of(indices)(*leaves)
+    right = indices.data[0, 0].item()
+    indices.data[0, 0] = 999
+    with pytest.raises(IndexError, match="but got 999"):
+        torch.autograd.grad(out, leaves, grad)
+    indices.data[0, 0] = right
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, leaves, grad)
+
+
+@on_devices
+def test_consuming_counts_as_a_change(device):
+    inputs, grad = mlp_inputs((2, 9), 100, 36, device, torch.float32)
+    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
+    ops.omni_mlp_backward_consume(grad, *inputs, gate, up, "silu", [True] * 4)
+    assert gate._version == up._version == 1
 
 
 @on_devices

@@ -1,6 +1,7 @@
 """The OmniMoE layer: quick start, parameters, agreement with the reference, load statistics."""
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -207,6 +208,12 @@ def set_momentum(layer):
     layer.router_norm_x.momentum = layer.router_norm_y.momentum = None
 
 
+def replace_forward(layer):
+    for name in ("router_gate_x", "gate_proj"):
+        module = layer.get_submodule(name)
+        module.forward = type(module).forward.__get__(module)
+
+
 def forget_statistics(layer):
     for axis, width in (("x", 6), ("y", 8)):
         norm = nn.BatchNorm1d(width, affine=False, track_running_stats=False)
@@ -217,6 +224,7 @@ CHANGES = {
     "hook on a gate": lambda layer: layer.router_gate_x.register_forward_hook(lambda *_: None),
     "hook on a norm": lambda layer: layer.router_norm_y.register_forward_pre_hook(lambda *_: None),
     "hook on the MLP": lambda layer: layer.up_proj.register_full_backward_hook(lambda *_: None),
+    "forward of the instance": replace_forward,
     "average without momentum": set_momentum,
     "no running statistics": forget_statistics,
 }
@@ -240,6 +248,33 @@ def test_changed_modules_are_called(change):
     assert_close(outputs[1], outputs[0], **slack)
     for got, want in zip(*reversed(grads), strict=True):
         assert_close(got, want, **slack)
+
+
+@pytest.mark.parametrize("name", ["router_gate_x", "router_norm_y", "up_proj"])
+def test_replaced_forward_is_called(name):
+    layer = make_layer()
+    x = torch.randn(37, H, dtype=torch.float64)
+    before = layer(x)
+    module = layer.get_submodule(name)
+    module.forward = lambda *args: -type(module).forward(module, *args)
+    assert not torch.allclose(layer(x), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_half_layer_under_autocast_of_the_other_half(training):
+    layer = OmniMoE(make_layer().config).half().train(training)
+    layer.router_norm_x.float(), layer.router_norm_y.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(torch.randn(37, H).bfloat16())
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+def test_meta_tensors():
+    config = dataclasses.replace(make_layer().config, router_aux_loss_coef=0.1)
+    with torch.device("meta"):
+        layer = OmniMoE(config)
+        out = layer(torch.empty(37, H))
+    assert out.shape == (37, H) and layer.aux_loss.shape == ()
 
 
 def test_hooks_see_what_they_saw():
