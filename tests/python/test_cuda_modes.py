@@ -203,6 +203,31 @@ def test_graph_of_a_whole_training_step(losses):
     assert layer.expert_load().counts.sum() == 11 * 66 * 9
 
 
+@pytest.mark.parametrize("num_tokens", [67, 800, 1024])
+def test_experts_right_behind_their_router(num_tokens):
+    """Kernels that start early must not read the ids of a router that has not ended."""
+    shape = ExpertShape(num_tokens, 256, 4096, 16)
+    (hidden, up, down, _), _, _ = expert_inputs(shape, "cuda", BF16)
+    x, y = random_logits((num_tokens, 64, 64), "cuda", BF16)
+
+    def chain():
+        return ops.omni_expert(hidden, up, down, *ops.omni_softmax_router(x, y, 16))
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for _ in range(20):
+        for logits in (x, y):
+            logits.copy_(torch.randn_like(logits))
+        weights, indices = ops.omni_softmax_router(x, y, 16)
+        torch.cuda.synchronize()
+        want = ops.omni_expert(hidden, up, down, weights, indices)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_bitwise(out, want)
+
+
 # ---- streams and devices -------------------------------------------------------------------------
 
 
