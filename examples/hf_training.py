@@ -165,7 +165,7 @@ def make_trainer(
             "min_lr_ratio": FINAL_LR_SHARE,
         },
         warmup_steps=math.ceil(WARMUP_SHARE * args.steps),
-        logging_steps=args.log_every,
+        logging_steps=min(args.log_every, args.steps),
         eval_strategy="steps",
         eval_steps=args.eval_every,
         save_steps=args.save_every,

@@ -55,8 +55,8 @@ def check_indices() -> Iterator[None]:
     device-side assert. Each check waits for the GPU, so this is for debugging only. Ids on the CPU
     are always checked.
     """
-    _C.set_check_indices(True)
+    before = _C.set_check_indices(True)
     try:
         yield
     finally:
-        _C.set_check_indices(False)
+        _C.set_check_indices(before)

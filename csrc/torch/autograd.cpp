@@ -25,10 +25,11 @@ using torch::autograd::variable_list;
 // A gradient that was not asked for came back empty: hand autograd an undefined tensor instead.
 Tensor if_wanted(bool wanted, const Tensor& grad) { return wanted ? grad : Tensor(); }
 
+// Forward-mode AD counts, too: `Function` has the error that says there is none.
 bool any_needs_grad(std::initializer_list<std::reference_wrapper<const Tensor>> inputs) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(inputs.begin(), inputs.end(),
-                     [](const Tensor& input) { return input.requires_grad(); });
+  return std::any_of(inputs.begin(), inputs.end(), [](const Tensor& input) {
+    return (input.requires_grad() && at::GradMode::is_enabled()) || input._fw_grad(0).defined();
+  });
 }
 
 class RouterFunction : public Function<RouterFunction> {
@@ -38,7 +39,6 @@ class RouterFunction : public Function<RouterFunction> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [scores, indices] = omni_router(router_logits_x, router_logits_y, k);
     ctx->save_for_backward({indices});
-    ctx->mark_non_differentiable({indices});
     ctx->saved_data["num_rows"] = router_logits_x.sym_size(1);
     ctx->saved_data["num_cols"] = router_logits_y.sym_size(1);
     return {scores, indices};
@@ -62,7 +62,6 @@ class SoftmaxRouterFunction : public Function<SoftmaxRouterFunction> {
     auto [weights, indices] =
         omni_softmax_router(router_logits_x, router_logits_y, k, norm_topk_prob);
     ctx->save_for_backward({router_logits_x, router_logits_y, indices});
-    ctx->mark_non_differentiable({indices});
     ctx->saved_data["norm_topk_prob"] = norm_topk_prob;
     return {weights, indices};
   }

@@ -280,7 +280,7 @@ namespace {
 std::atomic<bool> check_cuda_indices{false};
 }
 
-void set_check_indices(bool enabled) { check_cuda_indices = enabled; }
+bool set_check_indices(bool enabled) { return check_cuda_indices.exchange(enabled); }
 
 void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts) {
   if (!indices.is_cpu() && !check_cuda_indices) return;

@@ -89,7 +89,7 @@ void check_batch_norm_backward(const char* op, const at::Tensor& grad_normed_x,
 // for CPU tensors; for CUDA tensors only while set_check_indices(true) holds, since it
 // synchronises.
 void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts);
-void set_check_indices(bool enabled);
+bool set_check_indices(bool enabled);  // -> what it was
 
 Activation parse_activation(const char* op, std::string_view name);
 DType to_dtype(const at::Tensor& tensor);

@@ -12,6 +12,13 @@ namespace omni_moe::torch_api {
 
 namespace {
 
+// For kernels that call ATen: their operands have the dtypes in which to compute. Autocast has cast
+// the inputs of a forward already, and a backward pass may run under another autocast than its
+// forward, or under none.
+c10::impl::ExcludeDispatchKeyGuard without_autocast() {
+  return c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
+}
+
 Tensor as_rows(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
 
 // act(gate) * up
@@ -72,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates_kernel(const Tensor& x,
                                                               const Tensor& down_weight,
                                                               std::string_view activation) {
   constexpr auto kOp = "omni_mlp";
+  const auto guard = without_autocast();
   const Activation act = parse_activation(kOp, activation);
   check_mlp(kOp, x, gate_weight, up_weight, down_weight);
   const auto [gate, up, activated] =
@@ -87,6 +95,7 @@ Tensor omni_mlp_kernel(const Tensor& x, const Tensor& gate_weight, const Tensor&
                        const Tensor& down_weight, std::string_view activation,
                        bool /*recompute: there is nothing to save here*/) {
   constexpr auto kOp = "omni_mlp";
+  const auto guard = without_autocast();
   const Activation act = parse_activation(kOp, activation);
   check_mlp(kOp, x, gate_weight, up_weight, down_weight);
   const Tensor activated = gated_linear(as_rows(x), gate_weight, up_weight, act,
@@ -172,6 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_kernel(
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
     std::string_view activation, std::array<bool, 4> output_mask) {
   constexpr auto kOp = "omni_mlp_backward";
+  const auto guard = without_autocast();
   const Activation act = parse_activation(kOp, activation);
   check_mlp_backward(kOp, grad_output, x, gate_weight, up_weight, down_weight, gate, up);
   if (gate && up) {
@@ -191,6 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume_kernel(
     const Tensor& down_weight, Tensor& gate, Tensor& up, std::string_view activation,
     std::array<bool, 4> output_mask) {
   constexpr auto kOp = "omni_mlp_backward_consume";
+  const auto guard = without_autocast();
   const Activation act = parse_activation(kOp, activation);
   check_mlp_backward(kOp, grad_output, x, gate_weight, up_weight, down_weight, gate, up);
   for (Tensor* product : {&gate, &up}) product->unsafeGetTensorImpl()->bump_version();

@@ -63,5 +63,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_sms"), py::arg("compute_capability"), py::arg("shared_bytes_per_sm"),
         py::arg("shared_bytes_per_block"), py::arg("l2_bytes"),
         "The CUDA kernel that an expert pass runs; see omni_moe.expert_plan.");
-  m.def("set_check_indices", &omni_moe::torch_api::set_check_indices, py::arg("enabled"));
+  m.def("set_check_indices", &omni_moe::torch_api::set_check_indices, py::arg("enabled"),
+        "Turns omni_moe.check_indices on or off; returns whether it was on.");
 }

@@ -39,7 +39,8 @@ class OmniMoE(nn.Module):
         config: sizes and options, see `OmniMoEConfig`.
 
     Shape:
-        Input (B, S, H) or (T, H), output the same shape and dtype; T = 0 gives an empty output.
+        Input (B, S, H) or (T, H), output the same shape and dtype (under autocast its dtype); T = 0
+        gives an empty output.
 
     Raises:
         ValueError: in forward, the input has another shape; or BatchNorm is in training mode and
@@ -47,7 +48,7 @@ class OmniMoE(nn.Module):
 
     With `config.track_expert_load` each forward adds its choices to a counter on the device,
     without synchronising; `expert_load()` reads it. A forward that activation checkpointing
-    recomputes does not count again.
+    recomputes does not count again, unless the layer itself is compiled within.
 
     With `config.router_aux_loss_coef` or `router_z_loss_coef` each forward in training mode with
     gradients enabled leaves the weighted sum of these losses, over its own tokens, in `aux_loss`, a
@@ -155,11 +156,14 @@ class OmniMoE(nn.Module):
             return False
         if norms[0] is norms[1] or not all(_is_plain(norm, nn.BatchNorm1d) for norm in norms):
             return False
-        device = gates[0].weight.device.type
-        half = {gate.weight.dtype for gate in gates} & {torch.float16, torch.bfloat16}
-        if half and torch.is_autocast_enabled(device):
-            if half != {torch.get_autocast_dtype(device)}:
-                return False  # cat takes no second 16-bit dtype
+        weight = gates[0].weight
+        if gates[1].weight.dtype != weight.dtype:
+            return False
+        if weight.dtype in (torch.float16, torch.bfloat16) and not weight.is_meta:
+            device = weight.device.type
+            if torch.is_autocast_enabled(device):
+                if torch.get_autocast_dtype(device) != weight.dtype:
+                    return False  # cat takes no second 16-bit dtype
         return all(
             norm.weight is None and norm.momentum is not None and norm.running_mean is not None
             for norm in norms
@@ -187,7 +191,8 @@ class OmniMoE(nn.Module):
             self.aux_loss = sum(losses)
 
     def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
-        experts = (self.up_embed.weight, self.down_embed.weight, routing_weights, indices)
+        tables = [self._table(module, tokens.device) for module in (self.up_embed, self.down_embed)]
+        experts = (*tables, routing_weights, indices)
         activation = self.config.hidden_act
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if all(_is_plain(projection, nn.Linear) for projection in projections):
@@ -196,6 +201,12 @@ class OmniMoE(nn.Module):
         gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
         shared_states = self.down_proj(gate * self.up_proj(tokens))
         return omni_expert(tokens, *experts, activation, addend=shared_states)
+
+    def _table(self, embedding: nn.Module, device: torch.device) -> Tensor:
+        """(E, H): the rows of `up_embed` or `down_embed`; a copy if the module must be called."""
+        if _is_plain(embedding, nn.Embedding):
+            return embedding.weight
+        return embedding(torch.arange(self.config.num_experts, device=device))
 
     def expert_load(self) -> ExpertLoad:
         """Expert usage and unevenness (as the paper defines them) since the last reset.
@@ -223,7 +234,7 @@ class OmniMoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy and pickle, which refuse tensors that are part of a graph.
-        return {**self.__dict__, "aux_loss": None, "_aux_loss_is_missing": False}
+        return {**super().__getstate__(), "aux_loss": None, "_aux_loss_is_missing": False}
 
     def extra_repr(self) -> str:
         config = self.config
@@ -246,9 +257,28 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(module) is kind
         and not any(hooks)
-        and "forward" not in module.__dict__  # replaced on the instance
-        and module.bias is None
+        and ("forward" not in module.__dict__ or _is_only_placed(module))
+        and getattr(module, "bias", None) is None
+        and _is_ordinary(module.weight)
     )
+
+
+def _is_ordinary(weight: Tensor | None) -> bool:
+    """Whether it is no subclass with functions of its own, as quantised weights are."""
+    kind = type(weight)
+    return (
+        weight is None
+        or kind is Tensor
+        or kind.__torch_function__ is torch._C._disabled_torch_function_impl  # as Parameter's
+    )
+
+
+def _is_only_placed(module: nn.Module) -> bool:
+    """Whether the `forward` of this instance is that of accelerate's `device_map`, without offload.
+
+    It brings inputs to the device of the weights, where those of a layer are anyway.
+    """
+    return getattr(getattr(module, "_hf_hook", None), "offload", None) is False
 
 
 def _is_recomputing() -> bool:

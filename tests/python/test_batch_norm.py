@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from helpers import (
     CUDA,
@@ -474,6 +475,16 @@ def test_double_backward():
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="omni_batch_norm_backward is not implemented"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+def test_forward_mode(has_grad):
+    buffers = Buffers.make(3, 4, "cpu", torch.float32)
+    logits = make_logits(5, 3, 4, "cpu", torch.float32)
+    with torch.set_grad_enabled(has_grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
+        with pytest.raises(RuntimeError, match="jvp is not implemented"):
+            normalise(dual, 3, buffers)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from helpers import CUDA, environment, needs_gpu, on_devices
 
 import omni_moe
@@ -550,11 +551,19 @@ def test_device_side_assert_on_cuda():
 
 
 def test_check_indices_ends_with_its_context():
-    """Also after an exception. On the CPU ids are checked in any case."""
-    with pytest.raises(KeyError), omni_moe.check_indices():
-        raise KeyError
-    with pytest.raises(IndexError):
-        call_with("omni_expert", indices=torch.full((T, K), E))
+    """The outermost one, also after an exception."""
+
+    def is_on():
+        before = omni_moe._C.set_check_indices(False)
+        omni_moe._C.set_check_indices(before)
+        return before
+
+    assert not is_on()
+    with omni_moe.check_indices():
+        with pytest.raises(KeyError), omni_moe.check_indices():
+            raise KeyError
+        assert is_on()
+    assert not is_on()
 
 
 # ---- Python functions, double backward, devices without kernels ----------------------------------
@@ -569,6 +578,19 @@ def test_num_expert_sqrt(axis):
         omni_moe.ops.omni_router(logits["x"], logits["y"], 4, 2)
 
 
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("op", [op for op in ALL_OPS if "backward" not in op and "save" not in op])
+def test_forward_mode(op, has_grad):
+    """No tangent goes missing in silence."""
+    for name, value in arguments(op).items():
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            continue
+        with torch.set_grad_enabled(has_grad), forward_ad.dual_level():
+            dual = forward_ad.make_dual(value, torch.ones_like(value))
+            with pytest.raises(RuntimeError, match="jvp is not implemented"):
+                call_with(op, **{name: dual})
+
+
 @pytest.mark.parametrize(
     ("op", "backward"),
     [
@@ -577,6 +599,7 @@ def test_num_expert_sqrt(axis):
         ("omni_expert", "omni_expert_backward"),
         ("flash_expert", "omni_expert_backward"),
         ("omni_mlp", "omni_mlp_backward"),
+        ("omni_expert_mlp", "omni_(mlp|expert)_backward"),
     ],
 )
 def test_double_backward(op, backward):

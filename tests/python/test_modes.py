@@ -194,6 +194,29 @@ def test_autocast_of_experts_and_mlp(device, dtype, case):
         assert_bitwise(leaf.grad, want_grad.float())
 
 
+@pytest.mark.parametrize("retain_graph", [False, True])
+@on_cases
+@on_devices
+def test_backward_under_another_autocast(device, case, retain_graph):
+    """It computes in the dtypes of its forward."""
+    function, inputs, grad = cases(device)[case]
+    for forward_dtype in (None, torch.float16):
+        for wanted in (slice(None), slice(1), slice(1, None)):  # all, the first, all others
+            results = []
+            for backward_dtype in (forward_dtype, torch.bfloat16):
+                leaves = [tensor.detach().clone() for tensor in inputs]
+                for leaf in leaves[wanted]:
+                    leaf.requires_grad_()
+                with torch.autocast(device, forward_dtype, enabled=forward_dtype is not None):
+                    out = function(*leaves)
+                with torch.autocast(device, backward_dtype, enabled=backward_dtype is not None):
+                    grads = torch.autograd.grad(
+                        out, leaves[wanted], grad.to(out.dtype), retain_graph=retain_graph
+                    )
+                results.append((out, grads))
+            assert_same_run(*results)
+
+
 @pytest.mark.parametrize("case", ["omni_router", "omni_softmax_router", "omni_softmax_router-norm"])
 @on_devices
 def test_autocast_leaves_routers_in_their_dtype(device, case):

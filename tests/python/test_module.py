@@ -11,9 +11,10 @@ import torch
 from helpers import CUDA, assert_bitwise, assert_close, needs_gpu, on_devices
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 
 import omni_moe
-from omni_moe import OmniMoE, OmniMoEConfig, reference
+from omni_moe import OmniMoE, OmniMoEConfig, reference, router_loss
 
 H, I, E, K = 24, 40, 48, 5  # noqa: E741
 
@@ -143,6 +144,14 @@ def test_copies(how):
     assert not torch.equal(copied(x), layer(x))
 
 
+def test_a_compiled_layer_can_be_saved():
+    layer = make_layer().eval()
+    layer.compile(backend="eager")
+    x = torch.randn(37, H, dtype=torch.float64)
+    want = layer(x)
+    assert_bitwise(pickle.loads(pickle.dumps(layer))(x), want)
+
+
 # ---- agreement with the reference ----------------------------------------------------------------
 
 
@@ -209,7 +218,7 @@ def set_momentum(layer):
 
 
 def replace_forward(layer):
-    for name in ("router_gate_x", "gate_proj"):
+    for name in ("router_gate_x", "gate_proj", "down_embed"):
         module = layer.get_submodule(name)
         module.forward = type(module).forward.__get__(module)
 
@@ -224,6 +233,7 @@ CHANGES = {
     "hook on a gate": lambda layer: layer.router_gate_x.register_forward_hook(lambda *_: None),
     "hook on a norm": lambda layer: layer.router_norm_y.register_forward_pre_hook(lambda *_: None),
     "hook on the MLP": lambda layer: layer.up_proj.register_full_backward_hook(lambda *_: None),
+    "hook on the experts": lambda layer: layer.up_embed.register_forward_hook(lambda *_: None),
     "forward of the instance": replace_forward,
     "average without momentum": set_momentum,
     "no running statistics": forget_statistics,
@@ -250,7 +260,7 @@ def test_changed_modules_are_called(change):
         assert_close(got, want, **slack)
 
 
-@pytest.mark.parametrize("name", ["router_gate_x", "router_norm_y", "up_proj"])
+@pytest.mark.parametrize("name", ["router_gate_x", "router_norm_y", "up_proj", "up_embed"])
 def test_replaced_forward_is_called(name):
     layer = make_layer()
     x = torch.randn(37, H, dtype=torch.float64)
@@ -258,6 +268,71 @@ def test_replaced_forward_is_called(name):
     module = layer.get_submodule(name)
     module.forward = lambda *args: -type(module).forward(module, *args)
     assert not torch.allclose(layer(x), before)
+
+
+REWEIGHTED = {
+    "pruned": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    "weight_norm": lambda module: nn.utils.weight_norm(module, "weight"),
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", REWEIGHTED)
+def test_weights_that_are_computed(change):
+    """By hooks or properties, anew in each forward."""
+    layer = make_layer()
+    plain = copy.deepcopy(layer).eval()
+    names = [name for name, module in layer.named_children() if hasattr(module, "weight")]
+    names = [name for name in names if "norm" not in name]
+    assert len(names) == 7
+    for name in names:
+        REWEIGHTED[change](layer.get_submodule(name))
+    layer.eval()
+    x = torch.randn(37, H, dtype=torch.float64)
+    for _ in range(2):
+        out = layer(x)
+        out.sum().backward()
+    with torch.no_grad():
+        for name in names:
+            before = plain.get_submodule(name).weight
+            before.copy_(layer.get_submodule(name).weight)
+    assert_close(out, plain(x), num_terms=1000)
+    assert not torch.allclose(out, make_layer()(x))
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+class Quantised(torch.Tensor):
+    """What a quantised weight is to the layer: a tensor with a linear of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            x, weight = args[0], args[1].as_subclass(torch.Tensor)
+            return torch.nn.functional.linear(x, weight.round())
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("names", [["router_gate_y"], ["gate_proj", "up_proj", "down_proj"]])
+def test_weights_with_a_linear_of_their_own(names):
+    layer = make_layer().eval()
+    rounded = copy.deepcopy(layer)
+    for name in names:
+        weight = layer.get_submodule(name).weight
+        weight.data *= 4
+        rounded.get_submodule(name).weight.data.copy_(weight.round())
+        quantised = nn.Parameter(weight.detach().as_subclass(Quantised), requires_grad=False)
+        layer.get_submodule(name).weight = quantised
+    x = torch.randn(37, H, dtype=torch.float64)
+    assert_close(layer(x), rounded(x), num_terms=1000)
+
+
+def test_gates_of_two_dtypes_are_refused():
+    layer = make_layer(dtype=torch.float32)
+    layer.router_gate_y.bfloat16()
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(37, H))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -269,12 +344,13 @@ def test_half_layer_under_autocast_of_the_other_half(training):
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
-def test_meta_tensors():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_tensors(dtype):
     config = dataclasses.replace(make_layer().config, router_aux_loss_coef=0.1)
     with torch.device("meta"):
-        layer = OmniMoE(config)
-        out = layer(torch.empty(37, H))
-    assert out.shape == (37, H) and layer.aux_loss.shape == ()
+        layer = OmniMoE(config).to(dtype)
+        out = layer(torch.empty(37, H, dtype=dtype))
+    assert out.shape == (37, H) and out.dtype == dtype and layer.aux_loss.shape == ()
 
 
 def test_hooks_see_what_they_saw():
@@ -440,6 +516,36 @@ def test_recomputed_forwards_do_not_count(use_reentrant):
     out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
     out.sum().backward()
     assert layer.expert_load().counts.sum() == 37 * K
+
+
+def test_compiled_checkpointing_with_router_losses():
+    """Each forward counts once and leaves its loss, with the switch that the docs name."""
+    options = {"router_norm": "none", "router_aux_loss_coef": 0.1, "track_expert_load": True}
+    layer = make_layer(**options)
+    x = torch.randn(37, H, dtype=torch.float64)
+
+    def step(x):
+        out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        return out.square().sum() + router_loss(layer)
+
+    def run(function):
+        layer.zero_grad()
+        layer.reset_expert_load()
+        loss = function(x)
+        loss.backward()
+        grads = [parameter.grad.clone() for parameter in layer.parameters()]
+        return loss.detach(), grads, layer.expert_load().counts
+
+    loss, grads, counts = run(step)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        got_loss, got_grads, got_counts = run(
+            torch.compile(step, fullgraph=True, backend="aot_eager")
+        )
+    assert_close(got_loss, loss)
+    for got, want in zip(got_grads, grads, strict=True):
+        assert_close(got, want, num_terms=1000)
+    assert_bitwise(got_counts, counts)
 
 
 def test_even_and_uneven_load():

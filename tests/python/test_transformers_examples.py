@@ -142,16 +142,27 @@ def test_resuming(trained, corpus, tmp_path):
     shutil.copytree(trained / middle, tmp_path / middle)
     options = [*SIZES, *TRAINING, "--cpu", "--data", corpus, "--out", tmp_path]
     run_example("train_hf.py", *options, "--resume")
-    got, want = (load_file(out / "model.safetensors") for out in (tmp_path, trained))
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert_bitwise(got[name], value, name)
+    assert_same_weights(tmp_path, trained)
     logs = [
         json.loads((out / "metrics.json").read_text())["log_history"] for out in (tmp_path, trained)
     ]
     for name in ("loss", "expert_usage/0", "expert_unevenness/1"):
         got, want = ([entry[name] for entry in log if name in entry] for log in logs)
         assert got == want, name
+
+
+def assert_same_weights(got_in: Path, wanted_in: Path) -> None:
+    got, want = (load_file(out / "model.safetensors") for out in (got_in, wanted_in))
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert_bitwise(got[name], value, name)
+
+
+def test_fewer_steps_than_between_log_entries(corpus, tmp_path):
+    options = [*SIZES, *TRAINING, "--steps", "3", "--log-every", "25", "--cpu"]
+    run_example("train_hf.py", *options, "--data", corpus, "--out", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["tokens_per_second"] > 0 and len(metrics["expert_usage"]) == 2
 
 
 def test_nothing_to_resume(corpus, tmp_path):
@@ -182,6 +193,18 @@ def test_converting(device, model_type, dense_checkpoint, corpus, tmp_path, caps
     model = reload_and_generate(tmp_path)
     assert list(omni_moe_layers(model)) == ["model.layers.0.mlp", "model.layers.2.mlp"]
     assert all(layer.down_embed.weight.any() for layer in omni_moe_layers(model).values())
+
+
+def test_resuming_a_conversion(dense_checkpoint, corpus, tmp_path):
+    def convert(out, *options):
+        arguments = [*TRAINING, "--cpu", *options, "--data", corpus, "--out", out]
+        run_example("convert_hf.py", dense_checkpoint["llama"], *arguments)
+
+    convert(tmp_path / "whole")
+    middle = f"checkpoint-{NUM_STEPS // 2}"
+    shutil.copytree(tmp_path / "whole" / middle, tmp_path / "resumed" / middle)
+    convert(tmp_path / "resumed", "--resume")
+    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

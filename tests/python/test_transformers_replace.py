@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_bitwise, environment, on_devices
@@ -24,6 +25,7 @@ from transformers_helpers import (  # noqa: E402
     omni_model,
     random_ids,
     replaced_model,
+    vision_language_model,
     wake_experts,
 )
 
@@ -192,6 +194,109 @@ def test_low_precision_loading(device, tmp_path):
     assert logits(loaded, random_ids(device=device)).isfinite().all()
 
 
+def test_buffers_that_are_in_no_checkpoint(tmp_path):
+    """Those of Falcon-H1's mamba layers are filled by another module's initialisation."""
+    model = AutoModelForCausalLM.from_config(transformers.FalconH1Config(**SIZES)).eval()
+    wake_experts(replace_mlp(model, **EXPERTS)).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    wanted = dict(model.named_buffers())
+    assert any("mup_vector" in name for name in wanted)
+    for name, buffer in loaded.named_buffers():
+        assert_bitwise(buffer, wanted[name], name)
+    ids = random_ids()
+    assert_bitwise(logits(loaded, ids), logits(model, ids))
+
+
+def test_the_language_model_beside_a_vision_tower(tmp_path):
+    """Both have blocks with a gated MLP."""
+    model = vision_language_model().eval()
+    ids = random_ids()
+    want = logits(model, ids)
+    replace_mlp(model, **EXPERTS)
+    assert list(omni_moe_layers(model)) == [
+        f"model.language_model.layers.{i}.mlp" for i in range(3)
+    ]
+    torch.testing.assert_close(logits(model, ids), want)
+    wake_experts(model).save_pretrained(tmp_path)
+    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(loaded) is type(model)
+    assert_bitwise(logits(loaded, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("head", ["QuestionAnswering", "TokenClassification"])
+def test_other_heads(head, tmp_path):
+    replaced_model().save_pretrained(tmp_path / "causal")
+    auto_class = getattr(transformers, f"AutoModelFor{head}")
+    model = auto_class.from_pretrained(tmp_path / "causal")
+    assert len(omni_moe_layers(model)) == 3
+    model.save_pretrained(tmp_path / head)
+    loaded = auto_class.from_pretrained(tmp_path / head)
+    ids = random_ids()
+    with torch.no_grad():
+        for got, want in zip(loaded(ids).to_tuple(), model(ids).to_tuple(), strict=True):
+            assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+def test_sharded_checkpoints(kind, tmp_path):
+    model = replaced_model() if kind == "replaced" else omni_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    ids = random_ids()
+    assert_bitwise(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+
+
+# ---- accelerate's device maps --------------------------------------------------------------------
+
+
+def device_map(middle: str) -> dict[str, str]:
+    """The middle block's device is another than that of the rest."""
+    names = ["embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1", "layers.2"]
+    devices = {f"model.{name}": "cpu" for name in names} | {"lm_head": "cpu"}
+    return devices | {"model.layers.1": middle}
+
+
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+def test_offloaded_layers(kind, tmp_path):
+    pytest.importorskip("accelerate")
+    model = replaced_model() if kind == "replaced" else omni_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=device_map("disk"), offload_folder=tmp_path / "offload"
+    )
+    layer = omni_moe_layers(loaded)["model.layers.1.mlp"]
+    assert layer.up_embed.weight.is_meta and layer.up_proj.weight.is_meta
+    ids = random_ids()
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+    assert layer.up_embed.weight.is_meta
+
+
+def test_replacing_offloaded_mlps(tmp_path):
+    pytest.importorskip("accelerate")
+    dense_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=device_map("disk"), offload_folder=tmp_path / "offload"
+    )
+    with pytest.raises(ValueError, match="layer 1: gate_proj: expected weights on a device"):
+        replace_mlp(model, **EXPERTS)
+    assert not omni_moe_layers(model)
+
+
+def test_placed_layers_keep_their_kernels():
+    """A device map over several devices puts a hook on each module; none needs to be called."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer = omni_moe_layers(replaced_model())["model.layers.0.mlp"]
+    x = torch.randn(3, 5, 32)
+    want = layer(x)
+    for module in layer.children():
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+        module._old_forward = None
+    assert_bitwise(layer(x), want)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies(how):
     model = replaced_model()
@@ -343,11 +448,14 @@ def test_layers_without_a_gated_mlp():
         mlp_only_layers=[1],
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match=r"layer 0: expected an MLP .* in Qwen2MoeDecoderLayer"):
+    with pytest.raises(
+        ValueError, match=r"expected blocks that hold an MLP of gate_proj.* \[1\], "
+    ):
         replace_mlp(model, **EXPERTS)
     ids = random_ids()
     want = logits(model, ids)
-    torch.testing.assert_close(logits(replace_mlp(model, **EXPERTS, layers=[1]), ids), want)
+    replace_mlp(model, **EXPERTS, layers=np.array([1]))
+    torch.testing.assert_close(logits(model, ids), want)
 
 
 def test_an_mlp_that_computes_something_else():
@@ -359,6 +467,39 @@ def test_an_mlp_that_computes_something_else():
         replace_mlp(model, **EXPERTS)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert type(model) is transformers.LlamaForCausalLM
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_mlp_that_returns_something_else(training):
+    model = dense_model().train(training)
+    model.model.layers[1].mlp.forward = lambda x: (x, None)
+    with pytest.raises(ValueError, match="layer 1: expected LlamaMLP to compute"):
+        replace_mlp(model, **EXPERTS)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_an_mlp_that_raises():
+    model = dense_model().train()
+    model.model.layers[1].mlp.forward = lambda x, router_logits: x
+    with pytest.raises(TypeError, match="router_logits"):
+        replace_mlp(model, **EXPERTS)
+    assert {module.training for module in model.modules()} == {True}
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_a_default_device_does_not_show():
+    model = dense_model()
+    ids = random_ids()
+    want = logits(model, ids)
+    with torch.device("meta"):
+        replace_mlp(model, **EXPERTS)
+    torch.testing.assert_close(logits(model, ids), want)
+
+
+def test_fewer_layers_than_were_replaced(tmp_path):
+    replaced_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers: expected indices in \[0, 2\), got \[0, 1, 2\]"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
 
 
 def test_a_config_of_a_replaced_model_builds_its_layers(tmp_path):

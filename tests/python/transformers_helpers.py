@@ -10,6 +10,8 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -59,6 +61,17 @@ def omni_model(**options) -> PreTrainedModel:
 def replaced_model(family: str = "Llama", **options) -> PreTrainedModel:
     """With experts that do something."""
     return wake_experts(replace_mlp(dense_model(family), **EXPERTS, **options))
+
+
+def vision_language_model() -> PreTrainedModel:
+    text = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 2, "num_heads": 2}
+    config = Qwen2_5_VLConfig(
+        text_config=text | {"rope_parameters": rope},
+        vision_config=vision | {"out_hidden_size": 32},
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def wake_experts(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""What the integrations share: activation names, a model's OmniMoE layers, adapters, losses."""
+"""What the integrations share: activation names, a model's OmniMoE layers, losses."""
 
 import functools
 import inspect
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -78,8 +80,28 @@ def num_active_parameters(model: nn.Module, exclude_embeddings: bool = False) ->
     return active
 
 
+def add_causal_lm(name: str) -> None:
+    """Makes the Trainer shift labels for models of this class where it computes the loss itself.
+
+    It goes by the names of classes, for `label_smoothing_factor`.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = name
+
+
 class ModelMixin:
     """What models with OmniMoE layers add to a `PreTrainedModel`."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the class underneath.
+
+        Transformers leaves modules of custom code alone that have no weights of their own, though
+        it may be they that fill the buffers of others.
+        """
+        underneath = (base for base in cls.__mro__ if not issubclass(base, ModelMixin))
+        return next(
+            base for base in underneath if issubclass(base, PreTrainedModel)
+        ).is_custom_code()
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -90,25 +112,6 @@ class ModelMixin:
     def num_active_parameters(self, exclude_embeddings: bool = False) -> int:
         """Parameters that take part in one token's output; all are `num_parameters()`."""
         return num_active_parameters(self, exclude_embeddings)
-
-
-def refuse_ignored_adapters(layer: OmniMoE) -> None:
-    """Makes the forward of `layer` raise where an adapter would be ignored.
-
-    The layer's kernels read the expert tables without calling their modules, so what LoRA wraps
-    around one would have no effect.
-    """
-    layer.register_forward_pre_hook(_raise_on_adapters)
-
-
-def _raise_on_adapters(layer: OmniMoE, args: tuple) -> None:
-    for name in ("up_embed", "down_embed"):
-        if hasattr(getattr(layer, name), "base_layer"):
-            raise RuntimeError(
-                f"{name}: an adapter on this module of an OmniMoE layer would have no effect; "
-                "leave it out of target_modules (every Linear works); to train the experts "
-                'themselves use modules_to_save=["mlp"]'
-            )
 
 
 def with_router_loss(forward: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
@@ -155,5 +158,9 @@ def _share_of_batch(
     if shift_labels is not None:
         items = shift_labels
     else:
-        items = labels[..., 1:] if model.loss_type == "ForCausalLM" else labels
+        # As the Trainer has it.
+        is_shifted = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not getattr(
+            model.config, "is_encoder_decoder", False
+        )
+        items = labels[..., 1:] if is_shifted else labels
     return items.ne(-100).sum() / num_items_in_batch

@@ -11,11 +11,7 @@ from transformers import (
 
 from omni_moe import OmniMoE
 from omni_moe.integrations.transformers.configuration import OmniMoeConfig
-from omni_moe.integrations.transformers.layers import (
-    ModelMixin,
-    refuse_ignored_adapters,
-    with_router_loss,
-)
+from omni_moe.integrations.transformers.layers import ModelMixin, add_causal_lm, with_router_loss
 
 
 class OmniMoeModel(ModelMixin, Qwen3Model):
@@ -32,7 +28,6 @@ class OmniMoeModel(ModelMixin, Qwen3Model):
         layer_config = config.layer_config()
         for block in self.layers:
             block.mlp = OmniMoE(layer_config)
-            refuse_ignored_adapters(block.mlp)
         self.post_init()
 
 
@@ -58,3 +53,4 @@ class OmniMoeForCausalLM(ModelMixin, Qwen3ForCausalLM):
 AutoConfig.register("omni_moe", OmniMoeConfig)
 AutoModel.register(OmniMoeConfig, OmniMoeModel)
 AutoModelForCausalLM.register(OmniMoeConfig, OmniMoeForCausalLM)
+add_causal_lm(OmniMoeForCausalLM.__name__)

@@ -40,8 +40,9 @@ def replace_mlp(
     again for further layers.
 
     Args:
-        model: changed in place; nothing is changed when an error is raised. New parameters get
-            device and dtype of the MLP they belong to.
+        model: changed in place, the language model of one with a vision tower; nothing is changed
+            when an error is raised. The outermost model, whose `save_pretrained` will be called.
+            New parameters get device and dtype of the MLP they belong to.
         num_experts: E, see `omni_moe.OmniMoEConfig`, as all that follow except `layers`.
         num_experts_per_token: K.
         layers: indices of the blocks to change; all by default.
@@ -60,8 +61,8 @@ def replace_mlp(
 
     Raises:
         ValueError: `model` is no `PreTrainedModel` or has no such MLPs; a chosen one has a bias, an
-            activation without kernels or computes something else; an index is out of range; an
-            option has a value it cannot have.
+            activation without kernels, offloaded weights or computes something else; an index is
+            out of range; an option has a value it cannot have.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a PreTrainedModel, got {type(model).__name__}")

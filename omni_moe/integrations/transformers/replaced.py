@@ -14,10 +14,12 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import output_capturing
 
 from omni_moe.integrations.transformers.layers import (
     ModelMixin,
+    add_causal_lm,
     omni_moe_layers,
     with_router_loss,
 )
@@ -88,7 +90,10 @@ def replaced_model_class(
         "config_class": config_class,
         "forward": with_router_loss(base.forward),
     }
-    return type(_PREFIX + base.__name__, (_ReplacedModelMixin, base), namespace)
+    replaced = type(_PREFIX + base.__name__, (_ReplacedModelMixin, base), namespace)
+    if base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        add_causal_lm(replaced.__name__)
+    return replaced
 
 
 def mark_replaced(model: PreTrainedModel, arguments: dict[str, Any]) -> None:

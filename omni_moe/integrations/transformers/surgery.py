@@ -1,13 +1,14 @@
 """Finding the gate/up/down MLPs of a decoder and building OmniMoE layers from them."""
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from omni_moe import OmniMoE, OmniMoEConfig
-from omni_moe.integrations.transformers.layers import activation_name, refuse_ignored_adapters
+from omni_moe.integrations.transformers.layers import activation_name
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Old MLP against the new layer: relative error in norm that rounding may cause, TF32 included.
@@ -18,6 +19,8 @@ _SAME_FUNCTION_EPSILONS = 16  # the same in units of the dtype's epsilon, for bf
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     """The one ModuleList of `model` whose blocks hold MLPs with gate, up and down projections.
 
+    That of the language model, where there are others beside it.
+
     Raises:
         ValueError: there is none, or more than one.
     """
@@ -26,6 +29,9 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and any(_mlp_name(block) for block in module)
     }
+    if len(found) > 1:
+        decoder = set(model.get_decoder().modules())
+        found = {name: module for name, module in found.items() if module in decoder} or found
     if len(found) != 1:
         expected = "expected one stack of blocks that hold an MLP of gate_proj, up_proj, down_proj"
         got = f"{len(found)}: {', '.join(found)}" if found else "none"
@@ -42,8 +48,9 @@ def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     if layers is None:
         return list(range(num_layers))
     chosen = list(layers) if isinstance(layers, Iterable) else None
-    if not chosen or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
+    if not chosen or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in chosen):
         raise ValueError(f"layers: expected None or layer indices, got {layers!r}")
+    chosen = [int(i) for i in chosen]  # NumPy's are in no JSON
     if not all(0 <= i < num_layers for i in chosen):
         raise ValueError(f"layers: expected indices in [0, {num_layers}), got {chosen}")
     return sorted(set(chosen))
@@ -58,10 +65,17 @@ def build_layers(
     changed in `blocks`.
 
     Raises:
-        ValueError: an MLP that the shared branch cannot replace, or options of `OmniMoEConfig` with
-            values they cannot have.
+        ValueError: an MLP that the shared branch cannot replace, an index out of range, or options
+            of `OmniMoEConfig` with values they cannot have.
     """
-    return {i: _build_layer(f"layer {i}", blocks[i], options) for i in layers}
+    chosen = check_layers(layers, len(blocks))
+    with_mlp = [i for i, block in enumerate(blocks) if _mlp_name(block)]
+    if not set(chosen) <= set(with_mlp):
+        raise ValueError(
+            "layers: expected blocks that hold an MLP of gate_proj, up_proj, down_proj, which are "
+            f"{with_mlp}, got {chosen}"
+        )
+    return {i: _build_layer(f"layer {i}", blocks[i], options) for i in chosen}
 
 
 def put_in_place(blocks: nn.ModuleList, built: dict[int, tuple[str, OmniMoE]]) -> None:
@@ -79,11 +93,6 @@ def _mlp_name(block: nn.Module) -> str | None:
 
 def _build_layer(where: str, block: nn.Module, options: dict[str, Any]) -> tuple[str, OmniMoE]:
     name = _mlp_name(block)
-    if name is None:
-        raise ValueError(
-            f"{where}: expected an MLP of gate_proj, up_proj, down_proj in {type(block).__name__}, "
-            "got none; choose other layers"
-        )
     mlp = getattr(block, name)
     if isinstance(mlp, OmniMoE):
         raise ValueError(f"{where}: expected a dense MLP, got an OmniMoE layer")
@@ -91,6 +100,11 @@ def _build_layer(where: str, block: nn.Module, options: dict[str, Any]) -> tuple
         projection = getattr(mlp, part)
         if type(projection) is not nn.Linear or projection.bias is not None:
             raise ValueError(f"{where}: {part}: expected a Linear without bias, got {projection}")
+        if getattr(getattr(projection, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"{where}: {part}: expected weights on a device, got offloaded ones; replace the "
+                "MLPs of the model on the CPU, save it, and load it with offloading"
+            )
     layer = _from_mlp(mlp, options)
     if mlp.gate_proj.weight.device.type != "meta":
         _check_same_function(where, mlp, layer)
@@ -110,7 +124,6 @@ def _from_mlp(mlp: nn.Module, options: dict[str, Any]) -> OmniMoE:
     for part in _PROJECTIONS:
         setattr(layer, part, getattr(mlp, part))
     nn.init.zeros_(layer.down_embed.weight)
-    refuse_ignored_adapters(layer)
     return layer.train(mlp.training)
 
 
@@ -119,15 +132,19 @@ def _check_same_function(where: str, mlp: nn.Module, layer: OmniMoE) -> None:
     """Some MLPs have the three projections but compute something else with them."""
     weight, was_training = mlp.gate_proj.weight, mlp.training
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    want = mlp.eval()(x).double()
+    x = torch.randn(1, 8, weight.shape[1], generator=generator, device="cpu")
+    x = x.to(weight.device, weight.dtype)
+    try:
+        want = mlp.eval()(x)
+    finally:
+        mlp.train(was_training)
     got = layer.eval()(x).double()
-    mlp.train(was_training)
     layer.train(was_training)
     layer.reset_expert_load()
     epsilon = torch.finfo(weight.dtype).eps
     tolerance = max(_SAME_FUNCTION_TOLERANCE, _SAME_FUNCTION_EPSILONS * epsilon)
-    if not (got - want).norm() <= tolerance * want.norm():
+    is_tensor = isinstance(want, Tensor) and want.shape == got.shape
+    if not (is_tensor and (got - want.double()).norm() <= tolerance * want.double().norm()):
         raise ValueError(
             f"{where}: expected {type(mlp).__name__} to compute "
             "down_proj(act_fn(gate_proj(x)) * up_proj(x)), got another function"
