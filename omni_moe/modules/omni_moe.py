@@ -248,19 +248,37 @@ class OmniMoE(nn.Module):
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether to read its tensors does as much as to call it: no adapter around it, no hooks."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    has_hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
     return (
         type(module) is kind
-        and not any(hooks)
-        and ("forward" not in module.__dict__ or _is_only_placed(module))
-        and getattr(module, "bias", None) is None
+        and not has_hooks
+        and ("forward" not in module.__dict__ or _is_forward_of_kind(module, kind))
+        and module._parameters.get("bias") is None
         and _is_ordinary(module.weight)
     )
+
+
+def _is_forward_of_kind(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the `forward` of this instance is that of its class.
+
+    accelerate's hooks leave it there when they are removed; those that it puts on every module for
+    a `device_map`, without offload, only bring inputs to the device where the weights are.
+    """
+    forward = module.__dict__["forward"]
+    hook = module.__dict__.get("_hf_hook")
+    if (
+        getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+        and f"{type(hook).__module__}.{type(hook).__name__}" == "accelerate.hooks.AlignDevicesHook"
+        and not hook.offload
+    ):
+        forward = module._old_forward
+    function, instance = (getattr(forward, name, None) for name in ("__func__", "__self__"))
+    return function is kind.forward and instance is module
 
 
 def _is_ordinary(weight: Tensor | None) -> bool:

@@ -74,12 +74,16 @@ def join_processes(rank: int, device: str, port: int) -> None:
 def parallelise(model: nn.Module, kind: str, device: str) -> nn.Module:
     if kind == "sync_batchnorm":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if kind != "fsdp2":
+    if not kind.startswith("fsdp2"):
         return DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh(device, (WORLD_SIZE,))
     for layer in model:
+        if kind == "fsdp2_of_modules" and isinstance(layer, OmniMoE):
+            for module in layer.children():
+                if list(module.parameters()):
+                    fully_shard(module, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -98,7 +102,7 @@ def train_in_parallel(rank: int, kind: str, device: str, options: dict, port: in
         want = dict(alone.named_parameters()) | dict(alone.named_buffers())
         got = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, value in got.items():
-            whole = value.full_tensor() if kind == "fsdp2" else value
+            whole = value.full_tensor() if kind.startswith("fsdp2") else value
             error = (whole - want[name]).abs().max().item()
             assert error < TOLERANCE[device], f"{name}: off by {error}"
         dist.barrier()
@@ -116,7 +120,7 @@ def spawn(function, *args) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, LOSSES], ids=["plain", "router_losses"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_of_modules"])
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_two_processes_train_like_one(device, kind, options):
     spawn(train_in_parallel, kind, device, options)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from helpers import (
     ExpertShape,
     assert_bitwise,
@@ -245,3 +246,19 @@ def test_autocast_brings_both_logits_to_the_wider_dtype(device, op):
         assert scores.dtype == wide
         assert_bitwise(scores, want_scores)
         assert_bitwise(indices, want_indices)
+
+
+# ---- forward-mode gradients ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@on_cases
+@on_devices
+def test_forward_mode_raises(device, case, has_grad):
+    """No tangent goes missing in silence."""
+    function, inputs, _ = cases(device)[case]
+    for i, value in enumerate(inputs):
+        with torch.set_grad_enabled(has_grad), forward_ad.dual_level():
+            dual = forward_ad.make_dual(value, torch.ones_like(value))
+            with pytest.raises(RuntimeError, match="jvp is not implemented"):
+                function(*inputs[:i], dual, *inputs[i + 1 :])

@@ -83,3 +83,8 @@ def wake_experts(model: PreTrainedModel) -> PreTrainedModel:
 
 def random_ids(*shape: int, device: str = "cpu") -> Tensor:
     return torch.randint(3, VOCAB, shape or (2, 11)).to(device)
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits

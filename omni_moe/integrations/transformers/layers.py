@@ -93,15 +93,15 @@ class ModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """As the class underneath.
+        """For classes of this package, what it is for the class underneath.
 
         Transformers leaves modules of custom code alone that have no weights of their own, though
         it may be they that fill the buffers of others.
         """
-        underneath = (base for base in cls.__mro__ if not issubclass(base, ModelMixin))
-        return next(
-            base for base in underneath if issubclass(base, PreTrainedModel)
-        ).is_custom_code()
+        base = next(base for base in cls.__mro__ if not base.__module__.startswith(__package__))
+        if base is cls or cls.is_remote_code():
+            return super().is_custom_code()
+        return base.is_custom_code()
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -158,9 +158,6 @@ def _share_of_batch(
     if shift_labels is not None:
         items = shift_labels
     else:
-        # As the Trainer has it.
-        is_shifted = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not getattr(
-            model.config, "is_encoder_decoder", False
-        )
+        is_shifted = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss  # as the Trainer has it
         items = labels[..., 1:] if is_shifted else labels
     return items.ne(-100).sum() / num_items_in_batch

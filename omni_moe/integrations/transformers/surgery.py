@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from omni_moe import OmniMoE, OmniMoEConfig
 from omni_moe.integrations.transformers.layers import activation_name
@@ -16,14 +17,16 @@ _SAME_FUNCTION_TOLERANCE = 0.01
 _SAME_FUNCTION_EPSILONS = 16  # the same in units of the dtype's epsilon, for bf16
 
 
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The one ModuleList of `model` whose blocks hold MLPs with gate, up and down projections.
 
     That of the language model, where there are others beside it.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is none, or more than one; or the model has an encoder as well.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model: expected a decoder, got {type(model).__name__} with its encoder")
     found = {
         name: module
         for name, module in model.named_modules()
@@ -100,7 +103,7 @@ def _build_layer(where: str, block: nn.Module, options: dict[str, Any]) -> tuple
         projection = getattr(mlp, part)
         if type(projection) is not nn.Linear or projection.bias is not None:
             raise ValueError(f"{where}: {part}: expected a Linear without bias, got {projection}")
-        if getattr(getattr(projection, "_hf_hook", None), "offload", False):
+        if projection.weight.is_meta and hasattr(projection, "_hf_hook"):
             raise ValueError(
                 f"{where}: {part}: expected weights on a device, got offloaded ones; replace the "
                 "MLPs of the model on the CPU, save it, and load it with offloading"
