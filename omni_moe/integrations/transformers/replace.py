@@ -60,9 +60,9 @@ def replace_mlp(
         `model`.
 
     Raises:
-        ValueError: `model` is no `PreTrainedModel`, has an encoder as well or no such MLPs; a chosen
-            one has a bias, an activation without kernels, offloaded weights or computes something
-            else; an index is out of range; an option has a value it cannot have.
+        ValueError: `model` is no `PreTrainedModel`, has an encoder as well or no such MLPs; a
+            chosen one has a bias, an activation without kernels, offloaded weights or computes
+            something else; an index is out of range; an option has a value it cannot have.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a PreTrainedModel, got {type(model).__name__}")
