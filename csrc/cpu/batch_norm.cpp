@@ -33,23 +33,6 @@ struct Parts {
   int64_t size(int64_t part) const { return end(part) - begin(part); }
 };
 
-template <typename T>
-Vec<acc_t<T>> load_lanes(const T* p, int64_t lanes) {
-  return lanes == kLanes<acc_t<T>> ? load(p) : load_partial(p, lanes);
-}
-template <typename T>
-void store_lanes(T* p, Vec<acc_t<T>> v, int64_t lanes) {
-  lanes == kLanes<acc_t<T>> ? store(p, v) : store_partial(p, v, lanes);
-}
-
-// body(column, lanes): a full vector at a time, then the columns left over.
-template <typename Acc, typename Body>
-void for_each_vector(int64_t num_columns, Body&& body) {
-  int64_t column = 0;
-  for (; column + kLanes<Acc> <= num_columns; column += kLanes<Acc>) body(column, kLanes<Acc>);
-  if (column < num_columns) body(column, num_columns - column);
-}
-
 // Two numbers a column, for every part: [parts, 2, whole vectors of columns].
 template <typename Acc>
 struct PartSums {

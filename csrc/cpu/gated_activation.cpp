@@ -11,23 +11,6 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 13;
 
-// body(column, lanes): a full vector at a time, then the columns left over.
-template <typename Acc, typename Body>
-void for_each_vector(int64_t num_columns, Body&& body) {
-  int64_t column = 0;
-  for (; column + kLanes<Acc> <= num_columns; column += kLanes<Acc>) body(column, kLanes<Acc>);
-  if (column < num_columns) body(column, num_columns - column);
-}
-
-template <typename T>
-Vec<acc_t<T>> load_lanes(const T* p, int64_t lanes) {
-  return lanes == kLanes<acc_t<T>> ? load(p) : load_partial(p, lanes);
-}
-template <typename T>
-void store_lanes(T* p, Vec<acc_t<T>> v, int64_t lanes) {
-  lanes == kLanes<acc_t<T>> ? store(p, v) : store_partial(p, v, lanes);
-}
-
 int64_t row_grain(int64_t num_columns) {
   return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, num_columns));
 }

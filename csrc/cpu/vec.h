@@ -152,6 +152,25 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
+// ---- rows, vector by vector ----
+
+// body(column, lanes): a full vector at a time, then the columns left over.
+template <typename Acc, typename Body>
+inline void for_each_vector(int64_t num_columns, Body&& body) {
+  int64_t column = 0;
+  for (; column + kLanes<Acc> <= num_columns; column += kLanes<Acc>) body(column, kLanes<Acc>);
+  if (column < num_columns) body(column, num_columns - column);
+}
+// The lanes of such a vector.
+template <typename T>
+inline Vec<acc_t<T>> load_lanes(const T* p, int64_t lanes) {
+  return lanes == kLanes<acc_t<T>> ? load(p) : load_partial(p, lanes);
+}
+template <typename T>
+inline void store_lanes(T* p, Vec<acc_t<T>> v, int64_t lanes) {
+  lanes == kLanes<acc_t<T>> ? store(p, v) : store_partial(p, v, lanes);
+}
+
 // ---- rows of n elements, to and from accumulators ----
 
 template <typename T>

@@ -37,13 +37,7 @@ constexpr int kStoreCols = kSwizzleRowBytes / 2;
 constexpr int kStoreBytes = kStoreRows * kSwizzleRowBytes;
 
 struct Sm90Tuning {
-  static constexpr int kStages = 4;   // 192 KB
-  static constexpr int kCluster = 2;  // blocks that share weight tiles
-  // Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns: the fewest
-  // bytes from memory for 66 clusters.
-  static constexpr int kGroup = 8;
-  // The second warpgroup starts late, so that one multiplies while the other activates.
-  static constexpr bool kStaggered = true;
+  static constexpr int kStages = 4;  // 192 KB
   static constexpr int kConsumerRegisters = 232;
   static constexpr int kOtherRegisters = 40;
 };
@@ -109,12 +103,12 @@ template <class Tuning>
 __device__ __forceinline__ void load_tiles(const GatedLinearArguments& args,
                                            SharedStorage<Tuning::kStages>& shared,
                                            const ClusterPosition& position) {
-  constexpr int kCluster = Tuning::kCluster;
+  static_assert(kCluster == 2, "a block for each of the two weights");
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   RingCursor<Tuning::kStages> ring;
   for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
-    const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
-    const int token = (at.token_tile * kCluster + position.rank) * kTileTokens;
+    const TilePosition at = tile_position(tile, args.tiles);
+    const int token = position.first_token(at);
     const int col = at.col_tile * kTileCols;
     for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
       const int stage = ring.stage;
@@ -124,14 +118,8 @@ __device__ __forceinline__ void load_tiles(const GatedLinearArguments& args,
       uint64_t* full = &shared.full[stage];
       const int depth = k * kStageDepth;
       tma_load(args.x, shared.x[stage], full, token, depth);
-      if constexpr (kCluster == 1) {
-        tma_load(args.gate_weight, shared.weights[stage][0], full, col, depth);
-        tma_load(args.up_weight, shared.weights[stage][1], full, col, depth);
-      } else {
-        static_assert(kCluster == 2, "a block for each of the two weights");
-        tma_load_multicast(position.rank == 0 ? args.gate_weight : args.up_weight,
-                           shared.weights[stage][position.rank], full, col, depth, 0b11);
-      }
+      tma_load_multicast(position.rank == 0 ? args.gate_weight : args.up_weight,
+                         shared.weights[stage][position.rank], full, col, depth, 0b11);
     }
   }
 }
@@ -140,52 +128,26 @@ template <class T, Activation kActivation, class Tuning>
 __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
                                                SharedStorage<Tuning::kStages>& shared,
                                                const ClusterPosition& position, int consumer) {
-  constexpr int kCluster = Tuning::kCluster;
-  constexpr uint64_t kDepthStep = kWgmmaDepthStep<WgmmaMajor::kDepth, kTileTokens>;
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize % (kWarpgroupThreads / kWarpSize);
   char(*halves)[kStoreBytes] = shared.stores[consumer * 4 + warp];
-  const auto release = [&](int stage) {
-    if (lane < kCluster) mbarrier_arrive_remote(&shared.empty[stage], lane);
-  };
 
-  RingCursor<Tuning::kStages> ring;
-  if (Tuning::kStaggered && consumer == 1 && args.num_stages_per_tile >= Tuning::kStages) {
-    mbarrier_wait(&shared.full[Tuning::kStages - 1], 0);
-  }
+  StageProducts<T, WgmmaMajor::kDepth, kWgmmaCols, Tuning, SharedStorage<Tuning::kStages>> products(
+      shared, args.num_stages_per_tile, consumer);
   float d[kWgmmaRegisters];
 #pragma unroll
   for (int i = 0; i < kWgmmaRegisters; ++i) d[i] = 0.0f;
 
   for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
-    // 1. D = x [gate_weight; up_weight]ᵀ. A stage goes back once the next one's products have been
-    // issued, so that the tensor cores always have work.
-    int last_stage = 0;
-    for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
-      mbarrier_wait(&shared.full[ring.stage], ring.parity);
-      const uint64_t a = wgmma_descriptor<WgmmaMajor::kDepth, kTileTokens>(
-          shared.x[ring.stage] + consumer * kWgmmaRows * kSwizzleRowBytes);
-      const uint64_t b =
-          wgmma_descriptor<WgmmaMajor::kDepth, kWgmmaCols>(shared.weights[ring.stage][0]);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kStageDepth / kWgmmaDepth; ++step) {
-        wgmma<T>(d, a + step * kDepthStep, b + step * kDepthStep, k > 0 || step > 0);
-      }
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (k > 0) release(last_stage);
-      last_stage = ring.stage;
-    }
-    wgmma_wait<0>();
-    wgmma_use(d);
-    release(last_stage);
+    // 1. D = x [gate_weight; up_weight]ᵀ.
+    products.sum(
+        d, [&](int stage) { return shared.x[stage]; },
+        [&](int stage) { return shared.weights[stage][0]; });
 
     // 2. Activate and store: accumulator i is of gate, 64 + i of the same column of up.
-    const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
-    const int row = (at.token_tile * kCluster + position.rank) * kTileTokens +
-                    consumer * kWgmmaRows + warp * kWarpRows;
+    const TilePosition at = tile_position(tile, args.tiles);
+    const int row = position.first_token(at) + consumer * kWgmmaRows + warp * kWarpRows;
     const int col = at.col_tile * kTileCols;
     constexpr int kUp = kWgmmaRegisters / 2;
     if (args.store_gate) {
@@ -233,7 +195,7 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.intermediate_size = static_cast<int>(params.intermediate_size);
   args.num_stages_per_tile = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
-  args.tiles = tile_grid(params.num_tokens, params.intermediate_size, Tuning::kCluster, kTileCols);
+  args.tiles = tile_grid(params.num_tokens, params.intermediate_size, kTileCols);
 
   const auto operand = [&](const void* matrix, int64_t rows, CUtensorMap* map) {
     return
@@ -247,16 +209,14 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_
     };
   };
   const auto kernel = gated_linear_forward_kernel<T, kActivation, Tuning>;
-  return run_steps([&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
-                   operand(params.x, params.num_tokens, &args.x),
-                   operand(params.gate_weight, params.intermediate_size, &args.gate_weight),
-                   operand(params.up_weight, params.intermediate_size, &args.up_weight),
-                   output(params.activated, &args.activated), output(params.gate, &args.gate),
-                   output(params.up, &args.up),
-                   [&] {
-                     return launch_gated_clusters(kernel, args, Tuning::kCluster, num_sms,
-                                                  kSharedBytes<Tuning>, stream);
-                   });
+  return run_steps(
+      [&] { return allow_shared_memory(kernel, kSharedBytes<Tuning>); },
+      operand(params.x, params.num_tokens, &args.x),
+      operand(params.gate_weight, params.intermediate_size, &args.gate_weight),
+      operand(params.up_weight, params.intermediate_size, &args.up_weight),
+      output(params.activated, &args.activated), output(params.gate, &args.gate),
+      output(params.up, &args.up),
+      [&] { return launch_gated_clusters(kernel, args, num_sms, kSharedBytes<Tuning>, stream); });
 }
 
 bool is_empty(const GatedLinearForwardParams& params) {

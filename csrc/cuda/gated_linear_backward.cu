@@ -55,14 +55,7 @@ static_assert(kWarpSize * kLaneCols == kTileCols);
 constexpr int kStashRowBytes = kTileCols * 2 + 16;
 
 struct Sm90Tuning {
-  static constexpr int kStages = 3;   // 144 KB
-  static constexpr int kCluster = 2;  // blocks that share down_weight tiles
-  // Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns: the fewest
-  // bytes from memory for 66 clusters.
-  static constexpr int kGroup = 8;
-  // The second warpgroup starts late, so that one multiplies while the other empties its
-  // accumulators.
-  static constexpr bool kStaggered = true;
+  static constexpr int kStages = 3;  // 144 KB
   // Rows of gate and up that an epilogue warp works at while as many are under way: 16 registers
   // each.
   static constexpr int kBatchRows = 4;
@@ -105,14 +98,13 @@ template <class Tuning>
 __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& args,
                                            SharedStorage<Tuning>& shared,
                                            const ClusterPosition& position) {
-  constexpr int kCluster = Tuning::kCluster;
   constexpr int kOwnSlabs = kSlabs / kCluster;
   static_assert(kOwnSlabs * kCluster == kSlabs);
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   RingCursor<Tuning::kStages> ring;
   for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
-    const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
-    const int token = (at.token_tile * kCluster + position.rank) * kTileTokens;
+    const TilePosition at = tile_position(tile, args.tiles);
+    const int token = position.first_token(at);
     const int col = at.col_tile * kTileCols;
     for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
       const int stage = ring.stage;
@@ -125,13 +117,8 @@ __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& a
 #pragma unroll
       for (int i = 0; i < kOwnSlabs; ++i) {
         const int slab = position.rank * kOwnSlabs + i;
-        char* tile_at = shared.down_weight[stage][slab];
-        if constexpr (kCluster == 1) {
-          tma_load(args.down_weight, tile_at, full, depth, col + slab * kSlabCols);
-        } else {
-          tma_load_multicast(args.down_weight, tile_at, full, depth, col + slab * kSlabCols,
-                             (1 << kCluster) - 1);
-        }
+        tma_load_multicast(args.down_weight, shared.down_weight[stage][slab], full, depth,
+                           col + slab * kSlabCols, (1 << kCluster) - 1);
       }
     }
   }
@@ -146,15 +133,12 @@ struct WarpPlace {
 };
 
 // Past the last tile there are no tokens.
-template <class Tuning>
 __device__ __forceinline__ WarpPlace warp_place(const GatedLinearBackwardArguments& args,
                                                 const ClusterPosition& position, int tile,
                                                 int consumer_warp) {
   if (tile >= args.tiles.num_token_tiles * args.tiles.num_col_tiles) return {args.num_tokens, 0};
-  const TilePosition at = tile_position<Tuning::kGroup>(tile, args.tiles);
-  return {
-      (at.token_tile * Tuning::kCluster + position.rank) * kTileTokens + consumer_warp * kWarpRows,
-      at.col_tile * kTileCols};
+  const TilePosition at = tile_position(tile, args.tiles);
+  return {position.first_token(at) + consumer_warp * kWarpRows, at.col_tile * kTileCols};
 }
 
 // One warp's way through rows of gate and up: a batch of them at work, the next one under way.
@@ -253,9 +237,9 @@ __device__ __forceinline__ void differentiate_tiles(const GatedLinearBackwardArg
   const int num_results =
       (num_tiles - 1 - position.cluster) / position.num_clusters * kConsumerWarps;
   const auto place_of = [&](int result) {
-    return warp_place<Tuning>(args, position,
-                              position.cluster + result / kConsumerWarps * position.num_clusters,
-                              result % kConsumerWarps);
+    return warp_place(args, position,
+                      position.cluster + result / kConsumerWarps * position.num_clusters,
+                      result % kConsumerWarps);
   };
   RowEpilogue<T, kActivation, Tuning::kBatchRows> rows{args};
 
@@ -280,51 +264,25 @@ template <class T, Activation kActivation, class Tuning>
 __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArguments& args,
                                                SharedStorage<Tuning>& shared,
                                                const ClusterPosition& position, int consumer) {
-  constexpr int kCluster = Tuning::kCluster;
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   const int lane = threadIdx.x % kWarpSize;
   const int consumer_warp = threadIdx.x / kWarpSize;
   Stash& stash = shared.stash[consumer_warp];
   // This lane's row of the four matrices that the warp stores at once.
   char* const stash_lane = stash.rows[lane % kWarpRows] + lane / kWarpRows * 16;
-  const auto release = [&](int stage) {
-    if (lane < kCluster) mbarrier_arrive_remote(&shared.empty[stage], lane);
-  };
 
-  RingCursor<Tuning::kStages> ring;
+  StageProducts<T, WgmmaMajor::kCols, kStageDepth, Tuning, SharedStorage<Tuning>> products(
+      shared, args.num_stages_per_tile, consumer);
   unsigned stash_parity = 1;  // it starts empty
-  if (Tuning::kStaggered && consumer == 1 && args.num_stages_per_tile >= Tuning::kStages) {
-    mbarrier_wait(&shared.full[Tuning::kStages - 1], 0);
-  }
   float d[kWgmmaRegisters];
 #pragma unroll
   for (int i = 0; i < kWgmmaRegisters; ++i) d[i] = 0.0f;
 
   for (int tile = position.cluster;;) {
-    // 1. D = grad_output down_weight. A stage goes back once the next one's products have been
-    // issued, so that the tensor cores always have work.
-    int last_stage = 0;
-    for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
-      mbarrier_wait(&shared.full[ring.stage], ring.parity);
-      const uint64_t a = wgmma_descriptor<WgmmaMajor::kDepth, kTileTokens>(
-          shared.grad_output[ring.stage] + consumer * kWgmmaRows * kSwizzleRowBytes);
-      const uint64_t b =
-          wgmma_descriptor<WgmmaMajor::kCols, kStageDepth>(shared.down_weight[ring.stage]);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kStageDepth / kWgmmaDepth; ++step) {
-        wgmma<T, WgmmaMajor::kCols>(d, a + step * kWgmmaDepthStep<WgmmaMajor::kDepth, kTileTokens>,
-                                    b + step * kWgmmaDepthStep<WgmmaMajor::kCols, kStageDepth>,
-                                    k > 0 || step > 0);
-      }
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (k > 0) release(last_stage);
-      last_stage = ring.stage;
-    }
-    wgmma_wait<0>();
-    wgmma_use(d);
-    release(last_stage);
+    // 1. D = grad_output down_weight.
+    products.sum(
+        d, [&](int stage) { return shared.grad_output[stage]; },
+        [&](int stage) { return shared.down_weight[stage]; });
 
     // 2. To shared memory. Matrices in accumulator order: rows 0-7, rows 8-15, then the same of the
     // next 8 columns.
@@ -341,7 +299,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
     const int next_tile = tile + position.num_clusters;
     if (next_tile >= num_tiles) {
       // 3. No more to multiply: through the activation at once.
-      const WarpPlace at = warp_place<Tuning>(args, position, tile, consumer_warp);
+      const WarpPlace at = warp_place(args, position, tile, consumer_warp);
       RowEpilogue<T, kActivation, Tuning::kBatchRows> rows{args};
       rows.start(at);
       rows.finish(stash, at, {args.num_tokens, 0});
@@ -394,7 +352,7 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.intermediate_size = static_cast<int>(params.intermediate_size);
   args.num_stages_per_tile = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
-  args.tiles = tile_grid(params.num_tokens, params.intermediate_size, Tuning::kCluster, kTileCols);
+  args.tiles = tile_grid(params.num_tokens, params.intermediate_size, kTileCols);
 
   const auto kernel = gated_linear_backward_kernel<T, kActivation, Tuning>;
   return run_steps(
@@ -407,10 +365,7 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
         return encode_tensor_map<T>(params.down_weight, params.hidden_size,
                                     params.intermediate_size, kStageDepth, &args.down_weight);
       },
-      [&] {
-        return launch_gated_clusters(kernel, args, Tuning::kCluster, num_sms, kSharedBytes<Tuning>,
-                                     stream);
-      });
+      [&] { return launch_gated_clusters(kernel, args, num_sms, kSharedBytes<Tuning>, stream); });
 }
 
 }  // namespace

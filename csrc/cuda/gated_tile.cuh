@@ -40,6 +40,11 @@ inline constexpr int kLaunchRegisters = 168;
 // Rows of D that one warp has in its registers.
 inline constexpr int kWarpRows = kWgmmaRows / kWarpgroupWarps;
 
+inline constexpr int kCluster = 2;  // blocks that share tiles of the weights
+// Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns: the fewest
+// bytes from memory for 66 clusters.
+inline constexpr int kGroup = 8;
+
 // ---- device ----
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -59,7 +64,6 @@ struct TilePosition {
 };
 
 // Column by column through bands of kGroup token tiles: what runs at the same time shares operands.
-template <int kGroup>
 __device__ __forceinline__ TilePosition tile_position(int tile, const TileGrid& grid) {
   const int band_tiles = kGroup * grid.num_col_tiles;
   const int first = tile / band_tiles * kGroup;
@@ -72,6 +76,10 @@ struct ClusterPosition {
   int cluster;
   int num_clusters;
   int rank;  // of the block in its cluster
+
+  __device__ __forceinline__ int first_token(const TilePosition& at) const {
+    return (at.token_tile * kCluster + rank) * kTileTokens;
+  }
 };
 
 // Every warp of a warpgroup.
@@ -81,6 +89,59 @@ __device__ __forceinline__ void set_registers() {
   if constexpr (kRegisters < kLaunchRegisters) give_registers<kRegisters>();
 }
 
+// The multiplying warps' side of the ring, for the stages of one tile after the other.
+template <class T, WgmmaMajor kMajorB, int kTileRowsB, class Tuning, class Shared>
+class StageProducts {
+ public:
+  // The second warpgroup starts late, so that one multiplies while the other works at its results.
+  __device__ __forceinline__ StageProducts(Shared& shared, int num_stages, int consumer)
+      : shared_(shared),
+        num_stages_(num_stages),
+        row_byte_(consumer * kWgmmaRows * kSwizzleRowBytes) {
+    if (consumer == 1 && num_stages >= Tuning::kStages) {
+      mbarrier_wait(&shared.full[Tuning::kStages - 1], 0);
+    }
+  }
+
+  // d = a(stage) b(stage), summed over the tile's stages. A stage goes back once the next one's
+  // products have been issued, so that the tensor cores always have work.
+  template <class A, class B>
+  __device__ __forceinline__ void sum(float (&d)[kWgmmaRegisters], A a_tile, B b_tile) {
+    int last_stage = 0;
+    for (int k = 0; k < num_stages_; ++k, ring_.advance()) {
+      const int stage = ring_.stage;
+      mbarrier_wait(&shared_.full[stage], ring_.parity);
+      const uint64_t a =
+          wgmma_descriptor<WgmmaMajor::kDepth, kTileTokens>(a_tile(stage) + row_byte_);
+      const uint64_t b = wgmma_descriptor<kMajorB, kTileRowsB>(b_tile(stage));
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kStageDepth / kWgmmaDepth; ++step) {
+        wgmma<T, kMajorB>(d, a + step * kWgmmaDepthStep<WgmmaMajor::kDepth, kTileTokens>,
+                          b + step * kWgmmaDepthStep<kMajorB, kTileRowsB>, k > 0 || step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (k > 0) release(last_stage);
+      last_stage = stage;
+    }
+    wgmma_wait<0>();
+    wgmma_use(d);
+    release(last_stage);
+  }
+
+ private:
+  __device__ __forceinline__ void release(int stage) {
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane < kCluster) mbarrier_arrive_remote(&shared_.empty[stage], lane);
+  }
+
+  Shared& shared_;
+  const int num_stages_;
+  const int row_byte_;  // of the warpgroup's rows in a tile of A
+  RingCursor<Tuning::kStages> ring_;
+};
+
 // The whole of a block: load(shared, position) in one thread, multiply(shared, position, consumer)
 // in the warpgroups `consumer`, finish(shared, position, epilogue) in kEpilogueWarps warps.
 // Shared has barriers full[kStages], for copies into a stage, and empty[kStages], for the consumer
@@ -88,7 +149,6 @@ __device__ __forceinline__ void set_registers() {
 template <class Shared, class Tuning, class Init, class Load, class Multiply, class Finish>
 __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply multiply,
                                                 Finish finish) {
-  constexpr int kCluster = Tuning::kCluster;
   static_assert(kConsumers * Tuning::kConsumerRegisters + Tuning::kOtherRegisters <=
                     (kConsumers + 1) * kLaunchRegisters,
                 "more registers than the block has");
@@ -137,17 +197,17 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
 
 // As many clusters as run at the same time, each for many tiles.
 template <class Arguments>
-cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args, int cluster,
-                                  int num_sms, size_t shared_bytes, cudaStream_t stream) {
-  const int clusters = std::min(std::max(num_sms / cluster, 1),
+cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args, int num_sms,
+                                  size_t shared_bytes, cudaStream_t stream) {
+  const int clusters = std::min(std::max(num_sms / kCluster, 1),
                                 args.tiles.num_token_tiles * args.tiles.num_col_tiles);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[0].val.clusterDim = {kCluster, 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(clusters * cluster);
+  config.gridDim = dim3(clusters * kCluster);
   config.blockDim = dim3(kGatedThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
@@ -156,8 +216,8 @@ cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& ar
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-inline TileGrid tile_grid(int64_t num_tokens, int64_t num_cols, int cluster, int tile_cols) {
-  return {static_cast<int>(ceil_div<int64_t>(num_tokens, int64_t{kTileTokens} * cluster)),
+inline TileGrid tile_grid(int64_t num_tokens, int64_t num_cols, int tile_cols) {
+  return {static_cast<int>(ceil_div<int64_t>(num_tokens, int64_t{kTileTokens} * kCluster)),
           static_cast<int>(ceil_div<int64_t>(num_cols, tile_cols))};
 }
 

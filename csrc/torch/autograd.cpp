@@ -135,6 +135,20 @@ bool are_plain(std::initializer_list<std::reference_wrapper<const Tensor>> tenso
                       [&](const Tensor& tensor) { return tensor.key_set().has_any(kWrappers); });
 }
 
+// The MLP's output, and what mlp_backward takes beside the inputs.
+std::pair<Tensor, MlpProducts> mlp_forward(AutogradContext* ctx, const Tensor& x,
+                                           const Tensor& gate_weight, const Tensor& up_weight,
+                                           const Tensor& down_weight, std::string_view activation,
+                                           bool recompute) {
+  ctx->saved_data["activation"] = std::string(activation);
+  ctx->saved_data["may_consume"] = MlpProducts::may_be_consumed();
+  if (recompute) {
+    return {omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute), {}};
+  }
+  auto [output, gate, up] = omni_mlp_save_gates(x, gate_weight, up_weight, down_weight, activation);
+  return {output, {gate, up}};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(AutogradContext* ctx, const Tensor& grad,
                                                         const Tensor& x, const Tensor& gate_weight,
                                                         const Tensor& up_weight,
@@ -168,15 +182,9 @@ class MlpFunction : public Function<MlpFunction> {
                         const Tensor& up_weight, const Tensor& down_weight,
                         std::string_view activation, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["may_consume"] = MlpProducts::may_be_consumed();
-    if (recompute) {
-      ctx->save_for_backward({x, gate_weight, up_weight, down_weight, Tensor(), Tensor()});
-      return omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute);
-    }
-    auto [output, gate, up] =
-        omni_mlp_save_gates(x, gate_weight, up_weight, down_weight, activation);
-    ctx->save_for_backward({x, gate_weight, up_weight, down_weight, gate, up});
+    auto [output, products] =
+        mlp_forward(ctx, x, gate_weight, up_weight, down_weight, activation, recompute);
+    ctx->save_for_backward({x, gate_weight, up_weight, down_weight, products.gate, products.up});
     return output;
   }
 
@@ -208,20 +216,13 @@ class ExpertMlpFunction : public Function<ExpertMlpFunction> {
     check_expert_mlp(kOp, hidden_states, up_embed, down_embed, routing_weights, indices,
                      gate_weight, up_weight, down_weight);
     const at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor shared_states, gate, up;
-    if (recompute) {
-      shared_states =
-          omni_mlp(hidden_states, gate_weight, up_weight, down_weight, activation, recompute);
-    } else {
-      std::tie(shared_states, gate, up) =
-          omni_mlp_save_gates(hidden_states, gate_weight, up_weight, down_weight, activation);
-    }
+    auto [shared_states, products] =
+        mlp_forward(ctx, hidden_states, gate_weight, up_weight, down_weight, activation, recompute);
     auto [output, scores] = omni_expert_save_scores(
         hidden_states, up_embed, down_embed, routing_weights, indices, activation, shared_states);
     ctx->save_for_backward({hidden_states, up_embed, down_embed, routing_weights, indices,
-                            gate_weight, up_weight, down_weight, scores, gate, up});
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["may_consume"] = MlpProducts::may_be_consumed();
+                            gate_weight, up_weight, down_weight, scores, products.gate,
+                            products.up});
     return output;
   }
 
@@ -270,8 +271,7 @@ class BatchNormFunction : public Function<BatchNormFunction> {
                                const std::optional<Tensor>& running_var_y,
                                const std::optional<Tensor>& num_batches_tracked_y, bool training,
                                double momentum, double eps) {
-    // Only autograd is done: the updates of the buffers must still show in their versions.
-    const at::AutoDispatchBelowAutograd guard;
+    const at::AutoDispatchBelowADInplaceOrView guard;
     auto [normed_x, normed_y, inv_std] = omni_batch_norm_save_stats(
         router_logits, num_rows, running_mean_x, running_var_x, num_batches_tracked_x,
         running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
@@ -353,7 +353,7 @@ std::tuple<Tensor, Tensor> omni_batch_norm_autograd(
     const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
     double eps) {
   if (!any_needs_grad({router_logits})) {
-    const at::AutoDispatchBelowAutograd guard;
+    const at::AutoDispatchBelowADInplaceOrView guard;
     return omni_batch_norm(router_logits, std::move(num_rows), running_mean_x, running_var_x,
                            num_batches_tracked_x, running_mean_y, running_var_y,
                            num_batches_tracked_y, training, momentum, eps);
@@ -362,45 +362,6 @@ std::tuple<Tensor, Tensor> omni_batch_norm_autograd(
       router_logits, num_rows, running_mean_x, running_var_x, num_batches_tracked_x, running_mean_y,
       running_var_y, num_batches_tracked_y, training, momentum, eps);
   return {outputs[0], outputs[1]};
-}
-
-// ---- versions of what is changed in place, by which autograd sees it ----
-
-void bump_version(bool training, std::initializer_list<const std::optional<Tensor>*> buffers) {
-  if (!training) return;  // then they are only read
-  for (const auto* buffer : buffers) {
-    if (*buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
-  }
-}
-
-std::tuple<Tensor, Tensor> omni_batch_norm_inplace(
-    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
-    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
-    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
-    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
-    double eps) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  auto outputs = omni_batch_norm(router_logits, std::move(num_rows), running_mean_x, running_var_x,
-                                 num_batches_tracked_x, running_mean_y, running_var_y,
-                                 num_batches_tracked_y, training, momentum, eps);
-  bump_version(training, {&running_mean_x, &running_var_x, &num_batches_tracked_x, &running_mean_y,
-                          &running_var_y, &num_batches_tracked_y});
-  return outputs;
-}
-
-std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats_inplace(
-    const Tensor& router_logits, c10::SymInt num_rows, const std::optional<Tensor>& running_mean_x,
-    const std::optional<Tensor>& running_var_x, const std::optional<Tensor>& num_batches_tracked_x,
-    const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
-    const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
-    double eps) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  auto outputs = omni_batch_norm_save_stats(
-      router_logits, std::move(num_rows), running_mean_x, running_var_x, num_batches_tracked_x,
-      running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
-  bump_version(training, {&running_mean_x, &running_var_x, &num_batches_tracked_x, &running_mean_y,
-                          &running_var_y, &num_batches_tracked_y});
-  return outputs;
 }
 
 }  // namespace
@@ -418,11 +379,6 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
         "omni_mlp_backward_consume", "omni_batch_norm_save_stats", "omni_batch_norm_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
-}
-
-TORCH_LIBRARY_IMPL(omni_moe, ADInplaceOrView, m) {
-  m.impl("omni_batch_norm", omni_batch_norm_inplace);
-  m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_inplace);
 }
 
 }  // namespace omni_moe::torch_api

@@ -26,6 +26,13 @@ void check_dense(const char* op, const char* name, const OptionalTensor& buffer)
                     " to be contiguous, but got stride ", buffer->strides());
 }
 
+// Autograd sees changes in place by the versions of tensors. Tensors of inference mode raise.
+void bump_versions(std::initializer_list<const OptionalTensor*> buffers) {
+  for (const OptionalTensor* buffer : buffers) {
+    if (*buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
 Tensor with_dense_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 struct Normed {
@@ -44,6 +51,10 @@ Normed normalise(const char* op, const Tensor& router_logits, int64_t num_rows,
   check_dense(op, "running_var_x", running_var_x);
   check_dense(op, "running_mean_y", running_mean_y);
   check_dense(op, "running_var_y", running_var_y);
+  if (training) {
+    bump_versions({&running_mean_x, &running_var_x, &num_batches_tracked_x, &running_mean_y,
+                   &running_var_y, &num_batches_tracked_y});
+  }
   const Tensor logits = with_dense_rows(router_logits);
   const int64_t num_tokens = logits.size(0), num_cols = logits.size(1) - num_rows;
   Normed normed{at::empty({num_tokens, num_rows}, logits.options()),

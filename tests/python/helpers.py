@@ -1,7 +1,10 @@
 """Devices, tolerances, oracles and inputs shared by the tests."""
 
+import copy
+import io
 import itertools
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import omni_moe
 
@@ -142,7 +145,7 @@ def assert_bitwise(got: Tensor, want: Tensor, name: str = "result") -> None:
     )
 
 
-# ---- forward and backward ------------------------------------------------------------------------
+# ---- runs and copies -----------------------------------------------------------------------------
 
 
 def run(
@@ -167,6 +170,20 @@ def strided(tensor: Tensor) -> Tensor:
     wide = wide.to(tensor.device).permute(*range(tensor.dim())[::-1])
     view = wide[tuple(slice(None, None, 2) for _ in tensor.shape)]
     return view.copy_(tensor)
+
+
+on_copies = pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+
+
+def copied(module: nn.Module, how: str) -> nn.Module:
+    if how == "deepcopy":
+        return copy.deepcopy(module)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(module))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 # ---- router --------------------------------------------------------------------------------------

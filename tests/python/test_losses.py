@@ -1,9 +1,7 @@
 """Router losses and jitter: values, gradients, what they do to a layer and to its load."""
 
 import copy
-import io
 import math
-import pickle
 
 import pytest
 import torch
@@ -13,7 +11,9 @@ from helpers import (
     assert_bitwise,
     assert_close,
     choose_experts,
+    copied,
     needs_gpu,
+    on_copies,
     on_devices,
     random_logits,
 )
@@ -341,23 +341,15 @@ def test_layer_under_autocast(device):
     loss.backward()
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@on_copies
 def test_copies_have_no_loss(how):
     layer = make_layer(**LOSSES)
     x = torch.randn(7, H)
     y = layer(x)
-    if how == "deepcopy":
-        copied = copy.deepcopy(layer)
-    elif how == "pickle":
-        copied = pickle.loads(pickle.dumps(layer))
-    else:
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        copied = torch.load(file, weights_only=False)
-    assert copied.aux_loss is None and layer.aux_loss is not None
-    assert_bitwise(copied(x), y)
-    assert_bitwise(copied.aux_loss, layer.aux_loss)
+    twin = copied(layer, how)
+    assert twin.aux_loss is None and layer.aux_loss is not None
+    assert_bitwise(twin(x), y)
+    assert_bitwise(twin.aux_loss, layer.aux_loss)
 
 
 def test_state_dict_is_unchanged():

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import CUDA, assert_bitwise, assert_close, needs_gpu, on_devices
+from helpers import CUDA, assert_bitwise, assert_close, copied, needs_gpu, on_copies, on_devices
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -121,26 +121,18 @@ def test_reset_parameters():
     assert layer.expert_load().counts.sum() == 0
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@on_copies
 def test_copies(how):
     layer = make_layer(track_expert_load=True)
     x = torch.randn(37, H, dtype=torch.float64)
     layer(x)
-    if how == "deepcopy":
-        copied = copy.deepcopy(layer)
-    elif how == "pickle":
-        copied = pickle.loads(pickle.dumps(layer))
-    else:
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        copied = torch.load(file, weights_only=False)
-    assert copied.config == layer.config and repr(copied) == repr(layer)
-    assert_bitwise(copied.eval()(x), layer.eval()(x))
-    assert_bitwise(copied.expert_load().counts, layer.expert_load().counts)
+    twin = copied(layer, how)
+    assert twin.config == layer.config and repr(twin) == repr(layer)
+    assert_bitwise(twin.eval()(x), layer.eval()(x))
+    assert_bitwise(twin.expert_load().counts, layer.expert_load().counts)
     with torch.no_grad():
-        copied.up_embed.weight.zero_()
-    assert not torch.equal(copied(x), layer(x))
+        twin.up_embed.weight.zero_()
+    assert not torch.equal(twin(x), layer(x))
 
 
 def test_a_compiled_layer_can_be_saved():

@@ -1,0 +1,76 @@
+"""Good arguments of every op, of which tests of errors change one."""
+
+import torch
+
+ops = torch.ops.omni_moe
+
+T, H, E, K, I, R, C = 5, 8, 12, 3, 6, 4, 3  # noqa: E741
+
+
+def arguments(op, device="cpu"):
+    """Good arguments of an op, by name, in order."""
+    choice = torch.randint(E, (T, K), device=device)
+    floats = {
+        "hidden_states": (T, H),
+        "up_weights": (E, H),
+        "down_weights": (E, H),
+        "routing_weights": (T, K),
+        "router_logits_x": (T, R),
+        "router_logits_y": (T, C),
+        "grad_scores": (T, K),
+        "grad_routing_weights": (T, K),
+        "grad_expert_states": (T, H),
+        "x": (2, T, H),
+        "gate_weight": (I, H),
+        "up_weight": (I, H),
+        "down_weight": (H, I),
+        "grad_output": (2, T, H),
+        "gate": (2, T, I),
+        "up": (2, T, I),
+        "scores": (T, K),
+        "addend": (T, H),
+        "up_embed": (E, H),
+        "down_embed": (E, H),
+    }
+    others = {
+        "num_experts_per_token": K,
+        "num_rows": R,
+        "num_cols": C,
+        "norm_topk_prob": False,
+        "activation": "silu",
+        "recompute": False,
+        "output_mask": [True] * 4,
+        "indices": choice.int() if "router" in op else choice,
+    }
+    schema = getattr(ops, op).default._schema
+    return {
+        argument.name: torch.randn(floats[argument.name], device=device)
+        if argument.name in floats
+        else others[argument.name]
+        for argument in schema.arguments
+    }
+
+
+def call_with(op, device="cpu", **changed):
+    given = arguments(op, device) | changed
+    return getattr(ops, op)(*given.values())
+
+
+ALL_OPS = (
+    "omni_router",
+    "omni_router_backward",
+    "omni_softmax_router",
+    "omni_softmax_router_backward",
+    "omni_expert",
+    "omni_expert_save_scores",
+    "omni_expert_backward",
+    "flash_expert",
+    "omni_mlp",
+    "omni_mlp_save_gates",
+    "omni_mlp_backward",
+    "omni_mlp_backward_consume",
+    "omni_expert_mlp",
+)
+ROUTERS = ("omni_router", "omni_softmax_router")
+EXPERTS = ("omni_expert", "omni_expert_backward")
+MLPS = ("omni_mlp", "omni_mlp_save_gates", "omni_mlp_backward")

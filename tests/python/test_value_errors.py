@@ -1,0 +1,202 @@
+"""Values no op can take, expert ids above all, and derivatives that there are not."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import CUDA, environment, needs_gpu
+from op_arguments import (
+    EXPERTS,
+    MLPS,
+    ROUTERS,
+    C,
+    E,
+    H,
+    K,
+    R,
+    T,
+    arguments,
+    call_with,
+    ops,
+)
+
+import omni_moe
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [-1, R * C + 1, 2**31])
+@pytest.mark.parametrize("op", ROUTERS)
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
+def test_number_of_experts_per_token(device, op, k):
+    message = (
+        f"{op}: expected num_experts_per_token between 0 and the {R * C} experts of the grid, "
+        f"but got {k}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call_with(op, device, num_experts_per_token=k)
+
+
+@pytest.mark.parametrize("op", ROUTERS)
+def test_grid_of_too_many_experts(op):
+    x, y = torch.zeros(1, 2**16, device="meta"), torch.zeros(1, 2**15, device="meta")
+    with pytest.raises(ValueError, match=r"expected at most 2\^31 - 1 experts.*65536 x 32768"):
+        getattr(ops, op)(x, y, 4)
+
+
+@pytest.mark.parametrize("op", ["omni_expert", "omni_expert_backward", "flash_expert", *MLPS])
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
+def test_activation(device, op):
+    message = (
+        "expected activation to be one of silu, gelu, gelu_tanh, relu, identity, but got 'mish'"
+    )
+    with pytest.raises(ValueError, match=message):
+        call_with(op, device, activation="mish")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+@pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.float64])
+def test_dtype_of_saved_scores(dtype, expected, given):
+    """Scores come in the dtype that sums are taken in."""
+    arguments_of_dtype = {
+        name: value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments("omni_expert_backward").items()
+    } | {"scores": torch.zeros(T, K, dtype=given)}
+    if given == expected:
+        call_with("omni_expert_backward", **arguments_of_dtype)
+        return
+    with pytest.raises(ValueError, match="omni_expert_backward: expected scores to be "):
+        call_with("omni_expert_backward", **arguments_of_dtype)
+
+
+@pytest.mark.parametrize("missing", ["gate", "up"])
+def test_saved_gates_come_together(missing):
+    kept = {"gate": "up", "up": "gate"}[missing]
+    with pytest.raises(ValueError, match=f"expected gate and up both or neither.*only {kept}"):
+        call_with("omni_mlp_backward", **{missing: None})
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("value", [-1, E, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("op", [*EXPERTS, "flash_expert"])
+def test_indices_out_of_range(op, value, index_dtype):
+    indices = torch.zeros(T, K, dtype=index_dtype)
+    indices[2, 1], indices[4, 0] = value, 10**6
+    name = "omni_expert" if op == "flash_expert" else op
+    message = f"{name}: expected indices in [0, {E}), but got {value} at indices[2, 1]"
+    with pytest.raises(IndexError, match=re.escape(message)):
+        call_with(op, indices=indices)
+
+
+def test_indices_past_int32():
+    """No wrapping into range: 2^32 is not 0."""
+    indices = torch.zeros(T, K, dtype=torch.int64)
+    indices[0, 2] = 2**32
+    with pytest.raises(IndexError, match=re.escape("but got 4294967296 at indices[0, 2]")):
+        call_with("omni_expert", indices=indices)
+
+
+@pytest.mark.parametrize("op", ["omni_router_backward", "omni_softmax_router_backward"])
+def test_router_indices_out_of_range(op):
+    indices = torch.zeros(T, K, dtype=torch.int32)
+    indices[3, 2] = R * C
+    message = f"{op}: expected indices in [0, {R * C}), but got {R * C} at indices[3, 2]"
+    with pytest.raises(IndexError, match=re.escape(message)):
+        call_with(op, indices=indices)
+
+
+def test_no_experts_at_all():
+    """E = 0 with tokens to route: every index is out of range."""
+    none = torch.zeros(0, H)
+    with pytest.raises(IndexError, match=re.escape("expected indices in [0, 0), but got")):
+        call_with("omni_expert", up_weights=none, down_weights=none)
+
+
+@pytest.mark.parametrize("op", EXPERTS)
+@needs_gpu
+def test_host_checked_indices_on_cuda(op):
+    """The debug switch raises before the launch; the device stays usable."""
+    indices = torch.zeros(T, K, dtype=torch.int64, device="cuda")
+    indices[2, 1] = E
+    with omni_moe.check_indices(), pytest.raises(IndexError, match=rf"got {E} at indices\[2, 1\]"):
+        call_with(op, "cuda", indices=indices)
+    torch.cuda.synchronize()
+    call_with(op, "cuda")
+
+
+@needs_gpu
+def test_device_side_assert_on_cuda():
+    """Without the switch a device-side assert; in its own process, as it ends the CUDA context."""
+    script = (
+        "import torch, omni_moe\n"
+        "h, w, r = torch.ones(2, 8), torch.ones(4, 8), torch.ones(2, 1)\n"
+        "i = torch.tensor([[0], [4]])\n"
+        "torch.ops.omni_moe.omni_expert(*(t.cuda() for t in (h, w, w, r, i)))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
+    assert "ssertion" in done.stdout + done.stderr
+
+
+def test_check_indices_ends_with_its_context():
+    """The outermost one, also after an exception."""
+
+    def is_on():
+        before = omni_moe._C.set_check_indices(False)
+        omni_moe._C.set_check_indices(before)
+        return before
+
+    assert not is_on()
+    with omni_moe.check_indices():
+        with pytest.raises(KeyError), omni_moe.check_indices():
+            raise KeyError
+        assert is_on()
+    assert not is_on()
+
+
+# ---- Python functions, double backward, devices without kernels ----------------------------------
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_num_expert_sqrt(axis):
+    logits = {"x": torch.zeros(T, 4), "y": torch.zeros(T, 4)}
+    logits[axis] = torch.zeros(T, 5)
+    message = f"router_logits_{axis}: expected shape (T, num_expert_sqrt) = (T, 4), got (5, 5)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        omni_moe.ops.omni_router(logits["x"], logits["y"], 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("op", "backward"),
+    [
+        ("omni_router", "omni_router_backward"),
+        ("omni_softmax_router", "omni_softmax_router_backward"),
+        ("omni_expert", "omni_expert_backward"),
+        ("flash_expert", "omni_expert_backward"),
+        ("omni_mlp", "omni_mlp_backward"),
+        ("omni_expert_mlp", "omni_(mlp|expert)_backward"),
+    ],
+)
+def test_double_backward(op, backward):
+    given = arguments(op)
+    leaves = {
+        name: value.requires_grad_()
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    out = getattr(ops, op)(*given.values())
+    out = out if isinstance(out, torch.Tensor) else out[0]
+    grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
+    message = f"derivative for omni_moe::{backward} is not implemented"
+    with pytest.raises(RuntimeError, match=message):
+        sum(grad.sum() for grad in grads).backward()
