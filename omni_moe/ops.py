@@ -291,3 +291,62 @@ def omni_batch_norm(
         momentum,
         eps,
     )
+
+
+def omni_router_logits(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    running_mean_x: Tensor | None,
+    running_var_x: Tensor | None,
+    num_batches_tracked_x: Tensor | None,
+    running_mean_y: Tensor | None,
+    running_var_y: Tensor | None,
+    num_batches_tracked_y: Tensor | None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Both gates of the router and the BatchNorm of their logits.
+
+    `omni_batch_norm` of `hidden_states @ cat([gate_x, gate_y]).T`, in one kernel on Hopper GPUs for
+    batches that fit there at once (4096 tokens by 512 logits on an H200), where the products are
+    not rounded before they are normalised. Runs in the autocast dtype. Results are bitwise the
+    same on every run.
+
+    Args:
+        hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
+        gate_x: (R, H), same dtype.
+        gate_y: (C, H), same dtype.
+        running_mean_x: (R,) fp32 or in the dtype of `hidden_states`, contiguous; None: not tracked.
+        running_var_x: (R,), same dtype; None with `running_mean_x`.
+        num_batches_tracked_x: () int64, or None.
+        running_mean_y: (C,), same dtype.
+        running_var_y: (C,), same dtype.
+        num_batches_tracked_y: () int64, or None.
+        training: normalise with the batch's own statistics, and update those given.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        router_logits_x: (T, R) in the dtype of `hidden_states`, contiguous; differentiable.
+        router_logits_y: (T, C), the same.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, `eps` is not positive, there is one token in
+            training (it has no variance), or there are no running statistics outside training.
+    """
+    return torch.ops.omni_moe.omni_router_logits(
+        hidden_states,
+        gate_x,
+        gate_y,
+        running_mean_x,
+        running_var_x,
+        num_batches_tracked_x,
+        running_mean_y,
+        running_var_y,
+        num_batches_tracked_y,
+        training,
+        momentum,
+        eps,
+    )

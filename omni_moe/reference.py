@@ -8,7 +8,7 @@ as one would write it with stock operators, computing in the dtype of the inputs
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -211,6 +211,29 @@ def omni_batch_norm(
             mean, var = running_mean.to(logits.dtype), running_var.to(logits.dtype)
         normed.append(((logits - mean) / (var + eps).sqrt()).to(router_logits.dtype))
     return normed[0], normed[1]
+
+
+def omni_router_logits(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    *batch_norm: Any,
+) -> tuple[Tensor, Tensor]:
+    """`omni_batch_norm` of the logits of two gates.
+
+    Args:
+        hidden_states: (T, H).
+        gate_x: (R, H).
+        gate_y: (C, H).
+        batch_norm: the arguments of `omni_batch_norm` behind `num_rows`.
+
+    Returns:
+        router_logits_x: (T, R) in the dtype of `hidden_states`.
+        router_logits_y: (T, C).
+    """
+    logits = F.linear(_wide(hidden_states), torch.cat([_wide(gate_x), _wide(gate_y)]))
+    logits_x, logits_y = omni_batch_norm(logits, len(gate_x), *batch_norm)
+    return logits_x.to(hidden_states.dtype), logits_y.to(hidden_states.dtype)
 
 
 def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:

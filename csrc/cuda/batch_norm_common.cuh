@@ -20,6 +20,7 @@
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/common/workspace.h"
+#include "omni_moe/batch_norm.h"
 
 namespace omni_moe::cuda::batch_norm {
 
@@ -267,6 +268,32 @@ __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, b
   warp_partials[warp][2][column] = second;
   return merge_warps<Merger>(warp_partials);
 }
+
+// ---- running statistics ----
+
+// Running statistics of an axis: of T or fp32.
+template <class T>
+struct RunningStatistics {
+  BatchNormBuffers buffers;
+  bool is_float;
+
+  __device__ RunningStatistics(const BatchNormForwardParams& params, bool is_y)
+      : buffers(is_y ? params.y : params.x), is_float(params.stats_dtype == DType::kFloat32) {}
+
+  __device__ float load(const void* running, int64_t i) const {
+    return is_float ? static_cast<const float*>(running)[i]
+                    : to_float(static_cast<const T*>(running)[i]);
+  }
+  __device__ void update(void* running, int64_t i, float momentum, float value) const {
+    if (running == nullptr) return;
+    const float updated = momentum * value + (1.0f - momentum) * load(running, i);
+    if (is_float) {
+      static_cast<float*>(running)[i] = updated;
+    } else {
+      static_cast<T*>(running)[i] = from_float<T>(updated);
+    }
+  }
+};
 
 // ---- host ----
 

@@ -78,30 +78,6 @@ __device__ __forceinline__ void thread_moments(const ThreadRows<T, kVec>& rows, 
   }
 }
 
-// Running statistics of the axis: of T or fp32.
-template <class T>
-struct RunningStatistics {
-  BatchNormBuffers buffers;
-  bool is_float;
-
-  __device__ RunningStatistics(const BatchNormForwardParams& params, const Tile& tile)
-      : buffers(tile.is_y ? params.y : params.x), is_float(params.stats_dtype == DType::kFloat32) {}
-
-  __device__ float load(const void* running, int64_t i) const {
-    return is_float ? static_cast<const float*>(running)[i]
-                    : to_float(static_cast<const T*>(running)[i]);
-  }
-  __device__ void update(void* running, int64_t i, float momentum, float value) const {
-    if (running == nullptr) return;
-    const float updated = momentum * value + (1.0f - momentum) * load(running, i);
-    if (is_float) {
-      static_cast<float*>(running)[i] = updated;
-    } else {
-      static_cast<T*>(running)[i] = from_float<T>(updated);
-    }
-  }
-};
-
 template <class T, int kVec, bool kTraining>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_forward_kernel(const BatchNormForwardParams params, const Plan plan) {
@@ -115,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const ThreadRows<T, kVec> rows(tile);
     const T* logits =
         static_cast<const T*>(params.logits) + tile.axis_begin + tile.first_column + rows.column;
-    const RunningStatistics<T> running(params, tile);
+    const RunningStatistics<T> running(params, tile.is_y);
     const int64_t axis_column = tile.first_column + column;
     const bool owns_column = threadIdx.x < kGroupColumns && tile.has(column);
 

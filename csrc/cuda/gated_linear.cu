@@ -74,17 +74,9 @@ __device__ __forceinline__ void store_output(const CUtensorMap& map, char (*halv
   for (int half = 0; half < 2; ++half) {
     if (lane == 0) tma_store_wait_read<1>();  // the store before last was from here
     __syncwarp();
-#pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {  // of 16 columns
-      uint32_t fragment[4];
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const int i = half * 32 + quarter * 8 + pair * 2;
-        fragment[pair] = pack_pair(value(i), value(i + 1), T());
-      }
-      // Matrices in accumulator order: rows 0-7, rows 8-15, then the same of the next 8 columns.
-      store_matrices(halves[half] + swizzle128(lane % 16, quarter * 2 + lane / 16), fragment);
-    }
+    store_rows(halves[half], [&](int i) {
+      return pack_pair(value(half * 32 + i), value(half * 32 + i + 1), T());
+    });
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) {

@@ -47,12 +47,6 @@ inline constexpr int kGroup = 8;
 
 // ---- device ----
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-inline constexpr bool kHasHopperInstructions = true;
-#else
-inline constexpr bool kHasHopperInstructions = false;
-#endif
-
 struct TileGrid {
   int num_token_tiles;  // of the tokens of all blocks of a cluster
   int num_col_tiles;

@@ -1,5 +1,5 @@
-// Autocast: experts and MLP run in the autocast dtype, as matrix products do; the routers, which
-// compute in fp32 inside, only bring their two vectors to one dtype.
+// Autocast: gates, experts and MLP run in the autocast dtype, as matrix products do; the routers,
+// which compute in fp32 inside, only bring their two vectors to one dtype.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -60,6 +60,19 @@ struct Autocast {
                                       cast(routing_weights), indices, cast(gate_weight),
                                       cast(up_weight), cast(down_weight), activation, recompute);
   }
+  static std::tuple<Tensor, Tensor> omni_router_logits(
+      const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+      const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+      const std::optional<Tensor>& num_batches_tracked_x,
+      const std::optional<Tensor>& running_mean_y, const std::optional<Tensor>& running_var_y,
+      const std::optional<Tensor>& num_batches_tracked_y, bool training, double momentum,
+      double eps) {
+    const auto guard = exclude();
+    return torch_api::omni_router_logits(cast(hidden_states), cast(gate_x), cast(gate_y),
+                                         running_mean_x, running_var_x, num_batches_tracked_x,
+                                         running_mean_y, running_var_y, num_batches_tracked_y,
+                                         training, momentum, eps);
+  }
 
   static void register_kernels(torch::Library& m) {
     m.impl("omni_router", omni_router);
@@ -67,6 +80,7 @@ struct Autocast {
     m.impl("omni_expert", omni_expert);
     m.impl("omni_mlp", omni_mlp);
     m.impl("omni_expert_mlp", omni_expert_mlp);
+    m.impl("omni_router_logits", omni_router_logits);
   }
 };
 

@@ -292,6 +292,46 @@ class BatchNormFunction : public Function<BatchNormFunction> {
   static constexpr size_t kInputs = 11;
 };
 
+class RouterLogitsFunction : public Function<RouterLogitsFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& hidden_states,
+                               const Tensor& gate_x, const Tensor& gate_y,
+                               const std::optional<Tensor>& running_mean_x,
+                               const std::optional<Tensor>& running_var_x,
+                               const std::optional<Tensor>& num_batches_tracked_x,
+                               const std::optional<Tensor>& running_mean_y,
+                               const std::optional<Tensor>& running_var_y,
+                               const std::optional<Tensor>& num_batches_tracked_y, bool training,
+                               double momentum, double eps) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [logits_x, logits_y, inv_std] = omni_router_logits_save_stats(
+        hidden_states, gate_x, gate_y, running_mean_x, running_var_x, num_batches_tracked_x,
+        running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
+    ctx->save_for_backward({hidden_states, gate_x, gate_y, logits_x, logits_y, inv_std});
+    ctx->saved_data["training"] = training;
+    return {logits_x, logits_y};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &gate_x = saved[1], &gate_y = saved[2];
+    const bool want_x = ctx->needs_input_grad(1), want_y = ctx->needs_input_grad(2);
+    const std::array<bool, 2> mask = {ctx->needs_input_grad(0), want_x || want_y};
+    auto [grad_hidden, grad_gates] =
+        omni_router_logits_backward(grads[0], grads[1], saved[0], gate_x, gate_y, saved[3],
+                                    saved[4], saved[5], ctx->saved_data["training"].toBool(), mask);
+    variable_list input_grads(kInputs);
+    input_grads[0] = if_wanted(mask[0], grad_hidden);
+    const auto num_rows = gate_x.sym_size(0);
+    if (want_x) input_grads[1] = grad_gates.narrow_symint(0, 0, num_rows);
+    if (want_y) input_grads[2] = grad_gates.narrow_symint(0, num_rows, gate_y.sym_size(0));
+    return input_grads;
+  }
+
+ private:
+  static constexpr size_t kInputs = 12;
+};
+
 std::tuple<Tensor, Tensor> omni_router_autograd(const Tensor& router_logits_x,
                                                 const Tensor& router_logits_y, c10::SymInt k) {
   const auto outputs = RouterFunction::apply(router_logits_x, router_logits_y, k);
@@ -364,6 +404,24 @@ std::tuple<Tensor, Tensor> omni_batch_norm_autograd(
   return {outputs[0], outputs[1]};
 }
 
+std::tuple<Tensor, Tensor> omni_router_logits_autograd(
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+    const std::optional<Tensor>& num_batches_tracked_x, const std::optional<Tensor>& running_mean_y,
+    const std::optional<Tensor>& running_var_y, const std::optional<Tensor>& num_batches_tracked_y,
+    bool training, double momentum, double eps) {
+  if (!any_needs_grad({hidden_states, gate_x, gate_y})) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return omni_router_logits(hidden_states, gate_x, gate_y, running_mean_x, running_var_x,
+                              num_batches_tracked_x, running_mean_y, running_var_y,
+                              num_batches_tracked_y, training, momentum, eps);
+  }
+  const auto outputs = RouterLogitsFunction::apply(
+      hidden_states, gate_x, gate_y, running_mean_x, running_var_x, num_batches_tracked_x,
+      running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
+  return {outputs[0], outputs[1]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
@@ -373,10 +431,12 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
   m.impl("omni_mlp", omni_mlp_autograd);
   m.impl("omni_expert_mlp", omni_expert_mlp_autograd);
   m.impl("omni_batch_norm", omni_batch_norm_autograd);
+  m.impl("omni_router_logits", omni_router_logits_autograd);
   for (const char* op :
        {"omni_router_backward", "omni_softmax_router_backward", "omni_expert_save_scores",
         "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward",
-        "omni_mlp_backward_consume", "omni_batch_norm_save_stats", "omni_batch_norm_backward"}) {
+        "omni_mlp_backward_consume", "omni_batch_norm_save_stats", "omni_batch_norm_backward",
+        "omni_router_logits_save_stats", "omni_router_logits_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -174,4 +174,25 @@ void launch([[maybe_unused]] GatedLinearBackwardParams params, at::Device device
   no_backend(device);
 }
 
+bool supports([[maybe_unused]] const RouterLogitsForwardParams& params,
+              [[maybe_unused]] at::Device device) {
+#if OMNI_MOE_WITH_CUDA
+  if (device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(device);
+    return cuda::router_logits_forward_supported(params);
+  }
+#endif
+  return false;
+}
+
+void launch([[maybe_unused]] RouterLogitsForwardParams params, at::Device device) {
+#if OMNI_MOE_WITH_CUDA
+  if (device.is_cuda()) {
+    return launch_cuda(params, device, cuda::router_logits_forward,
+                       cuda::router_logits_forward_workspace_size);
+  }
+#endif
+  no_backend(device);
+}
+
 }  // namespace omni_moe::torch_api

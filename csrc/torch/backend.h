@@ -7,6 +7,7 @@
 #include "omni_moe/expert.h"
 #include "omni_moe/mlp.h"
 #include "omni_moe/router.h"
+#include "omni_moe/router_logits.h"
 
 namespace omni_moe::torch_api {
 
@@ -26,5 +27,7 @@ bool supports(const GatedLinearForwardParams& params, at::Device device);
 bool supports(const GatedLinearBackwardParams& params, at::Device device);
 void launch(GatedLinearForwardParams params, at::Device device);
 void launch(GatedLinearBackwardParams params, at::Device device);
+bool supports(const RouterLogitsForwardParams& params, at::Device device);
+void launch(RouterLogitsForwardParams params, at::Device device);
 
 }  // namespace omni_moe::torch_api

@@ -1,8 +1,9 @@
 // BatchNorm of both axes' router logits at the torch boundary: check, allocate, launch.
+#include "batch_norm.h"
+
 #include <torch/library.h>
 
 #include "backend.h"
-#include "checks.h"
 #include "ops.h"
 
 namespace omni_moe::torch_api {
@@ -11,96 +12,82 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-BatchNormBuffers buffers_of(const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                            const OptionalTensor& num_batches_tracked, bool training) {
+BatchNormBuffers pointers_of(const BatchNormBufferArguments& buffers, bool training) {
   const auto data = [&](const OptionalTensor& tensor) -> void* {
     if (!tensor) return nullptr;
     return training ? tensor->mutable_data_ptr() : const_cast<void*>(tensor->const_data_ptr());
   };
-  return {data(running_mean), data(running_var), static_cast<int64_t*>(data(num_batches_tracked))};
+  return {data(buffers.running_mean), data(buffers.running_var),
+          static_cast<int64_t*>(data(buffers.num_batches_tracked))};
 }
 
-// In-place updates cannot go to a copy.
-void check_dense(const char* op, const char* name, const OptionalTensor& buffer) {
-  TORCH_CHECK_VALUE(!buffer || buffer->is_contiguous(), op, ": expected ", name,
-                    " to be contiguous, but got stride ", buffer->strides());
-}
+}  // namespace
 
-// Autograd sees changes in place by the versions of tensors. Tensors of inference mode raise.
-void bump_versions(std::initializer_list<const OptionalTensor*> buffers) {
-  for (const OptionalTensor* buffer : buffers) {
-    if (*buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
+void prepare_buffers(const char* op, const BatchNormOptions& options) {
+  for (const auto& axis : {options.x, options.y}) {
+    // In-place updates cannot go to a copy.
+    const auto check_dense = [&](const char* name, const OptionalTensor& buffer) {
+      TORCH_CHECK_VALUE(!buffer || buffer->is_contiguous(), op, ": expected ", name, "_", axis.axis,
+                        " to be contiguous, but got stride ", buffer->strides());
+    };
+    check_dense("running_mean", axis.running_mean);
+    check_dense("running_var", axis.running_var);
+  }
+  if (!options.training) return;
+  // Autograd sees changes in place by the versions of tensors. Tensors of inference mode raise.
+  for (const auto& axis : {options.x, options.y}) {
+    for (const auto& buffer : {std::cref(axis.running_mean), std::cref(axis.running_var),
+                               std::cref(axis.num_batches_tracked)}) {
+      if (buffer.get()) (*buffer.get()).unsafeGetTensorImpl()->bump_version();
+    }
   }
 }
 
-Tensor with_dense_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
-
-struct Normed {
-  Tensor x, y, inv_std;
-};
-
-Normed normalise(const char* op, const Tensor& router_logits, int64_t num_rows,
-                 const OptionalTensor& running_mean_x, const OptionalTensor& running_var_x,
-                 const OptionalTensor& num_batches_tracked_x, const OptionalTensor& running_mean_y,
-                 const OptionalTensor& running_var_y, const OptionalTensor& num_batches_tracked_y,
-                 bool training, double momentum, double eps, bool want_inv_std) {
-  check_batch_norm(op, router_logits, num_rows,
-                   {"x", running_mean_x, running_var_x, num_batches_tracked_x},
-                   {"y", running_mean_y, running_var_y, num_batches_tracked_y}, training, eps);
-  check_dense(op, "running_mean_x", running_mean_x);
-  check_dense(op, "running_var_x", running_var_x);
-  check_dense(op, "running_mean_y", running_mean_y);
-  check_dense(op, "running_var_y", running_var_y);
-  if (training) {
-    bump_versions({&running_mean_x, &running_var_x, &num_batches_tracked_x, &running_mean_y,
-                   &running_var_y, &num_batches_tracked_y});
-  }
-  const Tensor logits = with_dense_rows(router_logits);
-  const int64_t num_tokens = logits.size(0), num_cols = logits.size(1) - num_rows;
-  Normed normed{at::empty({num_tokens, num_rows}, logits.options()),
-                at::empty({num_tokens, num_cols}, logits.options()), Tensor()};
+BatchNormForwardParams allocate_normed(const Tensor& like, int64_t num_tokens, int64_t num_rows,
+                                       int64_t num_cols, const BatchNormOptions& options,
+                                       bool want_inv_std, Normed* normed) {
+  normed->x = at::empty({num_tokens, num_rows}, like.options());
+  normed->y = at::empty({num_tokens, num_cols}, like.options());
   if (want_inv_std) {
-    normed.inv_std = at::empty({logits.size(1)},
-                               logits.options().dtype(accumulation_dtype(logits.scalar_type())));
+    normed->inv_std = at::empty({num_rows + num_cols},
+                                like.options().dtype(accumulation_dtype(like.scalar_type())));
   }
-  const Tensor& stats = running_mean_x ? *running_mean_x : running_mean_y.value_or(logits);
-  launch({logits.const_data_ptr(), normed.x.mutable_data_ptr(), normed.y.mutable_data_ptr(),
-          want_inv_std ? normed.inv_std.mutable_data_ptr() : nullptr,
-          buffers_of(running_mean_x, running_var_x, num_batches_tracked_x, training),
-          buffers_of(running_mean_y, running_var_y, num_batches_tracked_y, training), num_tokens,
-          num_rows, num_cols, logits.stride(0), to_dtype(logits), to_dtype(stats), training,
-          momentum, eps, /*workspace=*/nullptr},
-         logits.device());
+  const OptionalTensor& mean_x = options.x.running_mean;
+  const OptionalTensor& mean_y = options.y.running_mean;
+  const Tensor& stats = mean_x ? *mean_x : mean_y ? *mean_y : like;
+  return {/*logits=*/nullptr,
+          normed->x.mutable_data_ptr(),
+          normed->y.mutable_data_ptr(),
+          want_inv_std ? normed->inv_std.mutable_data_ptr() : nullptr,
+          pointers_of(options.x, options.training),
+          pointers_of(options.y, options.training),
+          num_tokens,
+          num_rows,
+          num_cols,
+          /*logits_stride=*/0,
+          to_dtype(like),
+          to_dtype(stats),
+          options.training,
+          options.momentum,
+          options.eps,
+          /*workspace=*/nullptr};
+}
+
+Normed normalise(const Tensor& logits, int64_t num_rows, const BatchNormOptions& options,
+                 bool want_inv_std) {
+  const Tensor rows = logits.stride(1) == 1 ? logits : logits.contiguous();
+  Normed normed;
+  BatchNormForwardParams params = allocate_normed(
+      rows, rows.size(0), num_rows, rows.size(1) - num_rows, options, want_inv_std, &normed);
+  params.logits = rows.const_data_ptr();
+  params.logits_stride = rows.stride(0);
+  launch(params, rows.device());
   return normed;
 }
 
-std::tuple<Tensor, Tensor> omni_batch_norm_kernel(
-    const Tensor& router_logits, int64_t num_rows, const OptionalTensor& running_mean_x,
-    const OptionalTensor& running_var_x, const OptionalTensor& num_batches_tracked_x,
-    const OptionalTensor& running_mean_y, const OptionalTensor& running_var_y,
-    const OptionalTensor& num_batches_tracked_y, bool training, double momentum, double eps) {
-  auto normed = normalise("omni_batch_norm", router_logits, num_rows, running_mean_x, running_var_x,
-                          num_batches_tracked_x, running_mean_y, running_var_y,
-                          num_batches_tracked_y, training, momentum, eps, /*want_inv_std=*/false);
-  return {normed.x, normed.y};
-}
-
-std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats_kernel(
-    const Tensor& router_logits, int64_t num_rows, const OptionalTensor& running_mean_x,
-    const OptionalTensor& running_var_x, const OptionalTensor& num_batches_tracked_x,
-    const OptionalTensor& running_mean_y, const OptionalTensor& running_var_y,
-    const OptionalTensor& num_batches_tracked_y, bool training, double momentum, double eps) {
-  auto normed = normalise("omni_batch_norm", router_logits, num_rows, running_mean_x, running_var_x,
-                          num_batches_tracked_x, running_mean_y, running_var_y,
-                          num_batches_tracked_y, training, momentum, eps, /*want_inv_std=*/true);
-  return {normed.x, normed.y, normed.inv_std};
-}
-
-Tensor omni_batch_norm_backward_kernel(const Tensor& grad_normed_x, const Tensor& grad_normed_y,
-                                       const Tensor& normed_x, const Tensor& normed_y,
-                                       const Tensor& inv_std, bool training) {
-  check_batch_norm_backward("omni_batch_norm_backward", grad_normed_x, grad_normed_y, normed_x,
-                            normed_y, inv_std);
+Tensor normalise_backward(const Tensor& grad_normed_x, const Tensor& grad_normed_y,
+                          const Tensor& normed_x, const Tensor& normed_y, const Tensor& inv_std,
+                          bool training) {
   const Tensor grad_x = grad_normed_x.contiguous(), grad_y = grad_normed_y.contiguous();
   const Tensor x = normed_x.contiguous(), y = normed_y.contiguous(), scale = inv_std.contiguous();
   Tensor grad_logits = at::empty({x.size(0), x.size(1) + y.size(1)}, x.options());
@@ -109,6 +96,55 @@ Tensor omni_batch_norm_backward_kernel(const Tensor& grad_normed_x, const Tensor
           to_dtype(x), training, /*workspace=*/nullptr},
          x.device());
   return grad_logits;
+}
+
+namespace {
+
+Normed batch_norm(const Tensor& router_logits, int64_t num_rows, const BatchNormOptions& options,
+                  bool want_inv_std) {
+  constexpr auto kOp = "omni_batch_norm";
+  check_batch_norm(kOp, router_logits, num_rows, options.x, options.y, options.training,
+                   options.eps);
+  prepare_buffers(kOp, options);
+  return normalise(router_logits, num_rows, options, want_inv_std);
+}
+
+std::tuple<Tensor, Tensor> omni_batch_norm_kernel(
+    const Tensor& router_logits, int64_t num_rows, const OptionalTensor& running_mean_x,
+    const OptionalTensor& running_var_x, const OptionalTensor& num_batches_tracked_x,
+    const OptionalTensor& running_mean_y, const OptionalTensor& running_var_y,
+    const OptionalTensor& num_batches_tracked_y, bool training, double momentum, double eps) {
+  auto normed = batch_norm(router_logits, num_rows,
+                           {{"x", running_mean_x, running_var_x, num_batches_tracked_x},
+                            {"y", running_mean_y, running_var_y, num_batches_tracked_y},
+                            training,
+                            momentum,
+                            eps},
+                           /*want_inv_std=*/false);
+  return {normed.x, normed.y};
+}
+
+std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats_kernel(
+    const Tensor& router_logits, int64_t num_rows, const OptionalTensor& running_mean_x,
+    const OptionalTensor& running_var_x, const OptionalTensor& num_batches_tracked_x,
+    const OptionalTensor& running_mean_y, const OptionalTensor& running_var_y,
+    const OptionalTensor& num_batches_tracked_y, bool training, double momentum, double eps) {
+  auto normed = batch_norm(router_logits, num_rows,
+                           {{"x", running_mean_x, running_var_x, num_batches_tracked_x},
+                            {"y", running_mean_y, running_var_y, num_batches_tracked_y},
+                            training,
+                            momentum,
+                            eps},
+                           /*want_inv_std=*/true);
+  return {normed.x, normed.y, normed.inv_std};
+}
+
+Tensor omni_batch_norm_backward_kernel(const Tensor& grad_normed_x, const Tensor& grad_normed_y,
+                                       const Tensor& normed_x, const Tensor& normed_y,
+                                       const Tensor& inv_std, bool training) {
+  check_batch_norm_backward("omni_batch_norm_backward", grad_normed_x, grad_normed_y, normed_x,
+                            normed_y, inv_std);
+  return normalise_backward(grad_normed_x, grad_normed_y, normed_x, normed_y, inv_std, training);
 }
 
 void register_kernels(torch::Library& m) {

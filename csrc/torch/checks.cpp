@@ -230,6 +230,20 @@ void check_batch_norm_buffers(const Argument& logits, const BatchNormBufferArgum
   }
 }
 
+// Of a BatchNorm of both axes over `tokens`.
+void check_batch_norm_options(const Argument& tokens, const c10::SymInt& num_rows,
+                              const c10::SymInt& num_cols, const BatchNormBufferArguments& x,
+                              const BatchNormBufferArguments& y, bool training, double eps) {
+  TORCH_CHECK_VALUE(eps > 0, tokens.op, ": expected eps to be positive, but got ", eps);
+  // PyTorch's own words: the layer has always raised them.
+  TORCH_CHECK_VALUE(!training || tokens.tensor.sym_size(0) != 1, tokens.op,
+                    ": Expected more than 1 value per channel when training, but got ", tokens.name,
+                    " of shape ", tokens.tensor.sym_sizes());
+  std::optional<at::ScalarType> stats_dtype;
+  check_batch_norm_buffers(tokens, x, num_rows, training, stats_dtype);
+  check_batch_norm_buffers(tokens, y, num_cols, training, stats_dtype);
+}
+
 }  // namespace
 
 void check_batch_norm(const char* op, const at::Tensor& router_logits, const c10::SymInt& num_rows,
@@ -241,39 +255,78 @@ void check_batch_norm(const char* op, const at::Tensor& router_logits, const c10
   const c10::SymInt width = router_logits.sym_size(1);
   TORCH_CHECK_VALUE(num_rows >= 1 && num_rows < width, op, ": expected num_rows between 1 and ",
                     width - 1, ", one less than the width of router_logits, but got ", num_rows);
-  TORCH_CHECK_VALUE(eps > 0, op, ": expected eps to be positive, but got ", eps);
-  // PyTorch's own words: the layer has always raised them.
-  TORCH_CHECK_VALUE(!training || router_logits.sym_size(0) != 1, op,
-                    ": Expected more than 1 value per channel when training, but got "
-                    "router_logits of shape ",
-                    router_logits.sym_sizes());
-  std::optional<at::ScalarType> stats_dtype;
-  check_batch_norm_buffers(logits, x, num_rows, training, stats_dtype);
-  check_batch_norm_buffers(logits, y, width - num_rows, training, stats_dtype);
+  check_batch_norm_options(logits, num_rows, width - num_rows, x, y, training, eps);
 }
 
-void check_batch_norm_backward(const char* op, const at::Tensor& grad_normed_x,
-                               const at::Tensor& grad_normed_y, const at::Tensor& normed_x,
-                               const at::Tensor& normed_y, const at::Tensor& inv_std) {
-  const Argument x{op, "normed_x", normed_x};
-  const Argument y{op, "normed_y", normed_y};
-  const Argument grad_x{op, "grad_normed_x", grad_normed_x};
-  const Argument grad_y{op, "grad_normed_y", grad_normed_y};
+void check_router_gates(const char* op, const at::Tensor& hidden_states, const at::Tensor& gate_x,
+                        const at::Tensor& gate_y) {
+  const Argument hidden{op, "hidden_states", hidden_states};
+  check_rank(hidden, 2);
+  check_floating(hidden);
+  for (const Argument& gate : {Argument{op, "gate_x", gate_x}, Argument{op, "gate_y", gate_y}}) {
+    check_rank(gate, 2);
+    check_like(gate, hidden);
+    TORCH_CHECK_VALUE(gate.tensor.sym_size(0) >= 1, op, ": expected ", gate.name,
+                      " to have rows, but got shape ", gate.tensor.sym_sizes());
+    check_size(gate, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
+  }
+}
+
+void check_normed_router_logits(const char* op, const at::Tensor& hidden_states,
+                                const at::Tensor& gate_x, const at::Tensor& gate_y,
+                                const BatchNormBufferArguments& x,
+                                const BatchNormBufferArguments& y, bool training, double eps) {
+  check_router_gates(op, hidden_states, gate_x, gate_y);
+  check_batch_norm_options({op, "hidden_states", hidden_states}, gate_x.sym_size(0),
+                           gate_y.sym_size(0), x, y, training, eps);
+}
+
+namespace {
+
+// Gradients (T, R) and (T, C) of a BatchNorm's outputs, these, and its 1 / sqrt(var + eps).
+void check_normed(const Argument& grad_x, const Argument& grad_y, const Argument& x,
+                  const Argument& y, const at::Tensor& inv_std) {
+  const std::string of_x = std::string(" of ") + x.name, of_y = std::string(" of ") + y.name;
   for (const auto& argument : {x, y, grad_x, grad_y}) check_rank(argument, 2);
   check_floating(x);
   for (const auto& argument : {y, grad_x, grad_y}) {
     check_like(argument, x);
-    check_size(argument, 0, normed_x.sym_size(0), "number of tokens of normed_x");
+    check_size(argument, 0, x.tensor.sym_size(0), ("number of tokens" + of_x).c_str());
   }
-  check_size(grad_x, 1, normed_x.sym_size(1), "number of rows of normed_x");
-  check_size(grad_y, 1, normed_y.sym_size(1), "number of columns of normed_y");
-  const Argument scale{op, "inv_std", inv_std};
+  check_size(grad_x, 1, x.tensor.sym_size(1), ("number of rows" + of_x).c_str());
+  check_size(grad_y, 1, y.tensor.sym_size(1), ("number of columns" + of_y).c_str());
+  const Argument scale{x.op, "inv_std", inv_std};
   check_rank(scale, 1);
   check_like(scale, x, /*same_dtype=*/false);
-  const auto dtype = accumulation_dtype(normed_x.scalar_type());
-  TORCH_CHECK_VALUE(inv_std.scalar_type() == dtype, op, ": expected inv_std to be ", dtype,
+  const auto dtype = accumulation_dtype(x.tensor.scalar_type());
+  TORCH_CHECK_VALUE(inv_std.scalar_type() == dtype, x.op, ": expected inv_std to be ", dtype,
                     ", but got ", inv_std.scalar_type());
-  check_size(scale, 0, normed_x.sym_size(1) + normed_y.sym_size(1), "width of both axes");
+  check_size(scale, 0, x.tensor.sym_size(1) + y.tensor.sym_size(1), "width of both axes");
+}
+
+}  // namespace
+
+void check_batch_norm_backward(const char* op, const at::Tensor& grad_normed_x,
+                               const at::Tensor& grad_normed_y, const at::Tensor& normed_x,
+                               const at::Tensor& normed_y, const at::Tensor& inv_std) {
+  check_normed({op, "grad_normed_x", grad_normed_x}, {op, "grad_normed_y", grad_normed_y},
+               {op, "normed_x", normed_x}, {op, "normed_y", normed_y}, inv_std);
+}
+
+void check_router_logits_backward(const char* op, const at::Tensor& grad_router_logits_x,
+                                  const at::Tensor& grad_router_logits_y,
+                                  const at::Tensor& hidden_states, const at::Tensor& gate_x,
+                                  const at::Tensor& gate_y, const at::Tensor& router_logits_x,
+                                  const at::Tensor& router_logits_y, const at::Tensor& inv_std) {
+  check_router_gates(op, hidden_states, gate_x, gate_y);
+  const Argument x{op, "router_logits_x", router_logits_x};
+  const Argument y{op, "router_logits_y", router_logits_y};
+  check_normed({op, "grad_router_logits_x", grad_router_logits_x},
+               {op, "grad_router_logits_y", grad_router_logits_y}, x, y, inv_std);
+  check_like(x, {op, "hidden_states", hidden_states});
+  check_size(x, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
+  check_size(x, 1, gate_x.sym_size(0), "number of rows of gate_x");
+  check_size(y, 1, gate_y.sym_size(0), "number of rows of gate_y");
 }
 
 namespace {

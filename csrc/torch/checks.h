@@ -81,9 +81,25 @@ void check_batch_norm(const char* op, const at::Tensor& router_logits, const c10
                       const BatchNormBufferArguments& x, const BatchNormBufferArguments& y,
                       bool training, double eps);
 
+// hidden_states (T, H), gate_x (R, H), gate_y (C, H).
+void check_router_gates(const char* op, const at::Tensor& hidden_states, const at::Tensor& gate_x,
+                        const at::Tensor& gate_y);
+
+// Both gates, and the BatchNorm behind them.
+void check_normed_router_logits(const char* op, const at::Tensor& hidden_states,
+                                const at::Tensor& gate_x, const at::Tensor& gate_y,
+                                const BatchNormBufferArguments& x,
+                                const BatchNormBufferArguments& y, bool training, double eps);
+
 void check_batch_norm_backward(const char* op, const at::Tensor& grad_normed_x,
                                const at::Tensor& grad_normed_y, const at::Tensor& normed_x,
                                const at::Tensor& normed_y, const at::Tensor& inv_std);
+
+void check_router_logits_backward(const char* op, const at::Tensor& grad_router_logits_x,
+                                  const at::Tensor& grad_router_logits_y,
+                                  const at::Tensor& hidden_states, const at::Tensor& gate_x,
+                                  const at::Tensor& gate_y, const at::Tensor& router_logits_x,
+                                  const at::Tensor& router_logits_y, const at::Tensor& inv_std);
 
 // Raises IndexError naming the first id outside [0, num_experts). Reads the ids on the host: always
 // for CPU tensors; for CUDA tensors only while set_check_indices(true) holds, since it

@@ -163,6 +163,50 @@ Tensor omni_batch_norm_backward_meta(const Tensor& grad_normed_x, const Tensor& 
                           normed_x.options());
 }
 
+std::tuple<Tensor, Tensor, Tensor> omni_router_logits_save_stats_meta(
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+    const std::optional<Tensor>& num_batches_tracked_x, const std::optional<Tensor>& running_mean_y,
+    const std::optional<Tensor>& running_var_y, const std::optional<Tensor>& num_batches_tracked_y,
+    bool training, double /*momentum*/, double eps) {
+  check_normed_router_logits("omni_router_logits", hidden_states, gate_x, gate_y,
+                             {"x", running_mean_x, running_var_x, num_batches_tracked_x},
+                             {"y", running_mean_y, running_var_y, num_batches_tracked_y}, training,
+                             eps);
+  const auto num_tokens = hidden_states.sym_size(0);
+  const auto num_rows = gate_x.sym_size(0), num_cols = gate_y.sym_size(0);
+  const auto dtype = accumulation_dtype(hidden_states.scalar_type());
+  return {at::empty_symint({num_tokens, num_rows}, hidden_states.options()),
+          at::empty_symint({num_tokens, num_cols}, hidden_states.options()),
+          at::empty_symint({num_rows + num_cols}, hidden_states.options().dtype(dtype))};
+}
+
+std::tuple<Tensor, Tensor> omni_router_logits_meta(
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+    const std::optional<Tensor>& num_batches_tracked_x, const std::optional<Tensor>& running_mean_y,
+    const std::optional<Tensor>& running_var_y, const std::optional<Tensor>& num_batches_tracked_y,
+    bool training, double momentum, double eps) {
+  auto [x, y, inv_std] = omni_router_logits_save_stats_meta(
+      hidden_states, gate_x, gate_y, running_mean_x, running_var_x, num_batches_tracked_x,
+      running_mean_y, running_var_y, num_batches_tracked_y, training, momentum, eps);
+  return {x, y};
+}
+
+std::tuple<Tensor, Tensor> omni_router_logits_backward_meta(
+    const Tensor& grad_router_logits_x, const Tensor& grad_router_logits_y,
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const Tensor& router_logits_x, const Tensor& router_logits_y, const Tensor& inv_std,
+    bool /*training*/, std::array<bool, 2> output_mask) {
+  check_router_logits_backward("omni_router_logits_backward", grad_router_logits_x,
+                               grad_router_logits_y, hidden_states, gate_x, gate_y, router_logits_x,
+                               router_logits_y, inv_std);
+  const auto width = gate_x.sym_size(0) + gate_y.sym_size(0);
+  return {if_wanted(output_mask[0], hidden_states),
+          output_mask[1] ? at::empty_symint({width, gate_x.sym_size(1)}, gate_x.options())
+                         : at::empty({0}, gate_x.options())};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
@@ -180,6 +224,9 @@ TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
   m.impl("omni_batch_norm", omni_batch_norm_meta);
   m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_meta);
   m.impl("omni_batch_norm_backward", omni_batch_norm_backward_meta);
+  m.impl("omni_router_logits", omni_router_logits_meta);
+  m.impl("omni_router_logits_save_stats", omni_router_logits_save_stats_meta);
+  m.impl("omni_router_logits_backward", omni_router_logits_backward_meta);
 }
 
 }  // namespace omni_moe::torch_api

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "autocast.h"
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
@@ -11,13 +12,6 @@
 namespace omni_moe::torch_api {
 
 namespace {
-
-// For kernels that call ATen: their operands have the dtypes in which to compute. Autocast has cast
-// the inputs of a forward already, and a backward pass may run under another autocast than its
-// forward, or under none.
-c10::impl::ExcludeDispatchKeyGuard without_autocast() {
-  return c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
-}
 
 Tensor as_rows(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
 

@@ -154,4 +154,40 @@ Tensor omni_batch_norm_backward(const Tensor& grad_normed_x, const Tensor& grad_
   return op.call(grad_normed_x, grad_normed_y, normed_x, normed_y, inv_std, training);
 }
 
+std::tuple<Tensor, Tensor> omni_router_logits(
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+    const std::optional<Tensor>& num_batches_tracked_x, const std::optional<Tensor>& running_mean_y,
+    const std::optional<Tensor>& running_var_y, const std::optional<Tensor>& num_batches_tracked_y,
+    bool training, double momentum, double eps) {
+  static const auto op = find_op("omni_moe::omni_router_logits", omni_router_logits);
+  return op.call(hidden_states, gate_x, gate_y, running_mean_x, running_var_x,
+                 num_batches_tracked_x, running_mean_y, running_var_y, num_batches_tracked_y,
+                 training, momentum, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> omni_router_logits_save_stats(
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+    const std::optional<Tensor>& num_batches_tracked_x, const std::optional<Tensor>& running_mean_y,
+    const std::optional<Tensor>& running_var_y, const std::optional<Tensor>& num_batches_tracked_y,
+    bool training, double momentum, double eps) {
+  static const auto op =
+      find_op("omni_moe::omni_router_logits_save_stats", omni_router_logits_save_stats);
+  return op.call(hidden_states, gate_x, gate_y, running_mean_x, running_var_x,
+                 num_batches_tracked_x, running_mean_y, running_var_y, num_batches_tracked_y,
+                 training, momentum, eps);
+}
+
+std::tuple<Tensor, Tensor> omni_router_logits_backward(
+    const Tensor& grad_router_logits_x, const Tensor& grad_router_logits_y,
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const Tensor& router_logits_x, const Tensor& router_logits_y, const Tensor& inv_std,
+    bool training, std::array<bool, 2> output_mask) {
+  static const auto op =
+      find_op("omni_moe::omni_router_logits_backward", omni_router_logits_backward);
+  return op.call(grad_router_logits_x, grad_router_logits_y, hidden_states, gate_x, gate_y,
+                 router_logits_x, router_logits_y, inv_std, training, output_mask);
+}
+
 }  // namespace omni_moe::torch_api

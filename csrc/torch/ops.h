@@ -84,4 +84,23 @@ Tensor omni_batch_norm_backward(const Tensor& grad_normed_x, const Tensor& grad_
                                 const Tensor& normed_x, const Tensor& normed_y,
                                 const Tensor& inv_std, bool training);
 
+// Likewise.
+std::tuple<Tensor, Tensor> omni_router_logits(
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+    const std::optional<Tensor>& num_batches_tracked_x, const std::optional<Tensor>& running_mean_y,
+    const std::optional<Tensor>& running_var_y, const std::optional<Tensor>& num_batches_tracked_y,
+    bool training, double momentum = 0.1, double eps = 1e-5);
+std::tuple<Tensor, Tensor, Tensor> omni_router_logits_save_stats(
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const std::optional<Tensor>& running_mean_x, const std::optional<Tensor>& running_var_x,
+    const std::optional<Tensor>& num_batches_tracked_x, const std::optional<Tensor>& running_mean_y,
+    const std::optional<Tensor>& running_var_y, const std::optional<Tensor>& num_batches_tracked_y,
+    bool training, double momentum, double eps);
+std::tuple<Tensor, Tensor> omni_router_logits_backward(
+    const Tensor& grad_router_logits_x, const Tensor& grad_router_logits_y,
+    const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+    const Tensor& router_logits_x, const Tensor& router_logits_y, const Tensor& inv_std,
+    bool training, std::array<bool, 2> output_mask);
+
 }  // namespace omni_moe::torch_api

@@ -87,4 +87,25 @@ TORCH_LIBRARY(omni_moe, m) {
   m.def(
       "omni_batch_norm_backward(Tensor grad_normed_x, Tensor grad_normed_y, Tensor normed_x, "
       "Tensor normed_y, Tensor inv_std, bool training) -> Tensor");
+
+  // Both gates and that BatchNorm: hidden (T, H), gates (R, H) and (C, H) -> (T, R), (T, C). The
+  // backward's gradient of the gates is that of both, (R + C, H); what output_mask does not ask for
+  // comes back empty.
+  m.def(
+      "omni_router_logits(Tensor hidden_states, Tensor gate_x, Tensor gate_y, "
+      "Tensor(a!)? running_mean_x, Tensor(b!)? running_var_x, Tensor(c!)? num_batches_tracked_x, "
+      "Tensor(d!)? running_mean_y, Tensor(e!)? running_var_y, Tensor(f!)? num_batches_tracked_y, "
+      "bool training, float momentum=0.1, float eps=1e-05) "
+      "-> (Tensor router_logits_x, Tensor router_logits_y)");
+  m.def(
+      "omni_router_logits_save_stats(Tensor hidden_states, Tensor gate_x, Tensor gate_y, "
+      "Tensor(a!)? running_mean_x, Tensor(b!)? running_var_x, Tensor(c!)? num_batches_tracked_x, "
+      "Tensor(d!)? running_mean_y, Tensor(e!)? running_var_y, Tensor(f!)? num_batches_tracked_y, "
+      "bool training, float momentum=0.1, float eps=1e-05) "
+      "-> (Tensor router_logits_x, Tensor router_logits_y, Tensor inv_std)");
+  m.def(
+      "omni_router_logits_backward(Tensor grad_router_logits_x, Tensor grad_router_logits_y, "
+      "Tensor hidden_states, Tensor gate_x, Tensor gate_y, Tensor router_logits_x, "
+      "Tensor router_logits_y, Tensor inv_std, bool training, bool[2] output_mask) "
+      "-> (Tensor grad_hidden_states, Tensor grad_gates)");
 }

@@ -7,12 +7,11 @@ Orchestrating Atomic Experts at Scale" (arXiv 2602.05711).
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
-from omni_moe.ops import omni_batch_norm, omni_expert, omni_expert_mlp, omni_softmax_router
+from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
 from omni_moe.reference import ACTIVATION_FUNCTIONS
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
@@ -131,12 +130,11 @@ class OmniMoE(nn.Module):
                 self.router_norm_x(self.router_gate_x(tokens)),
                 self.router_norm_y(self.router_gate_y(tokens)),
             )
-        # One matrix product and one pass of BatchNorm for both axes.
-        gates = torch.cat([self.router_gate_x.weight, self.router_gate_y.weight])
         norm_x, norm_y = self.router_norm_x, self.router_norm_y
-        return omni_batch_norm(
-            F.linear(tokens, gates),
-            self.config.grid[0],
+        return omni_router_logits(
+            tokens,
+            self.router_gate_x.weight,
+            self.router_gate_y.weight,
             norm_x.running_mean,
             norm_x.running_var,
             norm_x.num_batches_tracked,
@@ -156,14 +154,8 @@ class OmniMoE(nn.Module):
             return False
         if norms[0] is norms[1] or not all(_is_plain(norm, nn.BatchNorm1d) for norm in norms):
             return False
-        weight = gates[0].weight
-        if gates[1].weight.dtype != weight.dtype:
+        if gates[0].weight.dtype != gates[1].weight.dtype:
             return False
-        if weight.dtype in (torch.float16, torch.bfloat16) and not weight.is_meta:
-            device = weight.device.type
-            if torch.is_autocast_enabled(device):
-                if torch.get_autocast_dtype(device) != weight.dtype:
-                    return False  # cat takes no second 16-bit dtype
         return all(
             norm.weight is None and norm.momentum is not None and norm.running_mean is not None
             for norm in norms
@@ -289,14 +281,6 @@ def _is_ordinary(weight: Tensor | None) -> bool:
         or kind is Tensor
         or kind.__torch_function__ is torch._C._disabled_torch_function_impl  # as Parameter's
     )
-
-
-def _is_only_placed(module: nn.Module) -> bool:
-    """Whether the `forward` of this instance is that of accelerate's `device_map`, without offload.
-
-    It brings inputs to the device of the weights, where those of a layer are anyway.
-    """
-    return getattr(getattr(module, "_hf_hook", None), "offload", None) is False
 
 
 def _is_recomputing() -> bool:

@@ -171,6 +171,8 @@ def expected_outputs(t, k):
     mean, count = empty(4, dtype=torch.float32), empty(dtype=torch.int64)
     normed = [((t, 4), half), ((t, 6), half), ((10,), torch.float32)]
     batch_norm = (empty(t, 10), 4, mean, mean, count, None, None, None, True)
+    gates = (empty(4, 12), empty(6, 12))
+    router_logits = (empty(t, 12), *gates, mean, mean, count, None, None, None, True)
     return {
         "omni_router": ((x, y, k), chosen),
         "omni_softmax_router": ((x, y, k, True), chosen),
@@ -208,6 +210,12 @@ def expected_outputs(t, k):
         "omni_batch_norm_backward": (
             (x, y, x, y, empty(10, dtype=torch.float32), True),
             [((t, 10), half)],
+        ),
+        "omni_router_logits": (router_logits, normed[:2]),
+        "omni_router_logits_save_stats": (router_logits, normed),
+        "omni_router_logits_backward": (
+            (x, y, empty(t, 12), *gates, x, y, empty(10, dtype=torch.float32), True, [True] * 2),
+            [((t, 12), half), ((10, 12), half)],
         ),
     }
 

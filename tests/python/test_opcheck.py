@@ -171,6 +171,45 @@ def batch_norm_backward_samples(device):
     ]
 
 
+def router_logits_samples(device):
+    """Of one kernel where a device has it (the first two), and of several."""
+    hidden, gates = torch.randn(T, 8, device=device), torch.randn(2, 16, 8, device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    buffers = [torch.zeros(16, device=device), torch.ones(16, device=device), counts[0].clone()]
+    apart = [*buffers, *(buffer.clone() for buffer in buffers)]
+    short = [*(buffer[:6].clone() for buffer in buffers[:2]), None]
+    none = [None] * 3
+    half = [tensor.bfloat16() for tensor in (hidden, gates[0], gates[1])]
+    inputs = (hidden, gates[0].clone(), gates[1, :6].clone())
+    return [
+        (*with_grad(*half), *apart, True, 0.1, 1e-5),
+        (*half, *apart, False, 0.1, 1e-5),
+        (*with_grad(*inputs), *buffers, *short, True, 0.3, 1e-3),
+        (*inputs, *buffers, *short, True, 0.1, 1e-5),
+        (hidden, *with_grad(*inputs[1:]), *none, *none, True, 0.1, 1e-5),
+        (*with_grad(*map(strided, inputs)), *buffers, *short, False, 0.1, 1e-5),
+        (hidden[:0], *inputs[1:], *buffers, *none, True, 0.1, 1e-5),
+    ]
+
+
+def router_logits_save_stats_samples(device):
+    return [
+        tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in sample)
+        for sample in router_logits_samples(device)
+    ]
+
+
+def router_logits_backward_samples(device):
+    shapes = ((T, 4), (T, 6), (T, 8), (4, 8), (6, 8), (T, 4), (T, 6), (10,))
+    saved = [torch.randn(shape, device=device) for shape in shapes]
+    samples = [(*saved, True, mask) for mask in ([True] * 2, [False] * 2, [True, False])]
+    return [
+        *samples,
+        (*map(strided, saved), True, [False, True]),
+        (*(tensor.half() for tensor in saved[:7]), saved[7], False, [True] * 2),
+    ]
+
+
 SAMPLES = {
     "omni_router": router_samples,
     "omni_router_backward": router_backward_samples,
@@ -188,6 +227,9 @@ SAMPLES = {
     "omni_batch_norm": batch_norm_samples,
     "omni_batch_norm_save_stats": batch_norm_save_stats_samples,
     "omni_batch_norm_backward": batch_norm_backward_samples,
+    "omni_router_logits": router_logits_samples,
+    "omni_router_logits_save_stats": router_logits_save_stats_samples,
+    "omni_router_logits_backward": router_logits_backward_samples,
 }
 TESTS = (
     "test_schema",

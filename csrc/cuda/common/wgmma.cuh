@@ -1,12 +1,14 @@
 // Warpgroup matrix products (wgmma) of 16-bit operands in shared memory with fp32 accumulators in
-// registers: D[64, 256] (+)= A[64, 16] B[16, 256], issued by the four warps of a warpgroup. sm_90a.
+// registers: D[64, N] (+)= A[64, 16] B[16, N], N = 256 or 64, issued by the four warps of a
+// warpgroup. sm_90a.
 //
 // Operands are tiles as tma.cuh loads them: rows of 64 elements, 128-byte swizzle. Rows of A run
-// along K. Those of B run along K too, 256 of them (PTX's K-major, for a matrix Bᵀ in memory), or
+// along K. Those of B run along K too, N of them (PTX's K-major, for a matrix Bᵀ in memory), or
 // along the columns of D (N-major, for B itself in memory): then a tile has a row for each element
-// of K and 64 of the columns, and four tiles lie one behind the other.
+// of K and 64 of the columns, and N / 64 tiles lie one behind the other.
 //
-// Thread t of the warpgroup holds of D, for j = 0 … 31 and i = 0, 1, at d[4 j + 2 i + {0, 1}]:
+// Thread t of the warpgroup holds of D, for j = 0 … N / 8 - 1 and i = 0, 1, at d[4 j + 2 i + {0,
+// 1}]:
 //   row 16 (t / 32) + (t % 32) / 4 + 8 i,  columns 8 j + 2 (t % 4) + {0, 1}.
 #pragma once
 
@@ -18,6 +20,12 @@
 #include "cuda/common/mbarrier.cuh"
 
 namespace omni_moe::cuda {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool kHasHopperInstructions = true;
+#else
+inline constexpr bool kHasHopperInstructions = false;
+#endif
 
 inline constexpr int kWgmmaRows = 64;
 inline constexpr int kWgmmaCols = 256;
@@ -85,9 +93,10 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Keeps the compiler from reading accumulators before the wait in front of this call.
-__device__ __forceinline__ void wgmma_use(float (&d)[kWgmmaRegisters]) {
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_use(float (&d)[kRegisters]) {
 #pragma unroll
-  for (int i = 0; i < kWgmmaRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // The element types' names in the instruction.
@@ -138,6 +147,25 @@ __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters], uint64_t a, u
         "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
         "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
         "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+      : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<T>::kName),
+        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0));
+}
+template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth>
+__device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters / 4], uint64_t a, uint64_t b,
+                                      int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.%35.%35 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, accumulate, 1, 1, 0, %36;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<T>::kName),
         "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0));
 }

@@ -10,6 +10,7 @@
 #include "omni_moe/expert.h"
 #include "omni_moe/mlp.h"
 #include "omni_moe/router.h"
+#include "omni_moe/router_logits.h"
 #include "omni_moe/schedule.h"
 
 namespace omni_moe::cuda {
@@ -35,6 +36,13 @@ cudaError_t gated_linear_forward(const GatedLinearForwardParams& params, cudaStr
 bool gated_linear_backward_supported(const GatedLinearBackwardParams& params);
 cudaError_t gated_linear_backward(const GatedLinearBackwardParams& params, cudaStream_t stream);
 
+// Whether router_logits_forward has a kernel for these operands on the current device: Hopper,
+// 16-bit elements, H, R and C multiples of 8, 16-byte aligned pointers, and a grid that fits on the
+// device at once (4096 tokens by 512 logits on an H200). Where not, it returns
+// cudaErrorNotSupported.
+bool router_logits_forward_supported(const RouterLogitsForwardParams& params);
+cudaError_t router_logits_forward(const RouterLogitsForwardParams& params, cudaStream_t stream);
+
 // Bytes of workspace (aligned to 256), from the shapes and the current device's properties alone.
 size_t router_forward_workspace_size(const RouterForwardParams& params);
 size_t router_backward_workspace_size(const RouterBackwardParams& params);
@@ -42,5 +50,6 @@ size_t expert_forward_workspace_size(const ExpertForwardParams& params);
 size_t expert_backward_workspace_size(const ExpertBackwardParams& params);
 size_t batch_norm_forward_workspace_size(const BatchNormForwardParams& params);
 size_t batch_norm_backward_workspace_size(const BatchNormBackwardParams& params);
+size_t router_logits_forward_workspace_size(const RouterLogitsForwardParams& params);
 
 }  // namespace omni_moe::cuda
