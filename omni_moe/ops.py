@@ -310,7 +310,7 @@ def omni_router_logits(
     """Both gates of the router and the BatchNorm of their logits.
 
     `omni_batch_norm` of `hidden_states @ cat([gate_x, gate_y]).T`, in one kernel on Hopper GPUs for
-    batches that fit there at once (4096 tokens by 512 logits on an H200), where the products are
+    batches that fit there at once (4096 tokens by 768 logits on an H200), where the products are
     not rounded before they are normalised. Runs in the autocast dtype. Results are bitwise the
     same on every run.
 

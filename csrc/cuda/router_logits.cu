@@ -440,9 +440,11 @@ cudaError_t with_block(const BatchNormForwardParams& norm, const DeviceInfo& dev
   constexpr TypeTag<Block<1, 1>> kSmall;
   constexpr TypeTag<Block<1, 2>> kWide;
   constexpr TypeTag<Block<2, 2>> kLarge;
+  constexpr TypeTag<Block<2, 3>> kLargest;
   if (fits(kSmall)) return f(kSmall);
   if (fits(kWide)) return f(kWide);
-  return fits(kLarge) ? f(kLarge) : cudaErrorNotSupported;
+  if (fits(kLarge)) return f(kLarge);
+  return fits(kLargest) ? f(kLargest) : cudaErrorNotSupported;
 }
 
 template <class T, class B>

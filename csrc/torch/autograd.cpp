@@ -135,18 +135,10 @@ bool are_plain(std::initializer_list<std::reference_wrapper<const Tensor>> tenso
                       [&](const Tensor& tensor) { return tensor.key_set().has_any(kWrappers); });
 }
 
-// The MLP's output, and what mlp_backward takes beside the inputs.
-std::pair<Tensor, MlpProducts> mlp_forward(AutogradContext* ctx, const Tensor& x,
-                                           const Tensor& gate_weight, const Tensor& up_weight,
-                                           const Tensor& down_weight, std::string_view activation,
-                                           bool recompute) {
+// For mlp_backward.
+void save_mlp_options(AutogradContext* ctx, std::string_view activation) {
   ctx->saved_data["activation"] = std::string(activation);
   ctx->saved_data["may_consume"] = MlpProducts::may_be_consumed();
-  if (recompute) {
-    return {omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute), {}};
-  }
-  auto [output, gate, up] = omni_mlp_save_gates(x, gate_weight, up_weight, down_weight, activation);
-  return {output, {gate, up}};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(AutogradContext* ctx, const Tensor& grad,
@@ -182,8 +174,15 @@ class MlpFunction : public Function<MlpFunction> {
                         const Tensor& up_weight, const Tensor& down_weight,
                         std::string_view activation, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, products] =
-        mlp_forward(ctx, x, gate_weight, up_weight, down_weight, activation, recompute);
+    save_mlp_options(ctx, activation);
+    Tensor output;
+    MlpProducts products;
+    if (recompute) {
+      output = omni_mlp(x, gate_weight, up_weight, down_weight, activation, recompute);
+    } else {
+      std::tie(output, products.gate, products.up) =
+          omni_mlp_save_gates(x, gate_weight, up_weight, down_weight, activation);
+    }
     ctx->save_for_backward({x, gate_weight, up_weight, down_weight, products.gate, products.up});
     return output;
   }
@@ -216,10 +215,12 @@ class ExpertMlpFunction : public Function<ExpertMlpFunction> {
     check_expert_mlp(kOp, hidden_states, up_embed, down_embed, routing_weights, indices,
                      gate_weight, up_weight, down_weight);
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [shared_states, products] =
-        mlp_forward(ctx, hidden_states, gate_weight, up_weight, down_weight, activation, recompute);
-    auto [output, scores] = omni_expert_save_scores(
-        hidden_states, up_embed, down_embed, routing_weights, indices, activation, shared_states);
+    save_mlp_options(ctx, activation);
+    auto [output, scores] = omni_expert_save_scores(hidden_states, up_embed, down_embed,
+                                                    routing_weights, indices, activation);
+    auto [gate, up] = omni_mlp_add_(output, hidden_states, gate_weight, up_weight, down_weight,
+                                    activation, /*want_products=*/!recompute);
+    const MlpProducts products = recompute ? MlpProducts{} : MlpProducts{gate, up};
     ctx->save_for_backward({hidden_states, up_embed, down_embed, routing_weights, indices,
                             gate_weight, up_weight, down_weight, scores, products.gate,
                             products.up});
@@ -434,7 +435,7 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
   m.impl("omni_router_logits", omni_router_logits_autograd);
   for (const char* op :
        {"omni_router_backward", "omni_softmax_router_backward", "omni_expert_save_scores",
-        "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward",
+        "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_add_", "omni_mlp_backward",
         "omni_mlp_backward_consume", "omni_batch_norm_save_stats", "omni_batch_norm_backward",
         "omni_router_logits_save_stats", "omni_router_logits_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());

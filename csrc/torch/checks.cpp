@@ -161,6 +161,18 @@ void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weigh
   check_size(down, 1, gate_weight.sym_size(0), "intermediate_size of gate_weight");
 }
 
+void check_mlp_add(const char* op, const at::Tensor& output, const at::Tensor& x,
+                   const at::Tensor& gate_weight, const at::Tensor& up_weight,
+                   const at::Tensor& down_weight) {
+  const Argument input{op, "x", x}, sum{op, "output", output};
+  check_rank(input, 2);
+  check_mlp(op, x, gate_weight, up_weight, down_weight);
+  check_rank(sum, 2);
+  check_like(sum, input);
+  check_size(sum, 0, x.sym_size(0), "number of tokens of x");
+  check_size(sum, 1, x.sym_size(1), "hidden_size of x");
+}
+
 void check_expert_mlp(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_embed,
                       const at::Tensor& down_embed, const at::Tensor& routing_weights,
                       const at::Tensor& indices, const at::Tensor& gate_weight,

@@ -59,6 +59,11 @@ void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weigh
                const at::Tensor& up_weight, const at::Tensor& down_weight,
                const char* x_name = "x");
 
+// x and output (T, H).
+void check_mlp_add(const char* op, const at::Tensor& output, const at::Tensor& x,
+                   const at::Tensor& gate_weight, const at::Tensor& up_weight,
+                   const at::Tensor& down_weight);
+
 void check_expert_mlp(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_embed,
                       const at::Tensor& down_embed, const at::Tensor& routing_weights,
                       const at::Tensor& indices, const at::Tensor& gate_weight,

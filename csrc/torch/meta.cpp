@@ -105,6 +105,20 @@ Tensor omni_mlp_meta(const Tensor& x, const Tensor& gate_weight, const Tensor& u
   return empty_like_contiguous(x);
 }
 
+std::tuple<Tensor, Tensor> omni_mlp_add_meta(Tensor& output, const Tensor& x,
+                                             const Tensor& gate_weight, const Tensor& up_weight,
+                                             const Tensor& down_weight, std::string_view activation,
+                                             bool want_products) {
+  parse_activation("omni_mlp_add_", activation);
+  check_mlp_add("omni_mlp_add_", output, x, gate_weight, up_weight, down_weight);
+  auto shape = x.sym_sizes().vec();
+  shape.back() = gate_weight.sym_size(0);
+  const auto product = [&] {
+    return want_products ? at::empty_symint(shape, x.options()) : at::empty({0}, x.options());
+  };
+  return {product(), product()};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_meta(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
@@ -219,6 +233,7 @@ TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
   m.impl("omni_expert_backward", omni_expert_backward_meta);
   m.impl("omni_mlp", omni_mlp_meta);
   m.impl("omni_mlp_save_gates", omni_mlp_save_gates_meta);
+  m.impl("omni_mlp_add_", omni_mlp_add_meta);
   m.impl("omni_mlp_backward", omni_mlp_backward_meta);
   m.impl("omni_mlp_backward_consume", omni_mlp_backward_consume_meta);
   m.impl("omni_batch_norm", omni_batch_norm_meta);

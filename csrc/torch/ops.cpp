@@ -93,6 +93,13 @@ std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates(const Tensor& x, const Te
   return op.call(x, gate_weight, up_weight, down_weight, activation);
 }
 
+std::tuple<Tensor, Tensor> omni_mlp_add_(Tensor& output, const Tensor& x, const Tensor& gate_weight,
+                                         const Tensor& up_weight, const Tensor& down_weight,
+                                         std::string_view activation, bool want_products) {
+  static const auto op = find_op("omni_moe::omni_mlp_add_", omni_mlp_add_);
+  return op.call(output, x, gate_weight, up_weight, down_weight, activation, want_products);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,

@@ -51,6 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates(const Tensor& x, const Te
                                                        const Tensor& up_weight,
                                                        const Tensor& down_weight,
                                                        std::string_view activation);
+// output += omni_mlp(x, …).
+std::tuple<Tensor, Tensor> omni_mlp_add_(Tensor& output, const Tensor& x, const Tensor& gate_weight,
+                                         const Tensor& up_weight, const Tensor& down_weight,
+                                         std::string_view activation, bool want_products);
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,

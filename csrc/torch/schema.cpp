@@ -51,6 +51,10 @@ TORCH_LIBRARY(omni_moe, m) {
   m.def(
       "omni_mlp_save_gates(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, "
       "str activation) -> (Tensor output, Tensor gate, Tensor up)");
+  // The same onto an output that is there already; gate and up come back empty where not wanted.
+  m.def(
+      "omni_mlp_add_(Tensor(a!) output, Tensor x, Tensor gate_weight, Tensor up_weight, "
+      "Tensor down_weight, str activation, bool want_products) -> (Tensor gate, Tensor up)");
   m.def(
       "omni_mlp_backward(Tensor grad_output, Tensor x, Tensor gate_weight, Tensor up_weight, "
       "Tensor down_weight, Tensor? gate, Tensor? up, str activation, bool[4] output_mask) "

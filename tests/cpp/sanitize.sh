@@ -26,12 +26,16 @@ router=$router:'CudaRouter.BackwardSpecialValues:CudaRouter.BackwardLongAxes'
 activation='CudaGatedActivation.ForwardAndBackward'
 # Vectors and single columns, one part and several, several rounds, all dtypes.
 batch_norm='CudaBatchNorm.Small:CudaBatchNorm.ManyColumns:CudaBatchNorm.NoTokens'
+# Blocks of all three shapes, one and several, partial tiles; both dtypes, training and eval.
+router_logits='*RouterLogitsOf.*/T1_H200_*:*RouterLogitsOf.*/T37_H200_*'
+router_logits=$router_logits:'*RouterLogitsOf.*/T199_H264_*:*RouterLogitsOf.*/T37_H72_*'
+router_logits=$router_logits:'*RouterLogitsOf.*/T199_H72_*'
 
 status=0
 for tool in "$@"; do
   for pair in "expert $expert" "gated_linear $linear" \
     "gated_linear_backward $linear_backward" "router $router" "gated_activation $activation" \
-    "batch_norm $batch_norm"; do
+    "batch_norm $batch_norm" "router_logits $router_logits"; do
     name=test_cuda_${pair%% *}
     start=$(date +%s)
     if timeout "${SECONDS_EACH:-60}" "$sanitizer" --tool "$tool" --error-exitcode 1 \

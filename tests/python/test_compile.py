@@ -196,6 +196,10 @@ def expected_outputs(t, k):
             (*mlp, "relu"),
             [((2, t, 10), half), ((2, t, 6), half), ((2, t, 6), half)],
         ),
+        "omni_mlp_add_": (
+            (empty(t, 10), empty(t, 10), *mlp[1:], "relu", True),
+            [((t, 6), half), ((t, 6), half)],
+        ),
         "omni_mlp_backward": (
             (empty(2, t, 10), *mlp, None, None, "silu", [False, True, True, True]),
             [none, ((6, 10), half), ((6, 10), half), ((10, 6), half)],

@@ -1,10 +1,12 @@
 """Experts and MLP as one op: its two parts, its memory, and who may see the products it keeps."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from helpers import (
+    CUDA,
     ExpertShape,
     assert_bitwise,
     assert_close,
@@ -24,8 +26,8 @@ from omni_moe import reference
 
 ops = torch.ops.omni_moe
 GRADIENTS = ("hidden", "up_embed", "down_embed", "routing", "gate", "up", "down")
-# The products, their activation, the shared states that the experts are added onto, and the
-# gradients of all of these.
+# The products, their activation, the experts' states that the MLP is added onto, and the gradients
+# of all of these.
 ROUNDINGS = 4
 
 # (T, H, E, K, I)
@@ -238,6 +240,37 @@ def test_a_backward_that_failed_cannot_be_tried_again():
         torch.autograd.grad(out, leaves, grad)
 
 
+@on_dtypes
+def test_adding_onto_an_output(device, dtype):
+    """In place, as the op's name says; the products are those that omni_mlp_save_gates returns."""
+    (x, *weights), start = mlp_inputs((67,), 256, 136, device, dtype)
+    want = start.cpu().double() + run_in_double(reference.omni_mlp, (x, *weights), start)[0]
+    _, *products = ops.omni_mlp_save_gates(x, *weights, "silu")
+    for want_products in (True, False):
+        output = start.clone()
+        got = ops.omni_mlp_add_(output, x, *weights, "silu", want_products)
+        assert output._version == 1
+        assert_close(output, want, num_terms=392, intermediate_roundings=2)
+        for one, other in zip(got, products, strict=True):
+            assert_bitwise(one, other if want_products else other.new_empty(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((5, 9), "expected output.size(1) to equal the hidden_size of x (8), but got"),
+        ((6, 8), "expected output.size(0) to equal the number of tokens of x (5), but got"),
+        ((5, 8, 1), "expected output to have 2 dimensions, but got shape [5, 8, 1]"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
+def test_adding_onto_a_bad_output(device, shape, message):
+    sizes = [shape, (5, 8), (4, 8), (4, 8), (8, 4)]
+    tensors = [torch.zeros(size, device=device) for size in sizes]
+    with pytest.raises(ValueError, match=re.escape("omni_mlp_add_: " + message)):
+        ops.omni_mlp_add_(*tensors, "silu", True)
+
+
 @on_devices
 def test_consuming_counts_as_a_change(device):
     inputs, grad = mlp_inputs((2, 9), 100, 36, device, torch.float32)
@@ -252,9 +285,9 @@ def test_tensors_of_a_dispatch_mode_stay(device, leaves_and_run):
     with Watch() as watch:
         out = function(*leaves)
     (products,) = [
-        result[1:]
+        result[-2:]
         for name, result in zip(watch.names, watch.results, strict=True)
-        if name == "omni_moe::omni_mlp_save_gates"
+        if name in ("omni_moe::omni_mlp_save_gates", "omni_moe::omni_mlp_add_")
     ]
     before = [product.clone() for product in products]
     torch.autograd.grad(out, leaves, grad)

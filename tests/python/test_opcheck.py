@@ -102,6 +102,16 @@ def mlp_save_gates_samples(device):
     return [(*inputs, "silu"), (inputs[0][0, 0], *map(strided, inputs[1:]), "relu")]
 
 
+def mlp_add_samples(device):
+    (x, *weights), output = mlp_inputs((T,), 10, 6, device, torch.float32)
+    return [
+        (output, x, *weights, "silu", True),
+        (output, x, *weights, "silu", False),
+        (output.t().contiguous().t(), *map(strided, (x, *weights)), "gelu", True),
+        (output[:0], x[:0], *weights, "relu", True),
+    ]
+
+
 def mlp_backward_samples(device):
     inputs, grad = mlp_inputs((2, T), 10, 6, device, torch.float32)
     _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
@@ -221,6 +231,7 @@ SAMPLES = {
     "flash_expert": flash_expert_samples,
     "omni_mlp": mlp_samples,
     "omni_mlp_save_gates": mlp_save_gates_samples,
+    "omni_mlp_add_": mlp_add_samples,
     "omni_mlp_backward": mlp_backward_samples,
     "omni_mlp_backward_consume": mlp_backward_consume_samples,
     "omni_expert_mlp": expert_mlp_samples,

@@ -38,7 +38,7 @@ cudaError_t gated_linear_backward(const GatedLinearBackwardParams& params, cudaS
 
 // Whether router_logits_forward has a kernel for these operands on the current device: Hopper,
 // 16-bit elements, H, R and C multiples of 8, 16-byte aligned pointers, and a grid that fits on the
-// device at once (4096 tokens by 512 logits on an H200). Where not, it returns
+// device at once (4096 tokens by 768 logits on an H200). Where not, it returns
 // cudaErrorNotSupported.
 bool router_logits_forward_supported(const RouterLogitsForwardParams& params);
 cudaError_t router_logits_forward(const RouterLogitsForwardParams& params, cudaStream_t stream);
