@@ -1,4 +1,4 @@
-// For kernels that call ATen.
+// A guard for kernels that call ATen.
 #pragma once
 
 #include <c10/core/DispatchKeySet.h>
@@ -6,8 +6,9 @@
 
 namespace omni_moe::torch_api {
 
-// Their operands have the dtypes in which to compute. Autocast has cast the inputs of a forward
-// already, and a backward pass may run under another autocast than its forward, or under none.
+// The operands of these kernels have the dtypes in which to compute. Autocast has cast the inputs
+// of a forward already, and a backward pass may run under another autocast than its forward, or
+// under none.
 inline c10::impl::ExcludeDispatchKeyGuard without_autocast() {
   return c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
 }

@@ -210,16 +210,11 @@ class ExpertMlpFunction : public Function<ExpertMlpFunction> {
                         const Tensor& down_embed, const Tensor& routing_weights,
                         const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
                         const Tensor& down_weight, std::string_view activation, bool recompute) {
-    constexpr auto kOp = "omni_expert_mlp";
-    parse_activation(kOp, activation);
-    check_expert_mlp(kOp, hidden_states, up_embed, down_embed, routing_weights, indices,
-                     gate_weight, up_weight, down_weight);
     const at::AutoDispatchBelowADInplaceOrView guard;
     save_mlp_options(ctx, activation);
-    auto [output, scores] = omni_expert_save_scores(hidden_states, up_embed, down_embed,
-                                                    routing_weights, indices, activation);
-    auto [gate, up] = omni_mlp_add_(output, hidden_states, gate_weight, up_weight, down_weight,
-                                    activation, /*want_products=*/!recompute);
+    auto [output, scores, gate, up] = omni_expert_mlp_save(
+        hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight, up_weight,
+        down_weight, activation, /*save_products=*/!recompute);
     const MlpProducts products = recompute ? MlpProducts{} : MlpProducts{gate, up};
     ctx->save_for_backward({hidden_states, up_embed, down_embed, routing_weights, indices,
                             gate_weight, up_weight, down_weight, scores, products.gate,
@@ -435,9 +430,9 @@ TORCH_LIBRARY_IMPL(omni_moe, Autograd, m) {
   m.impl("omni_router_logits", omni_router_logits_autograd);
   for (const char* op :
        {"omni_router_backward", "omni_softmax_router_backward", "omni_expert_save_scores",
-        "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_add_", "omni_mlp_backward",
+        "omni_expert_backward", "omni_mlp_save_gates", "omni_mlp_backward",
         "omni_mlp_backward_consume", "omni_batch_norm_save_stats", "omni_batch_norm_backward",
-        "omni_router_logits_save_stats", "omni_router_logits_backward"}) {
+        "omni_expert_mlp_save", "omni_router_logits_save_stats", "omni_router_logits_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

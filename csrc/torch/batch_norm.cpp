@@ -43,22 +43,15 @@ void prepare_buffers(const char* op, const BatchNormOptions& options) {
   }
 }
 
-BatchNormForwardParams allocate_normed(const Tensor& like, int64_t num_tokens, int64_t num_rows,
-                                       int64_t num_cols, const BatchNormOptions& options,
-                                       bool want_inv_std, Normed* normed) {
-  normed->x = at::empty({num_tokens, num_rows}, like.options());
-  normed->y = at::empty({num_tokens, num_cols}, like.options());
-  if (want_inv_std) {
-    normed->inv_std = at::empty({num_rows + num_cols},
-                                like.options().dtype(accumulation_dtype(like.scalar_type())));
-  }
+BatchNormForwardParams parameters_of(const Tensor& like, int64_t num_tokens, int64_t num_rows,
+                                     int64_t num_cols, const BatchNormOptions& options) {
   const OptionalTensor& mean_x = options.x.running_mean;
   const OptionalTensor& mean_y = options.y.running_mean;
   const Tensor& stats = mean_x ? *mean_x : mean_y ? *mean_y : like;
   return {/*logits=*/nullptr,
-          normed->x.mutable_data_ptr(),
-          normed->y.mutable_data_ptr(),
-          want_inv_std ? normed->inv_std.mutable_data_ptr() : nullptr,
+          /*normed_x=*/nullptr,
+          /*normed_y=*/nullptr,
+          /*inv_std=*/nullptr,
           pointers_of(options.x, options.training),
           pointers_of(options.y, options.training),
           num_tokens,
@@ -73,12 +66,25 @@ BatchNormForwardParams allocate_normed(const Tensor& like, int64_t num_tokens, i
           /*workspace=*/nullptr};
 }
 
+Normed allocate_normed(const Tensor& like, bool want_inv_std, BatchNormForwardParams* params) {
+  Normed normed{at::empty({params->num_tokens, params->num_rows}, like.options()),
+                at::empty({params->num_tokens, params->num_cols}, like.options()), Tensor()};
+  params->normed_x = normed.x.mutable_data_ptr();
+  params->normed_y = normed.y.mutable_data_ptr();
+  if (want_inv_std) {
+    const auto dtype = accumulation_dtype(like.scalar_type());
+    normed.inv_std = at::empty({params->num_rows + params->num_cols}, like.options().dtype(dtype));
+    params->inv_std = normed.inv_std.mutable_data_ptr();
+  }
+  return normed;
+}
+
 Normed normalise(const Tensor& logits, int64_t num_rows, const BatchNormOptions& options,
                  bool want_inv_std) {
   const Tensor rows = logits.stride(1) == 1 ? logits : logits.contiguous();
-  Normed normed;
-  BatchNormForwardParams params = allocate_normed(
-      rows, rows.size(0), num_rows, rows.size(1) - num_rows, options, want_inv_std, &normed);
+  BatchNormForwardParams params =
+      parameters_of(rows, rows.size(0), num_rows, rows.size(1) - num_rows, options);
+  const Normed normed = allocate_normed(rows, want_inv_std, &params);
   params.logits = rows.const_data_ptr();
   params.logits_stride = rows.stride(0);
   launch(params, rows.device());

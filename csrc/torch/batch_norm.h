@@ -29,10 +29,12 @@ struct Normed {
 // of those that will be written.
 void prepare_buffers(const char* op, const BatchNormOptions& options);
 
-// -> `normed`, allocated, and parameters with everything but logits.
-BatchNormForwardParams allocate_normed(const at::Tensor& like, int64_t num_tokens, int64_t num_rows,
-                                       int64_t num_cols, const BatchNormOptions& options,
-                                       bool want_inv_std, Normed* normed);
+// Parameters with everything but logits and outputs.
+BatchNormForwardParams parameters_of(const at::Tensor& like, int64_t num_tokens, int64_t num_rows,
+                                     int64_t num_cols, const BatchNormOptions& options);
+
+// The outputs, of which the parameters are told.
+Normed allocate_normed(const at::Tensor& like, bool want_inv_std, BatchNormForwardParams* params);
 
 // Of logits (T, R + C); their buffers are prepared.
 Normed normalise(const at::Tensor& logits, int64_t num_rows, const BatchNormOptions& options,

@@ -161,18 +161,6 @@ void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weigh
   check_size(down, 1, gate_weight.sym_size(0), "intermediate_size of gate_weight");
 }
 
-void check_mlp_add(const char* op, const at::Tensor& output, const at::Tensor& x,
-                   const at::Tensor& gate_weight, const at::Tensor& up_weight,
-                   const at::Tensor& down_weight) {
-  const Argument input{op, "x", x}, sum{op, "output", output};
-  check_rank(input, 2);
-  check_mlp(op, x, gate_weight, up_weight, down_weight);
-  check_rank(sum, 2);
-  check_like(sum, input);
-  check_size(sum, 0, x.sym_size(0), "number of tokens of x");
-  check_size(sum, 1, x.sym_size(1), "hidden_size of x");
-}
-
 void check_expert_mlp(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_embed,
                       const at::Tensor& down_embed, const at::Tensor& routing_weights,
                       const at::Tensor& indices, const at::Tensor& gate_weight,
@@ -270,6 +258,9 @@ void check_batch_norm(const char* op, const at::Tensor& router_logits, const c10
   check_batch_norm_options(logits, num_rows, width - num_rows, x, y, training, eps);
 }
 
+namespace {
+
+// hidden_states (T, H), gate_x (R, H), gate_y (C, H).
 void check_router_gates(const char* op, const at::Tensor& hidden_states, const at::Tensor& gate_x,
                         const at::Tensor& gate_y) {
   const Argument hidden{op, "hidden_states", hidden_states};
@@ -283,6 +274,8 @@ void check_router_gates(const char* op, const at::Tensor& hidden_states, const a
     check_size(gate, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
   }
 }
+
+}  // namespace
 
 void check_normed_router_logits(const char* op, const at::Tensor& hidden_states,
                                 const at::Tensor& gate_x, const at::Tensor& gate_y,

@@ -59,11 +59,6 @@ void check_mlp(const char* op, const at::Tensor& x, const at::Tensor& gate_weigh
                const at::Tensor& up_weight, const at::Tensor& down_weight,
                const char* x_name = "x");
 
-// x and output (T, H).
-void check_mlp_add(const char* op, const at::Tensor& output, const at::Tensor& x,
-                   const at::Tensor& gate_weight, const at::Tensor& up_weight,
-                   const at::Tensor& down_weight);
-
 void check_expert_mlp(const char* op, const at::Tensor& hidden_states, const at::Tensor& up_embed,
                       const at::Tensor& down_embed, const at::Tensor& routing_weights,
                       const at::Tensor& indices, const at::Tensor& gate_weight,
@@ -85,10 +80,6 @@ struct BatchNormBufferArguments {
 void check_batch_norm(const char* op, const at::Tensor& router_logits, const c10::SymInt& num_rows,
                       const BatchNormBufferArguments& x, const BatchNormBufferArguments& y,
                       bool training, double eps);
-
-// hidden_states (T, H), gate_x (R, H), gate_y (C, H).
-void check_router_gates(const char* op, const at::Tensor& hidden_states, const at::Tensor& gate_x,
-                        const at::Tensor& gate_y);
 
 // Both gates, and the BatchNorm behind them.
 void check_normed_router_logits(const char* op, const at::Tensor& hidden_states,

@@ -105,20 +105,6 @@ Tensor omni_mlp_meta(const Tensor& x, const Tensor& gate_weight, const Tensor& u
   return empty_like_contiguous(x);
 }
 
-std::tuple<Tensor, Tensor> omni_mlp_add_meta(Tensor& output, const Tensor& x,
-                                             const Tensor& gate_weight, const Tensor& up_weight,
-                                             const Tensor& down_weight, std::string_view activation,
-                                             bool want_products) {
-  parse_activation("omni_mlp_add_", activation);
-  check_mlp_add("omni_mlp_add_", output, x, gate_weight, up_weight, down_weight);
-  auto shape = x.sym_sizes().vec();
-  shape.back() = gate_weight.sym_size(0);
-  const auto product = [&] {
-    return want_products ? at::empty_symint(shape, x.options()) : at::empty({0}, x.options());
-  };
-  return {product(), product()};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_meta(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
@@ -136,6 +122,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume_meta(
     std::array<bool, 4> output_mask) {
   return omni_mlp_backward_meta(grad_output, x, gate_weight, up_weight, down_weight, gate, up,
                                 activation, output_mask);
+}
+
+Tensor omni_expert_mlp_meta(const Tensor& hidden_states, const Tensor& up_embed,
+                            const Tensor& down_embed, const Tensor& routing_weights,
+                            const Tensor& indices, const Tensor& gate_weight,
+                            const Tensor& up_weight, const Tensor& down_weight,
+                            std::string_view activation, bool /*recompute*/) {
+  parse_activation("omni_expert_mlp", activation);
+  check_expert_mlp("omni_expert_mlp", hidden_states, up_embed, down_embed, routing_weights, indices,
+                   gate_weight, up_weight, down_weight);
+  return empty_like_contiguous(hidden_states);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_mlp_save_meta(
+    const Tensor& hidden_states, const Tensor& up_embed, const Tensor& down_embed,
+    const Tensor& routing_weights, const Tensor& indices, const Tensor& gate_weight,
+    const Tensor& up_weight, const Tensor& down_weight, std::string_view activation,
+    bool save_products) {
+  const Tensor output =
+      omni_expert_mlp_meta(hidden_states, up_embed, down_embed, routing_weights, indices,
+                           gate_weight, up_weight, down_weight, activation, !save_products);
+  const auto options = hidden_states.options();
+  const auto dtype = accumulation_dtype(hidden_states.scalar_type());
+  const auto product = [&] {
+    return save_products
+               ? at::empty_symint({hidden_states.sym_size(0), gate_weight.sym_size(0)}, options)
+               : at::empty({0}, options);
+  };
+  return {output, at::empty_symint(indices.sym_sizes(), options.dtype(dtype)), product(),
+          product()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> omni_batch_norm_save_stats_meta(
@@ -233,9 +249,10 @@ TORCH_LIBRARY_IMPL(omni_moe, Meta, m) {
   m.impl("omni_expert_backward", omni_expert_backward_meta);
   m.impl("omni_mlp", omni_mlp_meta);
   m.impl("omni_mlp_save_gates", omni_mlp_save_gates_meta);
-  m.impl("omni_mlp_add_", omni_mlp_add_meta);
   m.impl("omni_mlp_backward", omni_mlp_backward_meta);
   m.impl("omni_mlp_backward_consume", omni_mlp_backward_consume_meta);
+  m.impl("omni_expert_mlp", omni_expert_mlp_meta);
+  m.impl("omni_expert_mlp_save", omni_expert_mlp_save_meta);
   m.impl("omni_batch_norm", omni_batch_norm_meta);
   m.impl("omni_batch_norm_save_stats", omni_batch_norm_save_stats_meta);
   m.impl("omni_batch_norm_backward", omni_batch_norm_backward_meta);

@@ -98,24 +98,6 @@ Tensor omni_mlp_kernel(const Tensor& x, const Tensor& gate_weight, const Tensor&
   return at::mm(activated, down_weight.t()).view(x.sizes());
 }
 
-std::tuple<Tensor, Tensor> omni_mlp_add_kernel(Tensor& output, const Tensor& x,
-                                               const Tensor& gate_weight, const Tensor& up_weight,
-                                               const Tensor& down_weight,
-                                               std::string_view activation, bool want_products) {
-  constexpr auto kOp = "omni_mlp_add_";
-  const auto guard = without_autocast();
-  const Activation act = parse_activation(kOp, activation);
-  check_mlp_add(kOp, output, x, gate_weight, up_weight, down_weight);
-  const auto [gate, up, activated] =
-      gated_linear(x, gate_weight, up_weight, act, want_products, /*want_activated=*/true);
-  output.unsafeGetTensorImpl()->bump_version();
-  output.addmm_(activated, down_weight.t());
-  const auto product = [&](const Tensor& t) {
-    return want_products ? t : at::empty({0}, x.options());
-  };
-  return {product(gate), product(up)};
-}
-
 struct GatedGradients {
   Tensor gate, up;   // of the two products
   Tensor activated;  // act(gate) * up again: where wanted
@@ -222,8 +204,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward_consume_kernel(
                               /*owns_products=*/true, act, output_mask);
 }
 
-// The MLP onto the experts: no pass of its own for the sum. The experts come first, while the
-// tokens are in the cache behind the router, and start early behind it.
+// The MLP onto the experts' states: no pass of its own for the sum. The experts come first, while
+// the tokens are in the cache behind the router, and start early behind it. -> the products.
+GatedLinear add_mlp(Tensor& expert_states, const Tensor& x, const Tensor& gate_weight,
+                    const Tensor& up_weight, const Tensor& down_weight, Activation activation,
+                    bool want_products) {
+  GatedLinear result = gated_linear(x, gate_weight, up_weight, activation, want_products,
+                                    /*want_activated=*/true);
+  expert_states.addmm_(result.activated, down_weight.t());
+  return result;
+}
+
 Tensor omni_expert_mlp_kernel(const Tensor& hidden_states, const Tensor& up_embed,
                               const Tensor& down_embed, const Tensor& routing_weights,
                               const Tensor& indices, const Tensor& gate_weight,
@@ -231,30 +222,48 @@ Tensor omni_expert_mlp_kernel(const Tensor& hidden_states, const Tensor& up_embe
                               std::string_view activation,
                               bool /*recompute: there is nothing to save here*/) {
   constexpr auto kOp = "omni_expert_mlp";
-  parse_activation(kOp, activation);
+  const auto guard = without_autocast();
+  const Activation act = parse_activation(kOp, activation);
   check_expert_mlp(kOp, hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
                    up_weight, down_weight);
   Tensor output =
       omni_expert(hidden_states, up_embed, down_embed, routing_weights, indices, activation);
-  omni_mlp_add_(output, hidden_states, gate_weight, up_weight, down_weight, activation,
-                /*want_products=*/false);
+  add_mlp(output, hidden_states, gate_weight, up_weight, down_weight, act,
+          /*want_products=*/false);
   return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_mlp_save_kernel(
+    const Tensor& hidden_states, const Tensor& up_embed, const Tensor& down_embed,
+    const Tensor& routing_weights, const Tensor& indices, const Tensor& gate_weight,
+    const Tensor& up_weight, const Tensor& down_weight, std::string_view activation,
+    bool save_products) {
+  constexpr auto kOp = "omni_expert_mlp";
+  const auto guard = without_autocast();
+  const Activation act = parse_activation(kOp, activation);
+  check_expert_mlp(kOp, hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
+                   up_weight, down_weight);
+  auto [output, scores] = omni_expert_save_scores(hidden_states, up_embed, down_embed,
+                                                  routing_weights, indices, activation);
+  const GatedLinear products =
+      add_mlp(output, hidden_states, gate_weight, up_weight, down_weight, act, save_products);
+  if (save_products) return {output, scores, products.gate, products.up};
+  const auto empty = [&] { return at::empty({0}, hidden_states.options()); };
+  return {output, scores, empty(), empty()};
 }
 
 void register_kernels(torch::Library& m) {
   m.impl("omni_mlp", omni_mlp_kernel);
   m.impl("omni_mlp_save_gates", omni_mlp_save_gates_kernel);
-  m.impl("omni_mlp_add_", omni_mlp_add_kernel);
   m.impl("omni_mlp_backward", omni_mlp_backward_kernel);
   m.impl("omni_mlp_backward_consume", omni_mlp_backward_consume_kernel);
+  m.impl("omni_expert_mlp", omni_expert_mlp_kernel);
+  m.impl("omni_expert_mlp_save", omni_expert_mlp_save_kernel);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(omni_moe, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(omni_moe, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(omni_moe, CompositeExplicitAutograd, m) {
-  m.impl("omni_expert_mlp", omni_expert_mlp_kernel);
-}
 
 }  // namespace omni_moe::torch_api

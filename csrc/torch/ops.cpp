@@ -93,13 +93,6 @@ std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates(const Tensor& x, const Te
   return op.call(x, gate_weight, up_weight, down_weight, activation);
 }
 
-std::tuple<Tensor, Tensor> omni_mlp_add_(Tensor& output, const Tensor& x, const Tensor& gate_weight,
-                                         const Tensor& up_weight, const Tensor& down_weight,
-                                         std::string_view activation, bool want_products) {
-  static const auto op = find_op("omni_moe::omni_mlp_add_", omni_mlp_add_);
-  return op.call(output, x, gate_weight, up_weight, down_weight, activation, want_products);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
@@ -125,6 +118,16 @@ Tensor omni_expert_mlp(const Tensor& hidden_states, const Tensor& up_embed,
   static const auto op = find_op("omni_moe::omni_expert_mlp", omni_expert_mlp);
   return op.call(hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
                  up_weight, down_weight, activation, recompute);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_mlp_save(
+    const Tensor& hidden_states, const Tensor& up_embed, const Tensor& down_embed,
+    const Tensor& routing_weights, const Tensor& indices, const Tensor& gate_weight,
+    const Tensor& up_weight, const Tensor& down_weight, std::string_view activation,
+    bool save_products) {
+  static const auto op = find_op("omni_moe::omni_expert_mlp_save", omni_expert_mlp_save);
+  return op.call(hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
+                 up_weight, down_weight, activation, save_products);
 }
 
 std::tuple<Tensor, Tensor> omni_batch_norm(const Tensor& router_logits, c10::SymInt num_rows,

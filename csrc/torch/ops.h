@@ -51,10 +51,6 @@ std::tuple<Tensor, Tensor, Tensor> omni_mlp_save_gates(const Tensor& x, const Te
                                                        const Tensor& up_weight,
                                                        const Tensor& down_weight,
                                                        std::string_view activation);
-// output += omni_mlp(x, …).
-std::tuple<Tensor, Tensor> omni_mlp_add_(Tensor& output, const Tensor& x, const Tensor& gate_weight,
-                                         const Tensor& up_weight, const Tensor& down_weight,
-                                         std::string_view activation, bool want_products);
 std::tuple<Tensor, Tensor, Tensor, Tensor> omni_mlp_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight,
     const Tensor& down_weight, const std::optional<Tensor>& gate, const std::optional<Tensor>& up,
@@ -69,6 +65,12 @@ Tensor omni_expert_mlp(const Tensor& hidden_states, const Tensor& up_embed,
                        const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
                        const Tensor& down_weight, std::string_view activation = "silu",
                        bool recompute = false);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_mlp_save(
+    const Tensor& hidden_states, const Tensor& up_embed, const Tensor& down_embed,
+    const Tensor& routing_weights, const Tensor& indices, const Tensor& gate_weight,
+    const Tensor& up_weight, const Tensor& down_weight, std::string_view activation,
+    bool save_products);
 
 // Updates the running statistics and counters in place, if training.
 std::tuple<Tensor, Tensor> omni_batch_norm(const Tensor& router_logits, c10::SymInt num_rows,

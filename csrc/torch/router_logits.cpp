@@ -21,17 +21,16 @@ Normed router_logits(const Tensor& hidden_states, const Tensor& gate_x, const Te
                              options.training, options.eps);
   prepare_buffers(kOp, options);
 
-  if (hidden_states.is_contiguous() && gate_x.is_contiguous() && gate_y.is_contiguous()) {
-    Normed normed;
-    const RouterLogitsForwardParams params{
-        allocate_normed(hidden_states, hidden_states.size(0), gate_x.size(0), gate_y.size(0),
-                        options, want_inv_std, &normed),
-        hidden_states.const_data_ptr(), gate_x.const_data_ptr(), gate_y.const_data_ptr(),
-        hidden_states.size(1)};
-    if (supports(params, hidden_states.device())) {
-      launch(params, hidden_states.device());
-      return normed;
-    }
+  RouterLogitsForwardParams params{
+      parameters_of(hidden_states, hidden_states.size(0), gate_x.size(0), gate_y.size(0), options),
+      hidden_states.const_data_ptr(), gate_x.const_data_ptr(), gate_y.const_data_ptr(),
+      hidden_states.size(1)};
+  const bool dense =
+      hidden_states.is_contiguous() && gate_x.is_contiguous() && gate_y.is_contiguous();
+  if (dense && supports(params, hidden_states.device())) {
+    const Normed normed = allocate_normed(hidden_states, want_inv_std, &params);
+    launch(params, hidden_states.device());
+    return normed;
   }
   const Tensor logits = at::mm(hidden_states, at::cat({gate_x, gate_y}).t());
   return normalise(logits, gate_x.size(0), options, want_inv_std);

@@ -51,10 +51,6 @@ TORCH_LIBRARY(omni_moe, m) {
   m.def(
       "omni_mlp_save_gates(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, "
       "str activation) -> (Tensor output, Tensor gate, Tensor up)");
-  // The same onto an output that is there already; gate and up come back empty where not wanted.
-  m.def(
-      "omni_mlp_add_(Tensor(a!) output, Tensor x, Tensor gate_weight, Tensor up_weight, "
-      "Tensor down_weight, str activation, bool want_products) -> (Tensor gate, Tensor up)");
   m.def(
       "omni_mlp_backward(Tensor grad_output, Tensor x, Tensor gate_weight, Tensor up_weight, "
       "Tensor down_weight, Tensor? gate, Tensor? up, str activation, bool[4] output_mask) "
@@ -68,11 +64,17 @@ TORCH_LIBRARY(omni_moe, m) {
       "Tensor grad_down_weight)");
 
   // Atomic experts and shared MLP on the same tokens: hidden (T, H), embeds (E, H), routing and
-  // indices (T, K), gate and up (I, H), down (H, I) -> (T, H).
+  // indices (T, K), gate and up (I, H), down (H, I) -> (T, H). omni_expert_mlp_save also returns
+  // what the two backward ops take: the scores and, with save_products (else empty), gate and up.
   m.def(
       "omni_expert_mlp(Tensor hidden_states, Tensor up_embed, Tensor down_embed, "
       "Tensor routing_weights, Tensor indices, Tensor gate_weight, Tensor up_weight, "
       "Tensor down_weight, str activation=\"silu\", bool recompute=False) -> Tensor");
+  m.def(
+      "omni_expert_mlp_save(Tensor hidden_states, Tensor up_embed, Tensor down_embed, "
+      "Tensor routing_weights, Tensor indices, Tensor gate_weight, Tensor up_weight, "
+      "Tensor down_weight, str activation, bool save_products) "
+      "-> (Tensor output, Tensor scores, Tensor gate, Tensor up)");
 
   // BatchNorm of the router's logits (T, R + C), the rows' then the columns', R = num_rows ->
   // (T, R), (T, C). Updates the running statistics and counters that it is given, if training.

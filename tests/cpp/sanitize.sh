@@ -26,7 +26,7 @@ router=$router:'CudaRouter.BackwardSpecialValues:CudaRouter.BackwardLongAxes'
 activation='CudaGatedActivation.ForwardAndBackward'
 # Vectors and single columns, one part and several, several rounds, all dtypes.
 batch_norm='CudaBatchNorm.Small:CudaBatchNorm.ManyColumns:CudaBatchNorm.NoTokens'
-# Blocks of all three shapes, one and several, partial tiles; both dtypes, training and eval.
+# Blocks of three of the four shapes, partial tiles; both dtypes, training and eval.
 router_logits='*RouterLogitsOf.*/T1_H200_*:*RouterLogitsOf.*/T37_H200_*'
 router_logits=$router_logits:'*RouterLogitsOf.*/T199_H264_*:*RouterLogitsOf.*/T37_H72_*'
 router_logits=$router_logits:'*RouterLogitsOf.*/T199_H72_*'

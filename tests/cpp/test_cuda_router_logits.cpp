@@ -333,11 +333,13 @@ class CudaRouterLogits : public CudaKernelTest {
   void SetUp() override {
     CudaKernelTest::SetUp();
     if (IsSkipped()) return;
-    int device = 0, major = 0;
+    int device = 0, major = 0, num_sms = 0;
     ASSERT_EQ(cudaSuccess, cudaGetDevice(&device));
     ASSERT_EQ(cudaSuccess,
               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major != 9) GTEST_SKIP() << "needs a Hopper GPU";
+    ASSERT_EQ(cudaSuccess,
+              cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+    if (major != 9 || num_sms < 132) GTEST_SKIP() << "needs a Hopper GPU with 132 SMs";
   }
 };
 
@@ -367,7 +369,9 @@ std::vector<Case> cases() {
           // axis or none. With few tokens, and with more stages than there are buffers.
           Shape{37, 72, 4096, 320}, Shape{4090, 64, 72, 56}, Shape{1100, 520, 136, 264},
           // Two tiles of tokens as well.
-          Shape{199, 72, 4096, 328}, Shape{2100, 456, 200, 136}, Shape{4095, 64, 256, 256}}) {
+          Shape{199, 72, 4096, 328}, Shape{2100, 456, 200, 136}, Shape{4095, 64, 256, 256},
+          // And three groups.
+          Shape{4090, 72, 320, 328}}) {
       all.push_back({shape, type});
     }
   }

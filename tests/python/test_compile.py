@@ -196,10 +196,6 @@ def expected_outputs(t, k):
             (*mlp, "relu"),
             [((2, t, 10), half), ((2, t, 6), half), ((2, t, 6), half)],
         ),
-        "omni_mlp_add_": (
-            (empty(t, 10), empty(t, 10), *mlp[1:], "relu", True),
-            [((t, 6), half), ((t, 6), half)],
-        ),
         "omni_mlp_backward": (
             (empty(2, t, 10), *mlp, None, None, "silu", [False, True, True, True]),
             [none, ((6, 10), half), ((6, 10), half), ((10, 6), half)],
@@ -209,6 +205,10 @@ def expected_outputs(t, k):
             [((2, t, 10), half), ((6, 10), half), ((6, 10), half), ((10, 6), half)],
         ),
         "omni_expert_mlp": ((*expert, indices, *mlp[1:]), shapes[:1]),
+        "omni_expert_mlp_save": (
+            (*expert, indices, *mlp[1:], "relu", True),
+            [shapes[0], ((t, k), torch.float32), ((t, 6), half), ((t, 6), half)],
+        ),
         "omni_batch_norm": (batch_norm, normed[:2]),
         "omni_batch_norm_save_stats": (batch_norm, normed),
         "omni_batch_norm_backward": (

@@ -1,12 +1,11 @@
 """Experts and MLP as one op: its two parts, its memory, and who may see the products it keeps."""
 
 import itertools
-import re
+from functools import partial
 
 import pytest
 import torch
 from helpers import (
-    CUDA,
     ExpertShape,
     assert_bitwise,
     assert_close,
@@ -20,6 +19,11 @@ from helpers import (
     strided,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import omni_moe
 from omni_moe import reference
@@ -241,34 +245,35 @@ def test_a_backward_that_failed_cannot_be_tried_again():
 
 
 @on_dtypes
-def test_adding_onto_an_output(device, dtype):
-    """In place, as the op's name says; the products are those that omni_mlp_save_gates returns."""
-    (x, *weights), start = mlp_inputs((67,), 256, 136, device, dtype)
-    want = start.cpu().double() + run_in_double(reference.omni_mlp, (x, *weights), start)[0]
-    _, *products = ops.omni_mlp_save_gates(x, *weights, "silu")
-    for want_products in (True, False):
-        output = start.clone()
-        got = ops.omni_mlp_add_(output, x, *weights, "silu", want_products)
-        assert output._version == 1
-        assert_close(output, want, num_terms=392, intermediate_roundings=2)
-        for one, other in zip(got, products, strict=True):
-            assert_bitwise(one, other if want_products else other.new_empty(0))
+def test_what_is_saved(device, dtype):
+    """The scores and products are those of the two ops, bit for bit, as is the output."""
+    inputs, indices, _ = layer_inputs(ExpertShape(67, 256, 90, 5), 136, device, dtype)
+    experts, weights = [*inputs[:4], indices], inputs[4:]
+    _, scores = ops.omni_expert_save_scores(*experts, "silu")
+    _, *products = ops.omni_mlp_save_gates(inputs[0], *weights, "silu")
+    want = ops.omni_expert_mlp(*experts, *weights)
+    for save_products in (True, False):
+        output, *saved = ops.omni_expert_mlp_save(*experts, *weights, "silu", save_products)
+        assert_bitwise(output, want)
+        assert_bitwise(saved[0], scores)
+        for one, other in zip(saved[1:], products, strict=True):
+            assert_bitwise(one, other if save_products else other.new_empty(0))
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((5, 9), "expected output.size(1) to equal the hidden_size of x (8), but got"),
-        ((6, 8), "expected output.size(0) to equal the number of tokens of x (5), but got"),
-        ((5, 8, 1), "expected output to have 2 dimensions, but got shape [5, 8, 1]"),
-    ],
-)
-@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
-def test_adding_onto_a_bad_output(device, shape, message):
-    sizes = [shape, (5, 8), (4, 8), (4, 8), (8, 4)]
-    tensors = [torch.zeros(size, device=device) for size in sizes]
-    with pytest.raises(ValueError, match=re.escape("omni_mlp_add_: " + message)):
-        ops.omni_mlp_add_(*tensors, "silu", True)
+def save_own_ops(context, op, *args, **kwargs):
+    saves = op.namespace == "omni_moe"
+    return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@on_devices
+def test_selective_checkpointing(device, leaves_and_run):
+    """Nothing that a policy keeps is written to afterwards."""
+    leaves, function, grad = leaves_and_run
+    want = torch.autograd.grad(function(*leaves), leaves, grad)
+    contexts = partial(create_selective_checkpoint_contexts, save_own_ops)
+    out = checkpoint(function, *leaves, use_reentrant=False, context_fn=contexts)
+    for one, other in zip(torch.autograd.grad(out, leaves, grad), want, strict=True):
+        assert_bitwise(one, other)
 
 
 @on_devices
@@ -287,7 +292,7 @@ def test_tensors_of_a_dispatch_mode_stay(device, leaves_and_run):
     (products,) = [
         result[-2:]
         for name, result in zip(watch.names, watch.results, strict=True)
-        if name in ("omni_moe::omni_mlp_save_gates", "omni_moe::omni_mlp_add_")
+        if name in ("omni_moe::omni_mlp_save_gates", "omni_moe::omni_expert_mlp_save")
     ]
     before = [product.clone() for product in products]
     torch.autograd.grad(out, leaves, grad)

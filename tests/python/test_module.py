@@ -5,12 +5,14 @@ import dataclasses
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from helpers import CUDA, assert_bitwise, assert_close, copied, needs_gpu, on_copies, on_devices
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import omni_moe
 from omni_moe import OmniMoE, OmniMoEConfig, reference, router_loss
@@ -363,6 +365,24 @@ def test_expert_load(device):
     layer.reset_expert_load()
     usage, unevenness, counts = layer.expert_load()
     assert usage == 0 and math.isnan(unevenness) and not counts.any()
+
+
+@on_devices
+def test_selective_checkpointing(device):
+    """A policy may keep the results of all our ops: none is written to afterwards."""
+
+    def save_own_ops(context, op, *args, **kwargs):
+        saves = op.namespace == "omni_moe"
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    layer = make_layer(device, torch.float32)
+    x = torch.randn(37, H, device=device, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).sum(), x)
+    contexts = partial(create_selective_checkpoint_contexts, save_own_ops)
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    (got,) = torch.autograd.grad(out.sum(), x)
+    assert_bitwise(got, want)
+    assert layer.router_norm_x.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

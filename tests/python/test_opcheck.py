@@ -102,16 +102,6 @@ def mlp_save_gates_samples(device):
     return [(*inputs, "silu"), (inputs[0][0, 0], *map(strided, inputs[1:]), "relu")]
 
 
-def mlp_add_samples(device):
-    (x, *weights), output = mlp_inputs((T,), 10, 6, device, torch.float32)
-    return [
-        (output, x, *weights, "silu", True),
-        (output, x, *weights, "silu", False),
-        (output.t().contiguous().t(), *map(strided, (x, *weights)), "gelu", True),
-        (output[:0], x[:0], *weights, "relu", True),
-    ]
-
-
 def mlp_backward_samples(device):
     inputs, grad = mlp_inputs((2, T), 10, 6, device, torch.float32)
     _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
@@ -140,6 +130,17 @@ def expert_mlp_samples(device):
         (*with_grad(*experts), indices, *with_grad(*weights), "silu", recompute)
         for recompute in (False, True)
     ] + [(*experts[:3], *with_grad(experts[3]), indices.int(), *with_grad(*map(strided, weights)))]
+
+
+def expert_mlp_save_samples(device):
+    experts, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
+    (_, *weights), _ = mlp_inputs((T,), 10, 6, device, torch.float32)
+    strided_inputs = (*map(strided, experts), indices.int(), *map(strided, weights))
+    return [
+        (*experts, indices, *weights, "silu", True),
+        (*experts, indices, *weights, "silu", False),
+        (*strided_inputs, "gelu", True),
+    ]
 
 
 def batch_norm_samples(device):
@@ -231,10 +232,10 @@ SAMPLES = {
     "flash_expert": flash_expert_samples,
     "omni_mlp": mlp_samples,
     "omni_mlp_save_gates": mlp_save_gates_samples,
-    "omni_mlp_add_": mlp_add_samples,
     "omni_mlp_backward": mlp_backward_samples,
     "omni_mlp_backward_consume": mlp_backward_consume_samples,
     "omni_expert_mlp": expert_mlp_samples,
+    "omni_expert_mlp_save": expert_mlp_save_samples,
     "omni_batch_norm": batch_norm_samples,
     "omni_batch_norm_save_stats": batch_norm_save_stats_samples,
     "omni_batch_norm_backward": batch_norm_backward_samples,
