@@ -7,7 +7,7 @@
 
 namespace omni_moe::cuda {
 
-// In kernels launched by launch_early, by every thread that reads what earlier kernels wrote, or
+// In kernels launched by launch_early, or with its attribute, by every thread that reads what earlier kernels wrote, or
 // writes what they read: returns when those have ended.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -15,7 +15,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// In kernels that are followed by one of launch_early, anywhere: its blocks may start as soon as
+// In kernels that are followed by such a one, anywhere: its blocks may start as soon as
 // all blocks of this kernel have called this or ended, and fill what those leave free.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900

@@ -7,8 +7,8 @@
 // along the columns of D (N-major, for B itself in memory): then a tile has a row for each element
 // of K and 64 of the columns, and N / 64 tiles lie one behind the other.
 //
-// Thread t of the warpgroup holds of D, for j = 0 … N / 8 - 1 and i = 0, 1, at d[4 j + 2 i + {0,
-// 1}]:
+// Thread t of the warpgroup holds of D, for j = 0 … N / 8 - 1 and i = 0, 1,
+// at d[4 j + 2 i + {0, 1}]:
 //   row 16 (t / 32) + (t % 32) / 4 + 8 i,  columns 8 j + 2 (t % 4) + {0, 1}.
 #pragma once
 
