@@ -7,8 +7,8 @@
 
 namespace omni_moe::cuda {
 
-// In kernels launched by launch_early, or with its attribute, by every thread that reads what earlier kernels wrote, or
-// writes what they read: returns when those have ended.
+// In kernels launched by launch_early, or with its attribute, by every thread that reads what
+// earlier kernels wrote, or writes what they read: returns when those have ended.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
