@@ -16,6 +16,7 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/common/stage_products.cuh"
 #include "cuda/common/tma.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "omni_moe/types.h"
@@ -23,8 +24,6 @@
 namespace omni_moe::cuda {
 
 inline constexpr int kTileTokens = 128;
-inline constexpr int kStageDepth = 64;
-static_assert(kStageDepth * 2 == kSwizzleRowBytes);
 
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumers = kTileTokens / kWgmmaRows;  // warpgroups
@@ -40,7 +39,6 @@ inline constexpr int kLaunchRegisters = 168;
 // Rows of D that one warp has in its registers.
 inline constexpr int kWarpRows = kWgmmaRows / kWarpgroupWarps;
 
-inline constexpr int kCluster = 2;  // blocks that share tiles of the weights
 // Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns: the fewest
 // bytes from memory for 66 clusters.
 inline constexpr int kGroup = 8;
@@ -97,39 +95,15 @@ class StageProducts {
     }
   }
 
-  // d = a(stage) b(stage), summed over the tile's stages. A stage goes back once the next one's
-  // products have been issued, so that the tensor cores always have work.
+  // d = a(stage) b(stage), summed over the tile's stages.
   template <class A, class B>
   __device__ __forceinline__ void sum(float (&d)[kWgmmaRegisters], A a_tile, B b_tile) {
-    int last_stage = 0;
-    for (int k = 0; k < num_stages_; ++k, ring_.advance()) {
-      const int stage = ring_.stage;
-      mbarrier_wait(&shared_.full[stage], ring_.parity);
-      const uint64_t a =
-          wgmma_descriptor<WgmmaMajor::kDepth, kTileTokens>(a_tile(stage) + row_byte_);
-      const uint64_t b = wgmma_descriptor<kMajorB, kTileRowsB>(b_tile(stage));
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kStageDepth / kWgmmaDepth; ++step) {
-        wgmma<T, kMajorB>(d, a + step * kWgmmaDepthStep<WgmmaMajor::kDepth, kTileTokens>,
-                          b + step * kWgmmaDepthStep<kMajorB, kTileRowsB>, k > 0 || step > 0);
-      }
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (k > 0) release(last_stage);
-      last_stage = stage;
-    }
-    wgmma_wait<0>();
-    wgmma_use(d);
-    release(last_stage);
+    sum_stages<T, kMajorB, kTileRowsB>(
+        shared_, num_stages_, ring_, d, [&](int stage) { return a_tile(stage) + row_byte_; },
+        b_tile);
   }
 
  private:
-  __device__ __forceinline__ void release(int stage) {
-    const int lane = threadIdx.x % kWarpSize;
-    if (lane < kCluster) mbarrier_arrive_remote(&shared_.empty[stage], lane);
-  }
-
   Shared& shared_;
   const int num_stages_;
   const int row_byte_;  // of the warpgroup's rows in a tile of A

@@ -23,6 +23,7 @@
 #include "cuda/common/fragment.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/mbarrier.cuh"
+#include "cuda/common/stage_products.cuh"
 #include "cuda/common/tma.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/common/workspace.h"
@@ -36,13 +37,10 @@ using batch_norm::RunningStatistics;
 
 constexpr int kTileTokens = kWgmmaRows;
 constexpr int kGroupCols = 64;
-constexpr int kStageDepth = 64;
-static_assert(kStageDepth * 2 == kSwizzleRowBytes);
 constexpr int kTileThreads = 128;  // a warpgroup
 constexpr int kTileWarps = kTileThreads / kWarpSize;
 constexpr int kRegisters = kTileTokens * kGroupCols / kTileThreads;
 constexpr int kWarpRows = kTileTokens / kTileWarps;
-constexpr int kCluster = 2;
 constexpr int kTileBytes = kTileTokens * kSwizzleRowBytes;  // of x or a gate in one stage
 static_assert(kTileTokens == kGroupCols);
 
@@ -124,38 +122,6 @@ __device__ __forceinline__ void load_stages(const Arguments& args, SharedStorage
     }
     tma_load(args.x, shared.x[stage], full, blockIdx.x * B::kTokens, k * kStageDepth);
   }
-}
-
-// d = x gateᵀ of a tile of tokens and a group.
-template <class T, class B>
-__device__ __forceinline__ void multiply_stages(SharedStorage<B>& shared, int num_stages,
-                                                int token_tile, int group, float (&d)[kRegisters]) {
-  const auto release = [&](int stage) {
-    const int lane = threadIdx.x % kWarpSize;
-    if (lane < kCluster) mbarrier_arrive_remote(&shared.empty[stage], lane);
-  };
-  RingCursor<B::kStages> ring;
-  int last_stage = 0;
-  for (int k = 0; k < num_stages; ++k, ring.advance()) {
-    const int stage = ring.stage;
-    mbarrier_wait(&shared.full[stage], ring.parity);
-    const uint64_t a =
-        wgmma_descriptor<WgmmaMajor::kDepth, kTileTokens>(shared.x[stage][token_tile]);
-    const uint64_t b = wgmma_descriptor<WgmmaMajor::kDepth, kGroupCols>(shared.gates[stage][group]);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kStageDepth / kWgmmaDepth; ++step) {
-      wgmma<T>(d, a + step * kWgmmaDepthStep<WgmmaMajor::kDepth, kTileTokens>,
-               b + step * kWgmmaDepthStep<WgmmaMajor::kDepth, kGroupCols>, k > 0 || step > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (k > 0) release(last_stage);
-    last_stage = stage;
-  }
-  wgmma_wait<0>();
-  wgmma_use(d);
-  release(last_stage);
 }
 
 // ---- statistics ----
@@ -347,7 +313,10 @@ __global__ void __launch_bounds__(B::kThreads, 1)
     if (lane == 0) load_stages(args, shared);
     __syncwarp();
   } else {
-    multiply_stages<T>(shared, args.num_stages, token_tile, consumer, d);
+    RingCursor<B::kStages> ring;
+    sum_stages<T, WgmmaMajor::kDepth, kGroupCols>(
+        shared, args.num_stages, ring, d, [&](int stage) { return shared.x[stage][token_tile]; },
+        [&](int stage) { return shared.gates[stage][consumer]; });
     if constexpr (kTraining) {
       warp_moments(d, rows_within(args.num_tokens, token, kWarpRows),
                    statistics.moments[group_warp]);
