@@ -42,7 +42,9 @@ def build_info() -> dict[str, str]:
     """What the library was built with.
 
     Keys: ``version``, ``torch_version``, ``cuda_version`` and ``cuda_architectures`` (empty without
-    CUDA), ``compiler``, ``cpu_capability`` (the CPU kernels this processor runs).
+    CUDA), ``hopper_kernels`` (``yes`` if the build has the kernels of Hopper's own instructions,
+    which need ``90a`` among the architectures; without them their fallbacks run), ``compiler``,
+    ``cpu_capability`` (the CPU kernels this processor runs).
     """
     return _C.build_info()
 

@@ -134,12 +134,13 @@ cudaError_t batch_norm_backward(const BatchNormBackwardParams& params, cudaStrea
     const auto with_vectors_of = [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
       using Threads = Tiling<T, kVec>;
-      const Plan plan =
-          make_plan(params.num_tokens, params.num_rows, params.num_cols, Threads::kSlots,
-                    Threads::kSlots * Threads::kBackwardRows, device);
+      const auto plan = [&](int num_sms) {
+        return make_plan(params.num_tokens, params.num_rows, params.num_cols, Threads::kSlots,
+                         Threads::kSlots * Threads::kBackwardRows, num_sms);
+      };
       return launch(params.training ? batch_norm_backward_kernel<T, kVec, true>
                                     : batch_norm_backward_kernel<T, kVec, false>,
-                    params, plan, params.training, stream);
+                    params, plan, params.training, device, stream);
     };
     return allows_vectors<T>(
                params.num_rows, params.num_cols, params.num_rows + params.num_cols,

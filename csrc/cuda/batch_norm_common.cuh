@@ -198,8 +198,9 @@ struct ThreadRows {
                                        Vec<T, kVec> (&rows)[kRows]) const {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      rows[j] = first + j < count ? load_vec<Vec<T, kVec>>(column_of_row_0 + at(first + j) * stride)
-                                  : Vec<T, kVec>{};
+      rows[j] = first + j < count
+                    ? load_vec_readonly<Vec<T, kVec>>(column_of_row_0 + at(first + j) * stride)
+                    : Vec<T, kVec>{};
     }
   }
   // After this the compiler does not keep what it has unpacked of `rows`: twice the registers.
@@ -301,12 +302,12 @@ inline int64_t groups_of(int64_t columns) { return ceil_div<int64_t>(columns, kG
 
 // held_tokens: what the registers of one block hold; slots: rows that a block reads at once.
 inline Plan make_plan(int64_t num_tokens, int64_t num_rows, int64_t num_cols, int64_t slots,
-                      int64_t held_tokens, const DeviceInfo& device) {
-  const int64_t max_blocks = int64_t{kBlocksPerSm} * device.num_sms;
+                      int64_t held_tokens, int num_sms) {
+  const int64_t max_blocks = int64_t{kBlocksPerSm} * num_sms;
   const int64_t groups_x = groups_of(num_rows), num_groups = groups_x + groups_of(num_cols);
   const int64_t groups_per_round = std::min(num_groups, max_blocks);
   // One block per SM where their registers hold everything, which makes the barrier cheaper.
-  int64_t parts = std::max<int64_t>(1, device.num_sms / groups_per_round);
+  int64_t parts = std::max<int64_t>(1, num_sms / groups_per_round);
   if (ceil_div(num_tokens, parts) > held_tokens) parts = max_blocks / groups_per_round;
   parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, ceil_div(num_tokens, slots)));
   const int64_t tokens_per_part = std::max<int64_t>(1, ceil_div(num_tokens, parts));
@@ -338,28 +339,27 @@ bool allows_vectors(int64_t num_rows, int64_t num_cols, int64_t logits_stride,
 }
 
 // A barrier of the grid needs all its blocks on the device at once: a cooperative launch sees to
-// it.
-template <class Params>
-cudaError_t launch(void (*kernel)(Params, Plan), const Params& params, const Plan& plan,
-                   bool cooperative, cudaStream_t stream) {
+// it. make_plan(num_sms): where the stream has only some of the device's SMs (a green context, a
+// share of MPS), fewer blocks are tried until they fit.
+template <class Params, class MakePlan>
+cudaError_t launch(void (*kernel)(Params, Plan), const Params& params, MakePlan&& make_plan,
+                   bool cooperative, const DeviceInfo& device, cudaStream_t stream) {
   if (cooperative) {
-    int device = 0, supported = 0;
+    int id = 0, supported = 0;
     const cudaError_t status = run_steps(
-        [&] { return cudaGetDevice(&device); },
-        [&] { return cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, device); });
+        [&] { return cudaGetDevice(&id); },
+        [&] { return cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, id); });
     if (status != cudaSuccess) return status;
     if (supported == 0) return cudaErrorNotSupported;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.groups_per_round * plan.num_parts));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params, plan);
+  for (int num_sms = device.num_sms;; num_sms /= 2) {
+    const Plan plan = make_plan(num_sms);
+    LaunchOptions options{dim3(static_cast<unsigned>(plan.groups_per_round * plan.num_parts)),
+                          kThreads};
+    options.is_cooperative = cooperative;
+    const cudaError_t status = launch_kernel(kernel, options, stream, params, plan);
+    if (status != cudaErrorCooperativeLaunchTooLarge || num_sms <= 1) return status;
+  }
 }
 
 }  // namespace omni_moe::cuda::batch_norm

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     columns.run(coefficients, scratch, [&](int64_t column, float(&sum)[kVec]) {
       if (args.addend != nullptr) {
         float more[kVec];
-        unpack(load_vec<Vec<T, kVec>>(addend + column), more);
+        unpack(load_vec_readonly<Vec<T, kVec>>(addend + column), more);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) sum[i] += more[i];
       }

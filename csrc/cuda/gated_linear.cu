@@ -159,7 +159,10 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
 template <class T, Activation kActivation, class Tuning>
 __global__ void __launch_bounds__(kGatedThreads, 1)
     gated_linear_forward_kernel(const __grid_constant__ GatedLinearArguments args) {
-  if (!kHasHopperInstructions) return;  // never launched there
+  if (!kHasHopperInstructions) {
+    __trap();
+    return;
+  }
   using Shared = SharedStorage<Tuning::kStages>;
   run_gated_block<Shared, Tuning>(
       [](Shared&) {},
@@ -178,7 +181,7 @@ template <class Tuning>
 constexpr size_t kSharedBytes = sizeof(SharedStorage<Tuning::kStages>) + kSwizzleAlignment;
 
 template <class T, Activation kActivation, class Tuning>
-cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_sms,
+cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, const DeviceInfo& device,
                                 cudaStream_t stream) {
   GatedLinearArguments args{};
   args.store_activated = params.activated != nullptr;
@@ -208,7 +211,7 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, int num_
       operand(params.up_weight, params.intermediate_size, &args.up_weight),
       output(params.activated, &args.activated), output(params.gate, &args.gate),
       output(params.up, &args.up),
-      [&] { return launch_gated_clusters(kernel, args, num_sms, kSharedBytes<Tuning>, stream); });
+      [&] { return launch_gated_clusters(kernel, args, device, kSharedBytes<Tuning>, stream); });
 }
 
 bool is_empty(const GatedLinearForwardParams& params) {
@@ -234,9 +237,8 @@ cudaError_t gated_linear_forward(const GatedLinearForwardParams& params, cudaStr
   return dispatch_activation(params.activation, [&](auto act) {
     constexpr Activation kActivation = decltype(act)::value;
     return params.dtype == DType::kFloat16
-               ? launch_gated_linear<__half, kActivation, Sm90Tuning>(params, device.num_sms,
-                                                                      stream)
-               : launch_gated_linear<__nv_bfloat16, kActivation, Sm90Tuning>(params, device.num_sms,
+               ? launch_gated_linear<__half, kActivation, Sm90Tuning>(params, device, stream)
+               : launch_gated_linear<__nv_bfloat16, kActivation, Sm90Tuning>(params, device,
                                                                              stream);
   });
 }

@@ -315,7 +315,10 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
 template <class T, Activation kActivation, class Tuning>
 __global__ void __launch_bounds__(kGatedThreads, 1)
     gated_linear_backward_kernel(const __grid_constant__ GatedLinearBackwardArguments args) {
-  if (!kHasHopperInstructions) return;  // never launched there
+  if (!kHasHopperInstructions) {
+    __trap();
+    return;
+  }
   using Shared = SharedStorage<Tuning>;
   run_gated_block<Shared, Tuning>(
       [](Shared& shared) {
@@ -341,8 +344,8 @@ template <class Tuning>
 constexpr size_t kSharedBytes = sizeof(SharedStorage<Tuning>) + kSwizzleAlignment;
 
 template <class T, Activation kActivation, class Tuning>
-cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params, int num_sms,
-                                         cudaStream_t stream) {
+cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params,
+                                         const DeviceInfo& device, cudaStream_t stream) {
   GatedLinearBackwardArguments args{};
   args.gate = params.gate;
   args.up = params.up;
@@ -365,7 +368,7 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
         return encode_tensor_map<T>(params.down_weight, params.hidden_size,
                                     params.intermediate_size, kStageDepth, &args.down_weight);
       },
-      [&] { return launch_gated_clusters(kernel, args, num_sms, kSharedBytes<Tuning>, stream); });
+      [&] { return launch_gated_clusters(kernel, args, device, kSharedBytes<Tuning>, stream); });
 }
 
 }  // namespace
@@ -386,10 +389,10 @@ cudaError_t gated_linear_backward(const GatedLinearBackwardParams& params, cudaS
   return dispatch_activation(params.activation, [&](auto act) {
     constexpr Activation kActivation = decltype(act)::value;
     return params.dtype == DType::kFloat16
-               ? launch_gated_linear_backward<__half, kActivation, Sm90Tuning>(
-                     params, device.num_sms, stream)
+               ? launch_gated_linear_backward<__half, kActivation, Sm90Tuning>(params, device,
+                                                                               stream)
                : launch_gated_linear_backward<__nv_bfloat16, kActivation, Sm90Tuning>(
-                     params, device.num_sms, stream);
+                     params, device, stream);
   });
 }
 

@@ -165,23 +165,16 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
 
 // As many clusters as run at the same time, each for many tiles.
 template <class Arguments>
-cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args, int num_sms,
-                                  size_t shared_bytes, cudaStream_t stream) {
-  const int clusters = std::min(std::max(num_sms / kCluster, 1),
+cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args,
+                                  const DeviceInfo& device, size_t shared_bytes,
+                                  cudaStream_t stream) {
+  const int clusters = std::min(std::max(device.num_sms / kCluster, 1),
                                 args.tiles.num_token_tiles * args.tiles.num_col_tiles);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kCluster, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(clusters * kCluster);
-  config.blockDim = dim3(kGatedThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  LaunchOptions options{dim3(clusters * kCluster), kGatedThreads};
+  options.shared_bytes = shared_bytes;
+  options.cluster_blocks = kCluster;
+  options.is_early = device.has_early_launch;
+  return launch_kernel(kernel, options, stream, args);
 }
 
 inline TileGrid tile_grid(int64_t num_tokens, int64_t num_cols, int tile_cols) {
@@ -209,7 +202,7 @@ bool gated_tiles_supported(const Params& params, std::initializer_list<const voi
     return false;
   }
   DeviceInfo device;
-  return current_device_info(&device) == cudaSuccess && device.compute_capability / 10 == 9 &&
+  return current_device_info(&device) == cudaSuccess && device.has_hopper_code &&
          static_cast<size_t>(device.shared_bytes_per_block) >= shared_bytes &&
          tensor_map_encoder() != nullptr;
 }

@@ -84,7 +84,7 @@ __device__ __forceinline__ void group_for_each(const TokenGroup<kWarps>& group, 
 #pragma unroll 2
   for (int v = group.thread(); v < num_vec; v += group.kSize) {
     float values[kVec];
-    unpack(load_vec<Vec<T, kVec>>(logits + v * kVec), values);
+    unpack(load_vec_readonly<Vec<T, kVec>>(logits + v * kVec), values);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) body(v * kVec + i, values[i]);
   }
@@ -138,7 +138,7 @@ __device__ __forceinline__ void group_write_gradient(const TokenGroup<kWarps>& g
     for (int i = 0; i < kVec; ++i) values[i] = total(v * kVec + i);
     if (subtracts) {
       float axis[kVec];
-      unpack(load_vec<Vec<T, kVec>>(logits + v * kVec), axis);
+      unpack(load_vec_readonly<Vec<T, kVec>>(logits + v * kVec), axis);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) values[i] -= scale * expf(axis[i] - softmax.max);
     }

@@ -283,7 +283,10 @@ __device__ __forceinline__ void store_normed(const Arguments& args,
 template <class T, class B, bool kTraining>
 __global__ void __launch_bounds__(B::kThreads, 1)
     router_logits_forward_kernel(const __grid_constant__ Arguments args) {
-  if (!kHasHopperInstructions) return;  // never launched there
+  if (!kHasHopperInstructions) {
+    __trap();
+    return;
+  }
   extern __shared__ char dynamic_shared[];
   const uint32_t misaligned = shared_address(dynamic_shared) % kSwizzleAlignment;
   auto& shared = *reinterpret_cast<SharedStorage<B>*>(
@@ -417,7 +420,8 @@ cudaError_t with_block(const BatchNormForwardParams& norm, const DeviceInfo& dev
 }
 
 template <class T, class B>
-cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, cudaStream_t stream) {
+cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, const DeviceInfo& device,
+                                 cudaStream_t stream) {
   const BatchNormForwardParams& norm = params;
   Arguments args{};
   args.norm = norm;
@@ -429,20 +433,11 @@ cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, cudaSt
 
   const auto kernel = norm.training ? router_logits_forward_kernel<T, B, true>
                                     : router_logits_forward_kernel<T, B, false>;
-  cudaLaunchAttribute attributes[3]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kCluster, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  attributes[2].id = cudaLaunchAttributeCooperative;
-  attributes[2].val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid_of<B>(norm);
-  config.blockDim = dim3(B::kThreads);
-  config.dynamicSmemBytes = kSharedBytes<B>;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = norm.training ? 3 : 2;
+  LaunchOptions options{grid_of<B>(norm), B::kThreads};
+  options.shared_bytes = kSharedBytes<B>;
+  options.cluster_blocks = kCluster;
+  options.is_early = device.has_early_launch;
+  options.is_cooperative = norm.training;
 
   const auto matrix = [](const void* data, int64_t rows, int64_t cols, int tile_rows,
                          CUtensorMap* map) {
@@ -456,7 +451,11 @@ cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, cudaSt
       matrix(params.gate_y, norm.num_cols, params.hidden_size, kGateRows, &args.gates[1]),
       matrix(norm.normed_x, norm.num_tokens, norm.num_rows, kWarpRows, &args.normed[0]),
       matrix(norm.normed_y, norm.num_tokens, norm.num_cols, kWarpRows, &args.normed[1]),
-      [&] { return cudaLaunchKernelEx(&config, kernel, args); });
+      [&] {
+        // Where the stream has only some of the device's SMs (a green context, a share of MPS).
+        const cudaError_t status = launch_kernel(kernel, options, stream, args);
+        return status == cudaErrorCooperativeLaunchTooLarge ? cudaErrorNotSupported : status;
+      });
 }
 
 // What the instructions and TMA ask of shapes and operands.
@@ -482,7 +481,7 @@ bool is_representable(const RouterLogitsForwardParams& params) {
 bool router_logits_forward_supported(const RouterLogitsForwardParams& params) {
   DeviceInfo device;
   if (!is_representable(params) || current_device_info(&device) != cudaSuccess) return false;
-  if (device.compute_capability / 10 != 9 || tensor_map_encoder() == nullptr) return false;
+  if (!device.has_hopper_code || tensor_map_encoder() == nullptr) return false;
   const auto has_shared_memory = [&](auto block) {
     const bool enough = static_cast<size_t>(device.shared_bytes_per_block) >=
                         kSharedBytes<typename decltype(block)::type>;
@@ -498,8 +497,9 @@ cudaError_t router_logits_forward(const RouterLogitsForwardParams& params, cudaS
   if (status != cudaSuccess) return status;
   return with_block(params, device, [&](auto block) {
     using B = typename decltype(block)::type;
-    return params.dtype == DType::kFloat16 ? launch_router_logits<__half, B>(params, stream)
-                                           : launch_router_logits<__nv_bfloat16, B>(params, stream);
+    return params.dtype == DType::kFloat16
+               ? launch_router_logits<__half, B>(params, device, stream)
+               : launch_router_logits<__nv_bfloat16, B>(params, device, stream);
   });
 }
 

@@ -39,7 +39,7 @@ struct WeightGradArgs {
 };
 
 __device__ __forceinline__ PairRecord load_record(const PairRecord* record) {
-  const int4 bits = __ldg(reinterpret_cast<const int4*>(record));
+  const int4 bits = *reinterpret_cast<const int4*>(record);
   return {bits.x, __int_as_float(bits.y), __int_as_float(bits.z), 0};
 }
 

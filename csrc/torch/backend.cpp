@@ -31,25 +31,33 @@ class AtExecutor final : public cpu::Executor {
 }
 
 #if OMNI_MOE_WITH_CUDA
-template <typename Params>
-void launch_cuda(const Params& params, at::Device device,
-                 cudaError_t (*kernel)(const Params&, cudaStream_t)) {
-  const c10::cuda::CUDAGuard guard(device);
-  const cudaError_t status = kernel(params, c10::cuda::getCurrentCUDAStream(device.index()));
+void check_launch(cudaError_t status) {
   TORCH_CHECK(status == cudaSuccess, "omni_moe: CUDA launch failed: ", cudaGetErrorString(status));
 }
 
 template <typename Params>
-void launch_cuda(Params params, at::Device device,
-                 cudaError_t (*kernel)(const Params&, cudaStream_t),
-                 size_t (*workspace_size)(const Params&)) {
+cudaError_t enqueue(const Params& params, at::Device device,
+                    cudaError_t (*kernel)(const Params&, cudaStream_t)) {
+  const c10::cuda::CUDAGuard guard(device);
+  return kernel(params, c10::cuda::getCurrentCUDAStream(device.index()));
+}
+
+template <typename Params>
+cudaError_t enqueue(Params params, at::Device device,
+                    cudaError_t (*kernel)(const Params&, cudaStream_t),
+                    size_t (*workspace_size)(const Params&)) {
   const c10::cuda::CUDAGuard guard(device);
   const auto bytes = static_cast<int64_t>(workspace_size(params));
   // Goes back to the caching allocator on return and is reused in stream order.
   const at::Tensor workspace =
       at::empty({bytes}, at::TensorOptions().device(device).dtype(at::kByte));
   params.workspace = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
-  launch_cuda(params, device, kernel);
+  return enqueue(params, device, kernel);
+}
+
+template <typename Params, typename... Functions>
+void launch_cuda(const Params& params, at::Device device, Functions... functions) {
+  check_launch(enqueue(params, device, functions...));
 }
 #endif
 
@@ -185,14 +193,25 @@ bool supports([[maybe_unused]] const RouterLogitsForwardParams& params,
   return false;
 }
 
-void launch([[maybe_unused]] RouterLogitsForwardParams params, at::Device device) {
+bool try_launch([[maybe_unused]] const RouterLogitsForwardParams& params, at::Device device) {
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    return launch_cuda(params, device, cuda::router_logits_forward,
-                       cuda::router_logits_forward_workspace_size);
+    const cudaError_t status = enqueue(params, device, cuda::router_logits_forward,
+                                       cuda::router_logits_forward_workspace_size);
+    if (status == cudaErrorNotSupported) return false;
+    check_launch(status);
+    return true;
   }
 #endif
   no_backend(device);
+}
+
+bool set_early_launch([[maybe_unused]] bool allowed) {
+#if OMNI_MOE_WITH_CUDA
+  return cuda::set_early_launch(allowed);
+#else
+  return false;
+#endif
 }
 
 }  // namespace omni_moe::torch_api

@@ -28,6 +28,10 @@ bool supports(const GatedLinearBackwardParams& params, at::Device device);
 void launch(GatedLinearForwardParams params, at::Device device);
 void launch(GatedLinearBackwardParams params, at::Device device);
 bool supports(const RouterLogitsForwardParams& params, at::Device device);
-void launch(RouterLogitsForwardParams params, at::Device device);
+// False, and nothing has run, where the stream has too few of the device's multiprocessors.
+bool try_launch(const RouterLogitsForwardParams& params, at::Device device);
+
+// See cuda::set_early_launch; without CUDA it does nothing.
+bool set_early_launch(bool allowed);
 
 }  // namespace omni_moe::torch_api

@@ -7,9 +7,10 @@
 namespace omni_moe::torch_api {
 
 BuildInfo build_info() {
-  return {OMNI_MOE_VERSION,      TORCH_VERSION,
-          OMNI_MOE_CUDA_VERSION, OMNI_MOE_CUDA_ARCHITECTURES,
-          "g++ " __VERSION__,    cpu::kernels().capability};
+  return {OMNI_MOE_VERSION,         TORCH_VERSION,
+          OMNI_MOE_CUDA_VERSION,    OMNI_MOE_CUDA_ARCHITECTURES,
+          OMNI_MOE_HOPPER_KERNELS,  "g++ " __VERSION__,
+          cpu::kernels().capability};
 }
 
 }  // namespace omni_moe::torch_api

@@ -2,6 +2,7 @@
 // here.
 #include <pybind11/pybind11.h>
 
+#include "backend.h"
 #include "build_info.h"
 #include "checks.h"
 #include "cuda/plan.h"
@@ -15,6 +16,7 @@ pybind11::dict build_info() {
   facts["torch_version"] = info.torch_version;
   facts["cuda_version"] = info.cuda_version;
   facts["cuda_architectures"] = info.cuda_architectures;
+  facts["hopper_kernels"] = info.hopper_kernels;
   facts["compiler"] = info.compiler;
   facts["cpu_capability"] = info.cpu_capability;
   return facts;
@@ -65,4 +67,7 @@ PYBIND11_MODULE(_C, m) {
         "The CUDA kernel that an expert pass runs; see omni_moe.expert_plan.");
   m.def("set_check_indices", &omni_moe::torch_api::set_check_indices, py::arg("enabled"),
         "Turns omni_moe.check_indices on or off; returns whether it was on.");
+  m.def("set_early_launch", &omni_moe::torch_api::set_early_launch, py::arg("allowed"),
+        "For tests: whether CUDA kernels may start before the kernel in front of them has ended; "
+        "returns what was set before.");
 }

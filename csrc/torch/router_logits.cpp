@@ -29,8 +29,7 @@ Normed router_logits(const Tensor& hidden_states, const Tensor& gate_x, const Te
       hidden_states.is_contiguous() && gate_x.is_contiguous() && gate_y.is_contiguous();
   if (dense && supports(params, hidden_states.device())) {
     const Normed normed = allocate_normed(hidden_states, want_inv_std, &params);
-    launch(params, hidden_states.device());
-    return normed;
+    if (try_launch(params, hidden_states.device())) return normed;
   }
   const Tensor logits = at::mm(hidden_states, at::cat({gate_x, gate_y}).t());
   return normalise(logits, gate_x.size(0), options, want_inv_std);

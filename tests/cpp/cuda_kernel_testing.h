@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "device_poison.h"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe {
@@ -73,7 +74,6 @@ inline std::vector<float> decode(const DTypeInfo& type, const std::vector<unsign
   return values;
 }
 
-inline constexpr unsigned char kPoison = 0xff;
 inline constexpr size_t kGuard = 256;  // bytes after every buffer that must stay poisoned
 
 // Device bytes, poisoned, `offset` bytes past an aligned address.
@@ -81,7 +81,7 @@ class DeviceBuffer {
  public:
   explicit DeviceBuffer(size_t size, size_t offset = 0) : size_(size), offset_(offset) {
     EXPECT_EQ(cudaSuccess, cudaMalloc(&base_, size + offset + kGuard));
-    EXPECT_EQ(cudaSuccess, cudaMemset(base_, kPoison, size + offset + kGuard));
+    EXPECT_EQ(cudaSuccess, poison_device_memory(base_, offset, size, kGuard));
   }
   explicit DeviceBuffer(const std::vector<unsigned char>& bytes, size_t offset = 0)
       : DeviceBuffer(bytes.size(), offset) {

@@ -15,6 +15,7 @@
 #include <random>
 #include <vector>
 
+#include "device_poison.h"
 #include "omni_moe/types.h"
 
 namespace omni_moe {
@@ -74,7 +75,9 @@ class DeviceMatrix {
   ~DeviceMatrix() { cudaFree(base_); }
 
   // All bytes 0xff: a NaN in both types.
-  void poison() { EXPECT_EQ(cudaMemset(base_, 0xff, bytes()), cudaSuccess); }
+  void poison() {
+    EXPECT_EQ(poison_device_memory(base_, 2 * kGuard, 2 * count_, 2 * kGuard), cudaSuccess);
+  }
   void* data() const { return base_ + kGuard; }
 
   Matrix download() const {

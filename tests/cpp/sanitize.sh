@@ -3,14 +3,15 @@
 #
 #   tests/cpp/sanitize.sh [build directory] [tool ...]
 #
-# Defaults: build/cmake, and the tools memcheck and racecheck. Needs a GPU and compute-sanitizer (of
-# the CUDA toolkit; COMPUTE_SANITIZER names it where it is not on PATH). Exits with 1 if a program
-# failed, reported an error or took more than SECONDS_EACH (60).
+# Defaults: build/cmake, and the tools memcheck, racecheck and synccheck; initcheck works too.
+# racecheck sees shared memory only: of kernels that overlap it says nothing. Needs a GPU and
+# compute-sanitizer (of the CUDA toolkit; COMPUTE_SANITIZER names it where it is not on PATH). Exits
+# with 1 if a program failed, reported an error or took more than SECONDS_EACH (60).
 set -u
 
 build=${1:-build/cmake}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- memcheck racecheck
+[ $# -gt 0 ] || set -- memcheck racecheck synccheck
 sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
 
 # All strategies of the experts; pairs split over blocks; both schedules, long segments.
@@ -33,6 +34,9 @@ router_logits=$router_logits:'*RouterLogitsOf.*/T199_H72_*'
 
 status=0
 for tool in "$@"; do
+  # Memory that the tests poison counts as written.
+  unset OMNI_MOE_TEST_INITCHECK
+  [ "$tool" = initcheck ] && export OMNI_MOE_TEST_INITCHECK=1
   for pair in "expert $expert" "gated_linear $linear" \
     "gated_linear_backward $linear_backward" "router $router" "gated_activation $activation" \
     "batch_norm $batch_norm" "router_logits $router_logits"; do

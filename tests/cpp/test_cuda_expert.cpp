@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/expert_plan.h"
+#include "device_poison.h"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe {
@@ -103,7 +104,7 @@ class DeviceBytes {
   ~DeviceBytes() { cudaFree(base_); }
 
   // All bytes 0xff: a NaN in every floating-point type.
-  void poison() { EXPECT_EQ(cudaMemset(base_, 0xff, bytes_ + offset_ + kGuard), cudaSuccess); }
+  void poison() { EXPECT_EQ(poison_device_memory(base_, offset_, bytes_, kGuard), cudaSuccess); }
   void* data() const { return static_cast<char*>(base_) + offset_; }
 
   void upload(const std::vector<char>& host) {

@@ -54,11 +54,11 @@ def expert_mlp_case(device):
     )
 
 
-def layer_case(device):
+def layer_case(num_experts, training, device):
     config = OmniMoEConfig(
-        hidden_size=64, intermediate_size=96, num_experts=400, num_experts_per_token=9
+        hidden_size=64, intermediate_size=96, num_experts=num_experts, num_experts_per_token=9
     )
-    layer = OmniMoE(config).to(device, BF16).eval()
+    layer = OmniMoE(config).to(device, BF16).train(training)
     names = [name for name, _ in layer.named_parameters()]
 
     def function(x, *parameters):
@@ -79,11 +79,16 @@ CASES = {
     "expert_columns_int64": partial(expert_case, (67, 256, 300, 8), torch.int64),
     "expert_slabs": partial(expert_case, (1024, 512, 2000, 16), torch.int32),
     "expert_slabs_int64": partial(expert_case, (1024, 512, 2000, 16), torch.int64),
+    # So many pairs an expert that the backward's schedule is a radix sort.
+    "expert_sorted": partial(expert_case, (1024, 512, 8, 4), torch.int32),
     "mlp_cublas": partial(mlp_case, 100, 52, False),
     "mlp_fused": partial(mlp_case, 256, 512, False),
     "mlp_fused_recompute": partial(mlp_case, 256, 512, True),
     "expert_mlp": expert_mlp_case,
-    "layer": layer_case,
+    "layer": partial(layer_case, 400, False),
+    # Their statistics need a barrier of the grid: BatchNorm's kernels, and the gates' kernel.
+    "training_layer_batch_norm": partial(layer_case, 400, True),
+    "training_layer_router_logits": partial(layer_case, 4096, True),
 }
 on_cases = pytest.mark.parametrize("case", CASES)
 

@@ -93,11 +93,14 @@ def test_build_info():
         "torch_version",
         "cuda_version",
         "cuda_architectures",
+        "hopper_kernels",
         "compiler",
         "cpu_capability",
     }
     assert info["version"] == omni_moe.__version__
     assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
+    has_hopper = any(entry.startswith("90a") for entry in info["cuda_architectures"].split())
+    assert info["hopper_kernels"] == ("yes" if has_hopper else "no")
     assert bool(info["cuda_version"]) == bool(info["cuda_architectures"])
 
 

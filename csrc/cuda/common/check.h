@@ -14,42 +14,46 @@ namespace omni_moe::cuda {
 // bad launch is reported by the call that made it.
 inline cudaError_t launch_status() { return cudaGetLastError(); }
 
+// A call that returns its error also leaves it behind, and the next launch_status() would report it
+// for a launch that worked.
+inline cudaError_t clear_failure(cudaError_t status) {
+  if (status != cudaSuccess) (void)cudaGetLastError();
+  return status;
+}
+
 // Runs the steps in order and returns the first failure.
 //   return run_steps([&] { return launch_a(); }, [&] { return launch_b(); });
 template <class... Steps>
 cudaError_t run_steps(Steps&&... steps) {
   cudaError_t status = cudaSuccess;
   ((status = status == cudaSuccess ? steps() : status), ...);
-  return status;
+  return clear_failure(status);
 }
 
-// cudaDeviceGetAttribute takes tens of nanoseconds, so nothing is cached and several devices just
-// work.
-inline cudaError_t current_device_info(DeviceInfo* info) {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  const auto read = [&](int* value, cudaDeviceAttr attribute) {
-    return [=, &device] { return cudaDeviceGetAttribute(value, attribute, device); };
-  };
-  const cudaError_t status = run_steps(
-      [&] { return cudaGetDevice(&device); }, read(&info->num_sms, cudaDevAttrMultiProcessorCount),
-      read(&major, cudaDevAttrComputeCapabilityMajor),
-      read(&minor, cudaDevAttrComputeCapabilityMinor),
-      read(&info->shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-      read(&info->shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  if (status == cudaSuccess) info->compute_capability = 10 * major + minor;
-  return status;
-}
+// Of the current device, and of the code in this library that runs on it.
+cudaError_t current_device_info(DeviceInfo* info);
 
 // A block gets more than 48 KB of shared memory only after its kernel has been opted in, once per
-// device; asking again is cheap.
+// device. The limit belongs to the kernel, not to the launch: it is always set to all that the
+// device allows, so that no thread lowers it under another's launch.
 template <class Kernel>
 cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
   constexpr size_t kAlwaysAllowed = 40 * 1024;  // 48 KB, less what the kernel declares statically
   if (bytes <= kAlwaysAllowed) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  int device = 0;
+  int limit = 0;
+  cudaFuncAttributes attributes{};
+  return run_steps(
+      [&] { return cudaGetDevice(&device); },
+      [&] {
+        return cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      },
+      [&] { return cudaFuncGetAttributes(&attributes, function); },
+      [&] {
+        return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    limit - static_cast<int>(attributes.sharedSizeBytes));
+      });
 }
 
 inline bool is_aligned(const void* pointer, size_t bytes) {

@@ -28,8 +28,8 @@ __device__ __forceinline__ void check_expert_id(int64_t id, int64_t num_experts)
 __device__ __forceinline__ int64_t load_index(const void* indices, IndexType index_type,
                                               int64_t i) {
   return index_type == IndexType::kInt32
-             ? static_cast<int64_t>(__ldg(static_cast<const int32_t*>(indices) + i))
-             : static_cast<int64_t>(__ldg(static_cast<const long long*>(indices) + i));
+             ? static_cast<int64_t>(static_cast<const int32_t*>(indices)[i])
+             : static_cast<const int64_t*>(indices)[i];
 }
 
 // The same as the 32 bits every valid id fits in (launchers reject larger E).

@@ -22,7 +22,7 @@ struct LaneRow {
     for (int c = 0; c < kChunks; ++c) {
       const int64_t column = tile + (c * kWarpSize + lane) * kVec;
       if (column < hidden_size) {
-        chunk[c] = load_vec<Vec<T, kVec>>(row + column);
+        chunk[c] = load_vec_readonly<Vec<T, kVec>>(row + column);
       } else {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) chunk[c].data[i] = from_float<T>(0.0f);
@@ -120,7 +120,7 @@ class ColumnSum {
     for (int r = 0; r < kRows; ++r) {
       const int j = first + r * num_groups_;
       if (j < num_pairs_) {
-        rows_[r] = load_vec<Vec<T, kVec>>(table_ + ids_[j] * hidden_size_ + my_column);
+        rows_[r] = load_vec_readonly<Vec<T, kVec>>(table_ + ids_[j] * hidden_size_ + my_column);
       }
     }
   }

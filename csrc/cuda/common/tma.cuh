@@ -10,9 +10,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/common/check.h"
 #include "cuda/common/mbarrier.cuh"
 
 namespace omni_moe::cuda {
@@ -25,20 +27,17 @@ inline constexpr int kSwizzleAlignment = 1024;  // eight rows, the period of the
 // The driver's encoder, found at run time: the library does not link libcuda. Null if there is
 // none.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                                12000, cudaEnableDefault, &found);
-    if (status != cudaSuccess) {
-      (void)cudaGetLastError();  // not the next launch's
-      return decltype(&cuTensorMapEncodeTiled){nullptr};
-    }
-    return found == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
-               : nullptr;
-  }();
-  return encoder;
+  using Encoder = decltype(&cuTensorMapEncodeTiled);
+  static std::atomic<Encoder> encoder{nullptr};
+  if (const Encoder known = encoder.load(std::memory_order_relaxed)) return known;
+  // Asked again after a failure, which may be one of the moment.
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  const cudaError_t status = clear_failure(cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+  if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  encoder.store(reinterpret_cast<Encoder>(function), std::memory_order_relaxed);
+  return encoder.load(std::memory_order_relaxed);
 }
 
 // Needs a current context: in a new thread, one of autograd's, call the runtime for something else

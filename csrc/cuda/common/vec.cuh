@@ -131,9 +131,23 @@ struct Word<16> {
 
 }  // namespace detail
 
-// Loads data that no one writes while the kernel runs. `pointer` must be aligned to the vector.
+// `pointer` must be aligned to the vector. A coherent load, as launch.cuh asks of kernels that
+// start before what they read is written.
 template <class V, class T>
 __device__ __forceinline__ V load_vec(const T* pointer) {
+  using Word = typename detail::Word<sizeof(V)>::type;
+  union {
+    Word word;
+    V vec;
+  } bits;
+  bits.word = *reinterpret_cast<const Word*>(pointer);
+  return bits.vec;
+}
+
+// The same by ld.global.nc, for kernels launched plainly and data that nothing writes while they
+// run: the compiler may move these loads past stores and barriers.
+template <class V, class T>
+__device__ __forceinline__ V load_vec_readonly(const T* pointer) {
   using Word = typename detail::Word<sizeof(V)>::type;
   union {
     Word word;
@@ -143,21 +157,18 @@ __device__ __forceinline__ V load_vec(const T* pointer) {
   return bits.vec;
 }
 
-// The same for data read once: not kept in L1.
+// Coherent, for data read once: not kept in L1.
 template <class V, class T>
 __device__ __forceinline__ V load_vec_streaming(const T* pointer) {
-  using Word = typename detail::Word<sizeof(V)>::type;
+  static_assert(sizeof(V) == 16, "narrower loads are not needed yet");
   union {
-    Word word;
+    uint4 word;
     V vec;
   } bits;
-  if constexpr (sizeof(V) == 16) {
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(bits.word.x), "=r"(bits.word.y), "=r"(bits.word.z), "=r"(bits.word.w)
-        : "l"(pointer));
-  } else {
-    bits.word = __ldg(reinterpret_cast<const Word*>(pointer));
-  }
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.word.x), "=r"(bits.word.y), "=r"(bits.word.z), "=r"(bits.word.w)
+               : "l"(pointer)
+               : "memory");
   return bits.vec;
 }
 

@@ -21,6 +21,8 @@
 
 namespace omni_moe::cuda {
 
+// False in kernels compiled for other architectures, which trap: the host launches them only where
+// DeviceInfo::has_hopper_code says so, and a call must not look as if it had worked.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 inline constexpr bool kHasHopperInstructions = true;
 #else

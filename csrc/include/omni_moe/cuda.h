@@ -24,22 +24,26 @@ cudaError_t gated_activation_forward(const GatedActivationForwardParams& params,
 cudaError_t gated_activation_backward(const GatedActivationBackwardParams& params,
                                       cudaStream_t stream);
 
+// Whether kernels may start before the kernel in front of them has ended, where the device can;
+// returns what was set before. For tests: results are the same bits either way.
+bool set_early_launch(bool allowed);
+
 // With params.training one cooperative launch each; cudaErrorNotSupported on devices without them.
 cudaError_t batch_norm_forward(const BatchNormForwardParams& params, cudaStream_t stream);
 cudaError_t batch_norm_backward(const BatchNormBackwardParams& params, cudaStream_t stream);
 
 // Whether gated_linear_forward or _backward has a kernel for these operands on the current device
-// (Hopper, 16-bit elements, H and I multiples of 8, 16-byte aligned pointers). Where not, it
-// returns cudaErrorNotSupported.
+// (Hopper in a build for sm_90a, 16-bit elements, H and I multiples of 8, 16-byte aligned
+// pointers). Where not, it returns cudaErrorNotSupported.
 bool gated_linear_forward_supported(const GatedLinearForwardParams& params);
 cudaError_t gated_linear_forward(const GatedLinearForwardParams& params, cudaStream_t stream);
 bool gated_linear_backward_supported(const GatedLinearBackwardParams& params);
 cudaError_t gated_linear_backward(const GatedLinearBackwardParams& params, cudaStream_t stream);
 
-// Whether router_logits_forward has a kernel for these operands on the current device: Hopper,
-// 16-bit elements, H, R and C multiples of 8, 16-byte aligned pointers, and a grid that fits on the
-// device at once (4096 tokens by 768 logits on an H200). Where not, it returns
-// cudaErrorNotSupported.
+// Whether router_logits_forward has a kernel for these operands on the current device: Hopper in a
+// build for sm_90a, 16-bit elements, H, R and C multiples of 8, 16-byte aligned pointers, and a
+// grid that fits on the device at once (4096 tokens by 768 logits on an H200). Where not, it
+// returns cudaErrorNotSupported, also where training finds only a part of the device's SMs.
 bool router_logits_forward_supported(const RouterLogitsForwardParams& params);
 cudaError_t router_logits_forward(const RouterLogitsForwardParams& params, cudaStream_t stream);
 

@@ -1,0 +1,108 @@
+"""Launches that fail, or find less of the device than there is."""
+
+import threading
+
+import pytest
+import torch
+from helpers import ExpertShape, assert_bitwise, assert_close, expert_inputs, needs_gpu, run
+from test_cuda_modes import BF16, CASES, assert_same_run, on_cases
+
+ops = torch.ops.omni_moe
+pytestmark = needs_gpu
+
+
+@on_cases
+def test_a_failed_launch_is_reported_once(case):
+    """By the call that failed, not by the next one that works."""
+    function, inputs, grad = CASES[case]("cuda")
+    want = run(function, inputs, grad)
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        with pytest.raises(RuntimeError):
+            torch.cuda.synchronize()  # not allowed while capturing, which it ends
+        with pytest.raises(RuntimeError):
+            run(function, inputs, grad)
+        with pytest.raises(RuntimeError):
+            graph.capture_end()
+    assert_same_run(run(function, inputs, grad), want)
+
+
+def green_context(num_sms):
+    green_contexts = pytest.importorskip("torch.cuda.green_contexts")
+    try:
+        return green_contexts.GreenContext.create(num_sms=num_sms)
+    except RuntimeError as error:
+        pytest.skip(f"no green contexts: {error}")
+
+
+@pytest.mark.parametrize("num_sms", [8, 64])
+@pytest.mark.parametrize("num_tokens", [67, 4096])
+def test_batch_statistics_on_a_part_of_the_device(num_tokens, num_sms):
+    """Barriers of the grid need all blocks at once: fewer of them, or other kernels."""
+    context = green_context(num_sms)
+    x, gates = torch.randn(num_tokens, 64), torch.randn(2, 64, 64) / 8
+    on_gpu = [tensor.to("cuda", BF16) for tensor in (x, *gates)]
+    grad = torch.randn(num_tokens, 64).to("cuda", BF16)
+
+    def normed(*args):
+        return ops.omni_router_logits(*args, *(None,) * 6, True, 0.1, 1e-5)[0]
+
+    def oracle(x, gate_x, gate_y):
+        return torch.nn.functional.batch_norm(x @ gate_x.T, None, None, training=True)
+
+    torch.cuda.synchronize()
+    context.set_context()
+    try:
+        out, (grad_x, *_) = run(normed, on_gpu, grad)
+        torch.cuda.synchronize()
+    finally:
+        context.pop_context()
+    leaves = [tensor.cpu().double().requires_grad_() for tensor in on_gpu]
+    want = oracle(*leaves)
+    (want_grad_x,) = torch.autograd.grad(want, leaves[:1], grad.cpu().double())
+    # Where the products are made apart from their statistics, they are rounded between.
+    assert_close(out, want, num_terms=64, intermediate_roundings=1, terms=4)
+    assert_close(grad_x, want_grad_x, num_terms=64, intermediate_roundings=3, terms=4)
+
+
+def test_shared_memory_of_other_threads():
+    """A kernel's limit is of the device, not of whoever launched last."""
+
+    def backward(rows, results):
+        logits = [torch.randn(8, n, device="cuda", requires_grad=True) for n in (rows, 700)]
+        for _ in range(300):
+            scores, _ = ops.omni_softmax_router(*logits, 4)
+            results.append(torch.autograd.grad(scores.sum(), logits))
+
+    errors = []
+
+    def guarded(*args):
+        try:
+            backward(*args)
+        except RuntimeError as error:
+            errors.append(error)
+
+    results = ([], [])
+    threads = [
+        threading.Thread(target=guarded, args=(rows, kept))
+        for rows, kept in zip((3000, 4000), results, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for kept in results:
+        for grads in kept:
+            for grad, first in zip(grads, kept[0], strict=True):
+                assert_bitwise(grad, first)
+
+
+def test_no_hidden_columns():
+    """H = 0: every dot product is 0, which the backward finds saved."""
+    inputs, indices, grad = expert_inputs(ExpertShape(5, 0, 7, 3), "cuda", torch.float32)
+    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    assert out.shape == (5, 0)
+    assert torch.equal(grads[3], torch.zeros_like(grads[3]))
