@@ -1,7 +1,7 @@
-// Kernels that let the next one start at once and then take their time, for tests of what runs
-// beside them (csrc/cuda/common/launch.cuh): where a kernel reads before it waits, it finds the old
-// values, and where it writes before, the last reader of that memory sees it. A library of its own,
-// for tests in Python, where every op can be put behind one. Each function returns a cudaError_t.
+// For tests in Python of what launches do, where every op can be met: kernels that let the next one
+// start at once and then take their time (csrc/cuda/common/launch.cuh), and streams on which
+// launches fail. A kernel that reads before it waits finds the old values behind a late one, and if
+// it writes before, the last reader of that memory sees it. Functions return a cudaError_t.
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -104,6 +104,23 @@ int early_copy(void* to, const void* from, size_t bytes, bool waits, void* strea
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, early_copy_kernel, static_cast<unsigned char*>(to),
                             static_cast<const unsigned char*>(from), bytes, waits);
+}
+
+// Until end_failing_launches(stream), every launch on it fails: it is being captured into a graph,
+// and the capture is invalid.
+int begin_failing_launches(void* stream) {
+  const auto captured = static_cast<cudaStream_t>(stream);
+  const cudaError_t status = cudaStreamBeginCapture(captured, cudaStreamCaptureModeRelaxed);
+  (void)cudaStreamSynchronize(captured);  // not allowed, which ends the capture
+  (void)cudaGetLastError();
+  return status;
+}
+
+int end_failing_launches(void* stream) {
+  cudaGraph_t graph = nullptr;
+  const cudaError_t status = cudaStreamEndCapture(static_cast<cudaStream_t>(stream), &graph);
+  (void)cudaGetLastError();
+  return status == cudaErrorStreamCaptureInvalidated ? cudaSuccess : cudaErrorUnknown;
 }
 
 }  // extern "C"

@@ -1,27 +1,35 @@
-"""Kernels that the next one may overtake; tests/cpp/late_kernels.cu says what they are for."""
+"""Python's side of tests/cpp/launch_testing.cu, which says what it is for."""
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).parents[2] / "build" / "cmake" / "tests" / "cpp" / "liblate_kernels.so"
+_LIBRARY = Path(__file__).parents[2] / "build" / "cmake" / "tests" / "cpp" / "liblaunch_testing.so"
+needs_launch_testing = pytest.mark.skipif(
+    not _LIBRARY.exists(), reason="the C++ tests are not built"
+)
 
 # Longer than Python takes to launch an op, so that its kernels find the late one at work.
-MICROSECONDS = 1000
+_MICROSECONDS = 1000
 
 _POINTER = ctypes.c_void_p
 _SIGNATURES = {
-    "late_copy": [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_uint, _POINTER],
-    "late_check": [_POINTER, ctypes.c_int, ctypes.c_ubyte, ctypes.c_uint, _POINTER, _POINTER],
-    "early_copy": [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_bool, _POINTER],
+    "late_copy": [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_uint],
+    "late_check": [_POINTER, ctypes.c_int, ctypes.c_ubyte, ctypes.c_uint, _POINTER],
+    "early_copy": [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_bool],
+    "begin_failing_launches": [],
+    "end_failing_launches": [],
 }
 
 
 def _call(name: str, *args) -> None:
-    function = getattr(ctypes.CDLL(str(LIBRARY)), name)
-    function.argtypes = _SIGNATURES[name]
+    function = getattr(ctypes.CDLL(str(_LIBRARY)), name)
+    function.argtypes = [*_SIGNATURES[name], _POINTER]
     status = function(*args, torch.cuda.current_stream().cuda_stream)
     assert status == 0, f"{name}: CUDA error {status}"
 
@@ -33,7 +41,7 @@ def _copy(name: str, to: Tensor, source: Tensor, argument) -> None:
 
 def late_copy(to: Tensor, source: Tensor) -> None:
     """`to` becomes `source`, unseen by autograd, some time after the next kernel may have begun."""
-    _copy("late_copy", to, source, MICROSECONDS)
+    _copy("late_copy", to, source, _MICROSECONDS)
 
 
 def early_copy(to: Tensor, source: Tensor, *, waits: bool) -> None:
@@ -46,6 +54,16 @@ def late_check(blocks: list[Tensor], expected: int) -> Tensor:
     table = torch.tensor([[b.data_ptr(), b.nbytes] for b in blocks], device="cuda")
     num_changed = torch.zeros((), dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
-    args = (table.data_ptr(), len(blocks), expected, MICROSECONDS, num_changed.data_ptr())
+    args = (table.data_ptr(), len(blocks), expected, _MICROSECONDS, num_changed.data_ptr())
     _call("late_check", *args)
     return num_changed
+
+
+@contextlib.contextmanager
+def failing_launches() -> Iterator[None]:
+    """Within, the current stream refuses every launch."""
+    _call("begin_failing_launches")
+    try:
+        yield
+    finally:
+        _call("end_failing_launches")
