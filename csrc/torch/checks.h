@@ -98,10 +98,15 @@ void check_router_logits_backward(const char* op, const at::Tensor& grad_router_
                                   const at::Tensor& router_logits_y, const at::Tensor& inv_std);
 
 // Raises IndexError naming the first id outside [0, num_experts). Reads the ids on the host: always
-// for CPU tensors; for CUDA tensors only while set_check_indices(true) holds, since it
-// synchronises.
+// for CPU tensors; for CUDA tensors only while index checks are on, since it synchronises.
 void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts);
-bool set_check_indices(bool enabled);  // -> what it was
+
+// Index checks are on, for every thread of the process, while more scopes have begun than ended. A
+// flag of one thread would not reach autograd's threads, which run the backward passes, and a flag
+// that each scope saves and restores would be left wrong by scopes of two threads that overlap.
+void begin_index_checks();
+void end_index_checks();
+bool index_checks_are_on();
 
 Activation parse_activation(const char* op, std::string_view name);
 DType to_dtype(const at::Tensor& tensor);
