@@ -136,6 +136,14 @@ void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
   check_size(saved, 1, indices.sym_size(1), "experts per token of indices");
 }
 
+void check_num_pairs_of_gradient(const Argument& indices) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(!indices.tensor.is_cuda() || indices.tensor.numel() <= kMost, indices.op,
+                    ": expected ", indices.name, " to have at most ", kMost,
+                    " elements for gradients on ", indices.tensor.device(), ", but got shape ",
+                    indices.tensor.sizes(), " (", indices.tensor.numel(), ")");
+}
+
 at::ScalarType accumulation_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }

@@ -52,6 +52,11 @@ void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& indices, const std::optional<at::Tensor>& scores,
                            const std::optional<at::Tensor>& addend);
 
+// The passes of a gradient on the GPU number the T·K pairs of a token and an expert in 32 bits.
+// Called by the forward that saves for a backward, too, so that a training step is refused at its
+// start. Neither a forward alone nor the CPU has the limit; a meta tensor stands for any device.
+void check_num_pairs_of_gradient(const Argument& indices);
+
 // Sums of this dtype are taken in: fp32, and fp64 for fp64.
 at::ScalarType accumulation_dtype(at::ScalarType dtype);
 

@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor> expert_forward(const Tensor& hidden_states, const Ten
   const Activation act = parse_activation(kForwardOp, activation);
   check_expert(kForwardOp, hidden_states, up_weights, down_weights, routing_weights, indices,
                addend);
+  if (want_scores) check_num_pairs_of_gradient({kForwardOp, "indices", indices});
   check_indices(kForwardOp, indices, up_weights.size(0));
   const Tensor hidden = hidden_states.contiguous(), up = up_weights.contiguous(),
                down = down_weights.contiguous(), routing = routing_weights.contiguous(),
@@ -64,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
   const Activation act = parse_activation(kOp, activation);
   check_expert_backward(kOp, grad_expert_states, hidden_states, up_weights, down_weights,
                         routing_weights, indices, saved_scores, addend);
+  check_num_pairs_of_gradient({kOp, "indices", indices});
   check_indices(kOp, indices, up_weights.size(0));
   const Tensor grad = grad_expert_states.contiguous(), hidden = hidden_states.contiguous(),
                up = up_weights.contiguous(), down = down_weights.contiguous(),

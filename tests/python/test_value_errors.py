@@ -84,6 +84,30 @@ def test_saved_gates_come_together(missing):
         call_with("omni_mlp_backward", **{missing: None})
 
 
+@needs_gpu
+@pytest.mark.parametrize("op", ["omni_expert", "omni_expert_backward"])
+def test_too_many_pairs_for_gradients_on_cuda(op):
+    """Refused when the forward of a training step begins; expanded tensors take no memory."""
+    pairs = (2**16, 2**15)
+    given = {
+        "hidden_states": torch.zeros(1, H, device="cuda").expand(2**16, H).requires_grad_(),
+        "routing_weights": torch.zeros(1, 1, device="cuda").expand(pairs),
+        "indices": torch.zeros(1, 1, dtype=torch.int32, device="cuda").expand(pairs),
+        "addend": None,
+    }
+    if op == "omni_expert_backward":
+        given |= {
+            "grad_expert_states": given["hidden_states"].detach(),
+            "scores": given["routing_weights"],
+        }
+    message = (
+        f"{op}: expected indices to have at most 2147483647 elements for gradients on cuda:0, but "
+        "got shape [65536, 32768] (2147483648)"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call_with(op, "cuda", **given)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("value", [-1, E, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("op", [*EXPERTS, "flash_expert"])
