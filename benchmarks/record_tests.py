@@ -2,8 +2,8 @@
 
     python -m benchmarks.record_tests [--gtest PROGRAM ...] [pytest arguments]
 
-Writes benchmarks/results/<device>_tests.json: header (device, torch, CUDA, date, source hash of
-csrc/ and omni_moe/) and, per suite, counts, failures and seconds. Exits with 1 if a test failed.
+Writes benchmarks/results/<device>_tests.json: header (device, torch, CUDA, date, source hash)
+and, per suite, counts, failures and seconds. Exits with 1 if a test failed.
 """
 
 import argparse

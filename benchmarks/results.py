@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from benchmarks.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / "benchmarks" / "results"
-_SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
+
+# What changes the numbers: the library, how it is built, and how it is measured.
+_SOURCES = ("csrc", "omni_moe", "benchmarks", "cmake", "CMakeLists.txt", "setup.py")
+_SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".cmake", ".txt"}
+# What does not: copies that the build installs, and modules that list cases (a row says what its
+# case was), keep records or show them.
+_OTHERS = (
+    "omni_moe/include",
+    *(f"benchmarks/{name}.py" for name in ("cases", "results", "record_tests", "report", "plots")),
+)
 
 Row = dict[str, Any]
 
@@ -120,14 +130,20 @@ def slug(device: torch.device) -> str:
 
 
 def source_hash() -> str:
-    """Fingerprint of csrc/ and omni_moe/."""
+    """Fingerprint of what changes the numbers."""
     digest = hashlib.sha256()
-    for directory in ("csrc", "omni_moe"):
-        for path in sorted((ROOT / directory).rglob("*")):
-            relative = path.relative_to(ROOT)
-            if path.suffix in _SOURCE_SUFFIXES and "include" not in relative.parts[1:2]:
-                digest.update(str(relative).encode() + b"\0" + path.read_bytes())
+    for path in sorted(_source_files()):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _source_files() -> Iterator[Path]:
+    for name in _SOURCES:
+        path = ROOT / name
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            is_other = any(file.is_relative_to(ROOT / other) for other in _OTHERS)
+            if file.suffix in _SOURCE_SUFFIXES and not is_other:
+                yield file
 
 
 def _read(path: Path) -> str:

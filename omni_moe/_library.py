@@ -56,9 +56,12 @@ def check_indices() -> Iterator[None]:
     An id outside ``[0, num_experts)`` then raises ``IndexError`` naming it, in place of a
     device-side assert. Each check waits for the GPU, so this is for debugging only. Ids on the CPU
     are always checked.
+
+    The checks hold for all threads of the process, so that backward passes, which autograd runs on
+    threads of its own, are checked too. They end when the last open context of any thread ends.
     """
-    before = _C.set_check_indices(True)
+    _C.begin_index_checks()
     try:
         yield
     finally:
-        _C.set_check_indices(before)
+        _C.end_index_checks()

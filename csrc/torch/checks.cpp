@@ -136,6 +136,14 @@ void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
   check_size(saved, 1, indices.sym_size(1), "experts per token of indices");
 }
 
+void check_num_pairs_of_gradient(const Argument& indices) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(!indices.tensor.is_cuda() || indices.tensor.numel() <= kMost, indices.op,
+                    ": expected ", indices.name, " to have at most ", kMost,
+                    " elements for gradients on ", indices.tensor.device(), ", but got shape ",
+                    indices.tensor.sizes(), " (", indices.tensor.numel(), ")");
+}
+
 at::ScalarType accumulation_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -335,13 +343,15 @@ void check_router_logits_backward(const char* op, const at::Tensor& grad_router_
 }
 
 namespace {
-std::atomic<bool> check_cuda_indices{false};
+std::atomic<int64_t> num_index_check_scopes{0};
 }
 
-bool set_check_indices(bool enabled) { return check_cuda_indices.exchange(enabled); }
+void begin_index_checks() { ++num_index_check_scopes; }
+void end_index_checks() { --num_index_check_scopes; }
+bool index_checks_are_on() { return num_index_check_scopes > 0; }
 
 void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts) {
-  if (!indices.is_cpu() && !check_cuda_indices) return;
+  if (!indices.is_cpu() && !index_checks_are_on()) return;
   const at::Tensor host = indices.cpu().contiguous();
   const int64_t position = cpu::find_invalid_index(host.const_data_ptr(), to_index_type(host),
                                                    host.numel(), num_experts);

@@ -52,6 +52,11 @@ void check_expert_backward(const char* op, const at::Tensor& grad_expert_states,
                            const at::Tensor& indices, const std::optional<at::Tensor>& scores,
                            const std::optional<at::Tensor>& addend);
 
+// The passes of a gradient on the GPU number the T·K pairs of a token and an expert in 32 bits.
+// Called by the forward that saves for a backward, too, so that a training step is refused at its
+// start. Neither a forward alone nor the CPU has the limit; a meta tensor stands for any device.
+void check_num_pairs_of_gradient(const Argument& indices);
+
 // Sums of this dtype are taken in: fp32, and fp64 for fp64.
 at::ScalarType accumulation_dtype(at::ScalarType dtype);
 
@@ -98,10 +103,15 @@ void check_router_logits_backward(const char* op, const at::Tensor& grad_router_
                                   const at::Tensor& router_logits_y, const at::Tensor& inv_std);
 
 // Raises IndexError naming the first id outside [0, num_experts). Reads the ids on the host: always
-// for CPU tensors; for CUDA tensors only while set_check_indices(true) holds, since it
-// synchronises.
+// for CPU tensors; for CUDA tensors only while index checks are on, since it synchronises.
 void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts);
-bool set_check_indices(bool enabled);  // -> what it was
+
+// Index checks are on, for every thread of the process, while more scopes have begun than ended. A
+// flag of one thread would not reach autograd's threads, which run the backward passes, and a flag
+// that each scope saves and restores would be left wrong by scopes of two threads that overlap.
+void begin_index_checks();
+void end_index_checks();
+bool index_checks_are_on();
 
 Activation parse_activation(const char* op, std::string_view name);
 DType to_dtype(const at::Tensor& tensor);

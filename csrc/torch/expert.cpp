@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor> expert_forward(const Tensor& hidden_states, const Ten
   const Activation act = parse_activation(kForwardOp, activation);
   check_expert(kForwardOp, hidden_states, up_weights, down_weights, routing_weights, indices,
                addend);
+  if (want_scores) check_num_pairs_of_gradient({kForwardOp, "indices", indices});
   check_indices(kForwardOp, indices, up_weights.size(0));
   const Tensor hidden = hidden_states.contiguous(), up = up_weights.contiguous(),
                down = down_weights.contiguous(), routing = routing_weights.contiguous(),
@@ -29,6 +30,10 @@ std::tuple<Tensor, Tensor> expert_forward(const Tensor& hidden_states, const Ten
   if (want_scores) {
     const auto dtype = accumulation_dtype(hidden.scalar_type());
     scores = at::empty(ids.sizes(), hidden.options().dtype(dtype));
+  }
+  if (hidden.size(1) == 0) {  // no column: nothing to launch for, and every score is an empty sum
+    if (want_scores) scores.zero_();
+    return {out, scores};
   }
   launch({hidden.const_data_ptr(), up.const_data_ptr(), down.const_data_ptr(),
           routing.const_data_ptr(), ids.const_data_ptr(), addend ? more.const_data_ptr() : nullptr,
@@ -64,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
   const Activation act = parse_activation(kOp, activation);
   check_expert_backward(kOp, grad_expert_states, hidden_states, up_weights, down_weights,
                         routing_weights, indices, saved_scores, addend);
+  check_num_pairs_of_gradient({kOp, "indices", indices});
   check_indices(kOp, indices, up_weights.size(0));
   const Tensor grad = grad_expert_states.contiguous(), hidden = hidden_states.contiguous(),
                up = up_weights.contiguous(), down = down_weights.contiguous(),
@@ -80,6 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> omni_expert_backward_kernel(
   const auto data = [](bool asked, Tensor& t) { return asked ? t.mutable_data_ptr() : nullptr; };
   Tensor grad_hidden = wanted(output_mask[0], hidden), grad_up = wanted(output_mask[1], up),
          grad_down = wanted(output_mask[2], down), grad_routing = wanted(output_mask[3], routing);
+  // As in the forward: of the gradients only that of the routing weights has elements, all zero.
+  if (hidden.size(1) == 0) return {grad_hidden, grad_up, grad_down, grad_routing.zero_()};
   launch({grad.const_data_ptr(),
           hidden.const_data_ptr(),
           up.const_data_ptr(),

@@ -65,8 +65,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_sms"), py::arg("compute_capability"), py::arg("shared_bytes_per_sm"),
         py::arg("shared_bytes_per_block"), py::arg("l2_bytes"),
         "The CUDA kernel that an expert pass runs; see omni_moe.expert_plan.");
-  m.def("set_check_indices", &omni_moe::torch_api::set_check_indices, py::arg("enabled"),
-        "Turns omni_moe.check_indices on or off; returns whether it was on.");
+  m.def("begin_index_checks", &omni_moe::torch_api::begin_index_checks,
+        "Begins a scope of omni_moe.check_indices.");
+  m.def("end_index_checks", &omni_moe::torch_api::end_index_checks,
+        "Ends one; the checks stay on until every scope has ended.");
+  m.def("index_checks_are_on", &omni_moe::torch_api::index_checks_are_on,
+        "Whether expert ids on the GPU are checked on the host.");
   m.def("set_early_launch", &omni_moe::torch_api::set_early_launch, py::arg("allowed"),
         "For tests: whether CUDA kernels may start before the kernel in front of them has ended; "
         "returns what was set before.");

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <ostream>
 #include <random>
@@ -157,7 +158,8 @@ inline void expect_close(DType dtype, const Buffer& got, const std::vector<doubl
 // ---- executors
 // -----------------------------------------------------------------------------------
 
-// Cuts each range in three uneven parts, run by two threads; the kernels must not care.
+// Cuts each range in three uneven parts, run by two threads; the kernels must not care. If the body
+// throws on both threads, the caller gets the exception of its own.
 class TwoThreadExecutor final : public Executor {
  public:
   void parallel_for(int64_t begin, int64_t end, int64_t /*grain*/,
@@ -166,12 +168,23 @@ class TwoThreadExecutor final : public Executor {
     const auto run = [&](int64_t from, int64_t to) {
       if (from < to) body(from, to);
     };
+    std::exception_ptr error;
     std::thread other([&] {
-      run(second, end);
-      run(begin, first);
+      try {
+        run(second, end);
+        run(begin, first);
+      } catch (...) {
+        error = std::current_exception();
+      }
     });
-    run(first, second);
+    try {
+      run(first, second);
+    } catch (...) {
+      other.join();
+      throw;
+    }
     other.join();
+    if (error) std::rethrow_exception(error);
   }
 };
 

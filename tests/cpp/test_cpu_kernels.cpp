@@ -1,6 +1,32 @@
 // The experts, the gated activation, the schedule and the index check of the CPU backend against
 // oracles in double, for every set of kernels, serially and on two threads.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
 #include "cpu_kernel_testing.h"
+
+// ---- memory
+// --------------------------------------------------------------------------------------
+
+// This program's own operator new counts what has not been deleted, and fails where a test asks.
+namespace {
+std::atomic<int64_t> num_live_allocations{0};
+thread_local bool memory_is_short = false;
+}  // namespace
+
+void* operator new(size_t bytes) {
+  void* memory = memory_is_short ? nullptr : std::malloc(std::max<size_t>(bytes, 1));
+  if (!memory) throw std::bad_alloc();
+  ++num_live_allocations;
+  return memory;
+}
+void operator delete(void* memory) noexcept {
+  if (!memory) return;
+  --num_live_allocations;
+  std::free(memory);
+}
+void operator delete(void* memory, size_t /*bytes*/) noexcept { operator delete(memory); }
 
 namespace omni_moe::cpu {
 namespace {
@@ -239,6 +265,56 @@ TEST_P(CpuKernels, ExpertGradientsNotWantedAreNotWritten) {
     for (int i = 0; i < 4; ++i) {
       EXPECT_EQ(some[i], wanted >> i & 1 ? all[i] : Buffer(c.dtype, all[i].size()));
     }
+  }
+}
+
+// ---- exceptions
+// ----------------------------------------------------------------------------------
+
+// Runs bodies on another executor; from its call number `first_failure` on, they get no memory.
+class ShortMemoryExecutor final : public Executor {
+ public:
+  ShortMemoryExecutor(const Executor& executor, int first_failure)
+      : executor_(executor), calls_left_(first_failure) {}
+
+  void parallel_for(int64_t begin, int64_t end, int64_t grain,
+                    const std::function<void(int64_t, int64_t)>& body) const override {
+    const bool fails = calls_left_-- <= 0;
+    executor_.parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
+      struct Shortage {
+        explicit Shortage(bool fails) { memory_is_short = fails; }
+        ~Shortage() { memory_is_short = false; }
+      };
+      const Shortage shortage(fails);
+      body(from, to);
+    });
+  }
+
+ private:
+  const Executor& executor_;
+  mutable int calls_left_;
+};
+
+TEST_P(CpuKernels, ExceptionsOfTheBodyReachTheCaller) {
+  ExpertCase c(random_, {37, 40, 24, 5}, DType::kFloat32, Activation::kSilu, Pattern::kRandom);
+  const auto want = run_backward(GetParam(), c, IndexType::kInt32, serial_);
+  for (const Executor* executor :
+       {static_cast<const Executor*>(&serial_), static_cast<const Executor*>(&two_threads_)}) {
+    const int64_t num_live = num_live_allocations;
+    // The forward, the backward in token order, the backward in expert order.
+    for (int first_failure = 0; first_failure < 3; ++first_failure) {
+      EXPECT_THROW(run_backward(GetParam(), c, IndexType::kInt32,
+                                ShortMemoryExecutor(*executor, first_failure)),
+                   std::bad_alloc);
+      EXPECT_EQ(num_live_allocations, num_live);
+    }
+    EXPECT_EQ(run_backward(GetParam(), c, IndexType::kInt32, ShortMemoryExecutor(*executor, 3)),
+              want);
+
+    ExpertCase unknown = c;
+    unknown.activation = static_cast<Activation>(99);
+    EXPECT_THROW(run_forward(GetParam(), unknown, IndexType::kInt32, *executor),
+                 std::invalid_argument);
   }
 }
 

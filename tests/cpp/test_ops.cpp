@@ -235,6 +235,45 @@ TEST_F(Ops, BadInput) {
                                 "expected indices in [0, 12), but got 12 at indices[3, 2]");
 }
 
+// Says that it is on a GPU but has no memory there, for what is refused before anything is read.
+Tensor without_gpu(at::IntArrayRef sizes, at::ScalarType dtype) {
+  static char nothing = 0;
+  const std::vector<int64_t> strides(sizes.size(), 0);
+  const at::Device device(at::kCUDA, 0);
+  return at::for_blob(&nothing, sizes)
+      .strides(strides)
+      .options(at::TensorOptions().dtype(dtype).device(device))
+      .target_device(device)
+      .make_tensor();
+}
+
+TEST_F(Ops, GradientOfTooManyPairsOnTheGpu) {
+  constexpr int64_t kTokens = 1 << 16, kK = 1 << 15;
+  const Tensor hidden = without_gpu({kTokens, 8}, at::kFloat),
+               table = without_gpu({12, 8}, at::kFloat),
+               weights = without_gpu({kTokens, kK}, at::kFloat),
+               indices = without_gpu({kTokens, kK}, at::kInt);
+  const std::string expected =
+      ": expected indices to have at most 2147483647 elements for gradients on cuda:0, but got "
+      "shape [65536, 32768] (2147483648)";
+  expect_error<c10::ValueError>(
+      [&] { omni_expert_save_scores(hidden, table, table, weights, indices, "silu"); },
+      "omni_expert" + expected);
+  expect_error<c10::ValueError>(
+      [&] {
+        omni_expert_backward(hidden, hidden, table, table, weights, indices, "silu",
+                             {true, true, true, true}, weights);
+      },
+      "omni_expert_backward" + expected);
+
+  const auto meta = at::TensorOptions().device(at::kMeta);
+  const Tensor meta_table = at::empty({12, 8}, meta);
+  const auto [out, scores] = omni_expert_save_scores(
+      at::empty({kTokens, 8}, meta), meta_table, meta_table, at::empty({kTokens, kK}, meta),
+      at::empty({kTokens, kK}, meta.dtype(at::kInt)), "silu");
+  EXPECT_EQ(scores.sizes(), indices.sizes());
+}
+
 TEST_F(Ops, NoSecondDerivative) {
   const Tensor x = at::randn({4, 20}, kDouble).requires_grad_();
   const TensorList t = expert_inputs(4, 5);

@@ -217,6 +217,47 @@ def test_a_record_is_of_one_source(tmp_path, monkeypatch, capsys):
     assert "starts anew" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "changes_numbers"),
+    [
+        ("csrc/include/omni_moe/expert.h", True),
+        ("csrc/cpu/include/vec.h", True),
+        ("csrc/cuda/common/tuning.cuh", True),
+        ("omni_moe/modules/layer.py", True),
+        ("CMakeLists.txt", True),
+        ("cmake/ChooseCuda.cmake", True),
+        ("setup.py", True),
+        ("benchmarks/timing.py", True),
+        ("benchmarks/a_new_module.py", True),
+        ("benchmarks/cases.py", False),
+        ("benchmarks/report.py", False),
+        ("benchmarks/results/cpu.json", False),
+        ("omni_moe/include/omni_moe/expert.h", False),
+        ("omni_moe/lib/libomni_moe.so", False),
+        ("docs/benchmarks.md", False),
+    ],
+)
+def test_the_source_hash_covers_what_changes_the_numbers(
+    tmp_path, monkeypatch, file, changes_numbers
+):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for name in ("CMakeLists.txt", "setup.py", file):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    before = results.source_hash()
+    (tmp_path / file).write_text("after")
+    assert (results.source_hash() != before) == changes_numbers
+
+
+def test_the_source_hash_finds_its_files():
+    """Each part that is named has files in this tree, and each module left out is one."""
+    found = list(results._source_files())
+    for name in results._SOURCES:
+        assert any(path.is_relative_to(results.ROOT / name) for path in found), name
+    for name in results._OTHERS:
+        assert name == "omni_moe/include" or (results.ROOT / name).is_file(), name
+
+
 def test_outcomes_of_tests_are_no_records(tmp_path):
     record = results.open_record(CPU, tmp_path)
     record.save()

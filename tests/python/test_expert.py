@@ -172,6 +172,18 @@ def test_no_tokens_give_zero_gradients(device, dtype):
 
 
 @on_dtypes
+def test_no_columns_give_zeros(device, dtype, deterministic_memory):
+    """H = 0: every score is an empty sum, and so are the gradients of the routing weights."""
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 0, 16, 3), device, dtype)
+    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    assert out.shape == (37, 0)
+    for got, like in zip(grads, inputs, strict=True):
+        assert got.shape == like.shape and (got == 0).all()
+    _, scores = torch.ops.omni_moe.omni_expert_save_scores(*inputs, indices, "silu")
+    assert scores.shape == (37, 3) and (scores == 0).all()
+
+
+@on_dtypes
 def test_int32_and_int64_indices_agree(device, dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
     want, want_grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)

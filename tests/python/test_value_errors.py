@@ -3,10 +3,12 @@
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CUDA, environment, needs_gpu
+from helpers import CUDA, environment, needs_gpu, on_devices
 from op_arguments import (
     EXPERTS,
     MLPS,
@@ -82,6 +84,30 @@ def test_saved_gates_come_together(missing):
         call_with("omni_mlp_backward", **{missing: None})
 
 
+@needs_gpu
+@pytest.mark.parametrize("op", ["omni_expert", "omni_expert_backward"])
+def test_too_many_pairs_for_gradients_on_cuda(op):
+    """Refused when the forward of a training step begins; expanded tensors take no memory."""
+    pairs = (2**16, 2**15)
+    given = {
+        "hidden_states": torch.zeros(1, H, device="cuda").expand(2**16, H).requires_grad_(),
+        "routing_weights": torch.zeros(1, 1, device="cuda").expand(pairs),
+        "indices": torch.zeros(1, 1, dtype=torch.int32, device="cuda").expand(pairs),
+        "addend": None,
+    }
+    if op == "omni_expert_backward":
+        given |= {
+            "grad_expert_states": given["hidden_states"].detach(),
+            "scores": given["routing_weights"],
+        }
+    message = (
+        f"{op}: expected indices to have at most 2147483647 elements for gradients on cuda:0, but "
+        "got shape [65536, 32768] (2147483648)"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call_with(op, "cuda", **given)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("value", [-1, E, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("op", [*EXPERTS, "flash_expert"])
@@ -150,18 +176,52 @@ def test_device_side_assert_on_cuda():
 
 def test_check_indices_ends_with_its_context():
     """The outermost one, also after an exception."""
-
-    def is_on():
-        before = omni_moe._C.set_check_indices(False)
-        omni_moe._C.set_check_indices(before)
-        return before
-
+    is_on = omni_moe._C.index_checks_are_on
     assert not is_on()
     with omni_moe.check_indices():
         with pytest.raises(KeyError), omni_moe.check_indices():
             raise KeyError
         assert is_on()
     assert not is_on()
+
+
+def test_check_indices_of_two_threads():
+    """Contexts that overlap: on until the last one ends, in whatever order they end."""
+    is_on = omni_moe._C.index_checks_are_on
+    first_is_open, second_is_open, first_has_ended = (threading.Event() for _ in range(3))
+    states = {}
+
+    def first():
+        with omni_moe.check_indices():
+            first_is_open.set()
+            second_is_open.wait(60)
+        states["after the first"] = is_on()
+        first_has_ended.set()
+
+    def second():
+        first_is_open.wait(60)
+        with omni_moe.check_indices():
+            second_is_open.set()
+            first_has_ended.wait(60)
+            states["in the second"] = is_on()
+        states["after both"] = is_on()
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(first), threads.submit(second)]:
+            done.result()
+    assert states == {"after the first": True, "in the second": True, "after both": False}
+
+
+@on_devices
+def test_check_indices_in_backward(device):
+    """Autograd's threads see the context of the thread that calls backward."""
+    given = arguments("omni_expert", device)
+    hidden, ids = given["hidden_states"].requires_grad_(), given["indices"]
+    out = ops.omni_expert(*given.values())
+    ids.data[2, 1] = E  # behind autograd's back: backward would refuse ids changed in place
+    message = rf"omni_expert_backward: .*but got {E} at indices\[2, 1\]"
+    with omni_moe.check_indices(), pytest.raises(IndexError, match=message):
+        torch.autograd.grad(out.sum(), hidden)
 
 
 # ---- Python functions, double backward, devices without kernels ----------------------------------
