@@ -22,7 +22,7 @@ namespace {
 bool is_supported(const ExpertBackwardParams& params) {
   constexpr int64_t kMax = INT32_MAX;  // grid size; ids, k and pair ids are 32-bit
   const bool in_range = params.num_tokens >= 0 && params.num_tokens <= kMax &&
-                        params.hidden_size >= 0 && params.num_experts >= 0 &&
+                        params.hidden_size > 0 && params.num_experts >= 0 &&
                         params.num_experts <= kMax && params.num_experts_per_token >= 0 &&
                         params.num_experts_per_token <= kMax;
   return in_range && params.num_tokens * params.num_experts_per_token <= kMax &&
@@ -97,9 +97,6 @@ TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
 cudaError_t expert_backward(const ExpertBackwardParams& params, const TokenPassPlan& plan,
                             cudaStream_t stream) {
   if (!is_supported(params)) return cudaErrorInvalidValue;
-  if (params.hidden_size == 0 && params.num_tokens * params.num_experts_per_token == 0) {
-    return cudaSuccess;
-  }
   const TokenPassShape shape = token_pass_shape(params);
   if (!supports(plan.strategy, shape)) return cudaErrorInvalidValue;
   ExpertDeviceInfo device;

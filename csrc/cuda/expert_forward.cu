@@ -17,7 +17,7 @@ namespace {
 
 bool is_supported(const ExpertForwardParams& params) {
   constexpr int64_t kMax = INT32_MAX;  // grid size; ids and k are 32-bit in registers
-  return params.num_tokens >= 0 && params.num_tokens <= kMax && params.hidden_size >= 0 &&
+  return params.num_tokens >= 0 && params.num_tokens <= kMax && params.hidden_size > 0 &&
          params.num_experts >= 0 && params.num_experts <= kMax &&
          params.num_experts_per_token >= 0 && params.num_experts_per_token <= kMax &&
          element_size(params.dtype) != 0 && is_valid(params.activation) &&
@@ -41,7 +41,7 @@ TokenPassShape token_pass_shape(const ExpertForwardParams& params) {
 cudaError_t expert_forward(const ExpertForwardParams& params, const TokenPassPlan& plan,
                            cudaStream_t stream) {
   if (!is_supported(params)) return cudaErrorInvalidValue;
-  if (params.num_tokens == 0 || params.hidden_size == 0) return cudaSuccess;
+  if (params.num_tokens == 0) return cudaSuccess;
   const TokenPassShape shape = token_pass_shape(params);
   if (!supports(plan.strategy, shape)) return cudaErrorInvalidValue;
   DeviceInfo device;

@@ -546,10 +546,16 @@ INSTANTIATE_TEST_SUITE_P(Paths, CudaExpert, ::testing::ValuesIn(paths()), name_o
 
 TEST(CudaExpertErrors, RejectsWhatHasNoKernel) {
   ExpertForwardParams forward{};
+  forward.hidden_size = 8;
   forward.dtype = DType::kFloat64;
+  EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
+  forward.hidden_size = 0;
+  forward.dtype = DType::kBFloat16;
   EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
   ExpertBackwardParams backward{};
   backward.dtype = DType::kBFloat16;
+  EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);
+  backward.hidden_size = 8;
   backward.num_tokens = int64_t{1} << 30;
   backward.num_experts_per_token = 4;  // 2^32 pairs
   EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);

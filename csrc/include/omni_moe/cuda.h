@@ -17,6 +17,7 @@ namespace omni_moe::cuda {
 
 cudaError_t router_forward(const RouterForwardParams& params, cudaStream_t stream);
 cudaError_t router_backward(const RouterBackwardParams& params, cudaStream_t stream);
+// H > 0; of the backward T K < 2^31, since pairs are numbered in 32 bits.
 cudaError_t expert_forward(const ExpertForwardParams& params, cudaStream_t stream);
 cudaError_t expert_backward(const ExpertBackwardParams& params, cudaStream_t stream);
 cudaError_t gated_activation_forward(const GatedActivationForwardParams& params,
