@@ -1,16 +1,29 @@
-"""Drives CMake, the one build description, for pip; metadata lives in pyproject.toml."""
+"""Drives CMake, the one build description, for pip; metadata lives in pyproject.toml.
+
+The one exception is the dependency on torch: the library calls torch's C++ API, which changes with
+each minor version, so a package requires the minor version that it was compiled against.
+"""
 
 import os
 import shlex
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD_DIR = ROOT / "build" / "cmake"
+BUILD_DIR = ROOT / os.environ.get("OMNI_MOE_BUILD_DIR", "build/cmake")
+
+
+def required_torch() -> str:
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:  # a source distribution is made without torch
+        return "torch>=2.11,<2.16"
+    return f"torch=={major}.{minor}.*"
 
 
 class CMakeExtension(Extension):
@@ -41,4 +54,8 @@ class BuildWithCMake(build_ext):
             subprocess.run(install, check=True)
 
 
-setup(ext_modules=[CMakeExtension("omni_moe._C")], cmdclass={"build_ext": BuildWithCMake})
+setup(
+    install_requires=[required_torch()],
+    ext_modules=[CMakeExtension("omni_moe._C")],
+    cmdclass={"build_ext": BuildWithCMake},
+)

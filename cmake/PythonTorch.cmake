@@ -14,12 +14,16 @@ print(";".join([str(pathlib.Path(torch.__file__).parent), torch.__version__.spli
   OUTPUT_VARIABLE _torch_facts OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE _torch_missing)
 if(_torch_missing)
   message(FATAL_ERROR "omni_moe: ${Python_EXECUTABLE} cannot import torch. Install it first "
-                      "(pip install 'torch==2.11.*') and build with --no-build-isolation.")
+                      "(pip install 'torch==2.15.*') and build with --no-build-isolation.")
 endif()
 list(GET _torch_facts 0 _torch_dir)
 list(GET _torch_facts 1 TORCH_VERSION_STRING)
 list(GET _torch_facts 2 TORCH_CUDA_VERSION)
 list(GET _torch_facts 3 _torch_cxx11_abi)
+if(TORCH_VERSION_STRING VERSION_LESS 2.11)
+  message(FATAL_ERROR "omni_moe: torch 2.11 or newer is needed, but ${_torch_dir} is "
+                      "${TORCH_VERSION_STRING}")
+endif()
 cmake_path(GET _torch_dir PARENT_PATH TORCH_SITE_DIR)
 
 add_library(pytorch INTERFACE)

@@ -40,8 +40,9 @@ inline size_t size_of(DType dtype) {
 // n elements of a storage type, read and written as double; NaN at first.
 class Buffer {
  public:
-  Buffer(DType dtype, int64_t n) : dtype_(dtype), bytes_(n * size_of(dtype), 0xff), size_(n) {
-    bytes_.resize(bytes_.size() + kGuardBytes, kGuard);
+  Buffer(DType dtype, int64_t n)
+      : dtype_(dtype), bytes_(n * size_of(dtype) + kGuardBytes, kGuard), size_(n) {
+    std::fill(bytes_.begin(), bytes_.end() - kGuardBytes, 0xff);
   }
 
   void* data() { return bytes_.data(); }
