@@ -63,6 +63,11 @@ set(OMNI_MOE_CUDA_VERSION "")
 if(OMNI_MOE_WITH_CUDA)
   set(CMAKE_CUDA_COMPILER ${_nvcc})
   set(CMAKE_CUDA_ARCHITECTURES ${OMNI_MOE_CUDA_ARCHITECTURES})
+  # One compiler for both languages: CMake links with the libraries of each, and another one for nvcc
+  # (CUDAHOSTCXX) may bring a static libstdc++, which CheckToolchain is there to refuse.
+  if(NOT CMAKE_CUDA_HOST_COMPILER)
+    set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
+  endif()
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
   set(OMNI_MOE_CUDA_VERSION ${_nvcc_version})

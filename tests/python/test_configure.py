@@ -33,7 +33,8 @@ def configure(tmp_path):
             "def compiled_with_cxx11_abi():\n"
             "    return True\n"
         )
-        inherited = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_HOME")}
+        chosen_here = ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME")
+        inherited = {k: v for k, v in os.environ.items() if k not in chosen_here}
         done = subprocess.run(
             [
                 *("cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"),
