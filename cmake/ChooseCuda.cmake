@@ -63,12 +63,13 @@ set(OMNI_MOE_CUDA_VERSION "")
 if(OMNI_MOE_WITH_CUDA)
   set(CMAKE_CUDA_COMPILER ${_nvcc})
   set(CMAKE_CUDA_ARCHITECTURES ${OMNI_MOE_CUDA_ARCHITECTURES})
-  # One compiler for both languages: CMake links with the libraries of each, and another one for nvcc
-  # (CUDAHOSTCXX) may bring a static libstdc++, which CheckToolchain is there to refuse.
-  if(NOT CMAKE_CUDA_HOST_COMPILER)
-    set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
-  endif()
   enable_language(CUDA)
+  # What links with these kernels is C++ and names the CUDA libraries that it needs. Without this
+  # CMake adds the library directories of nvcc's host compiler (CUDAHOSTCXX), whose libstdc++ may be a
+  # static one, which CheckToolchain is there to refuse.
+  set(CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES "")
+  set(CMAKE_CUDA_IMPLICIT_LINK_LIBRARIES "")
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None)
   find_package(CUDAToolkit REQUIRED)
   set(OMNI_MOE_CUDA_VERSION ${_nvcc_version})
   message(STATUS "omni_moe: CUDA backend ON (${_why}; architectures ${OMNI_MOE_CUDA_ARCHITECTURES})")

@@ -130,3 +130,17 @@ def test_kernels_alone_need_no_torch(configure):
 def test_sanitizers_are_for_the_kernels_alone(configure):
     out = configure("-DOMNI_MOE_CUDA=OFF", "-DOMNI_MOE_SANITIZE=address")
     assert "set OMNI_MOE_TORCH=OFF and OMNI_MOE_CUDA=OFF as well" in out
+
+
+def test_libraries_of_nvccs_host_compiler_are_not_linked(configure, tmp_path):
+    """They may hold another libstdc++ than that of the compiler which was looked at."""
+    libraries, wrapper = tmp_path / "other_lib", tmp_path / "host-c++"
+    libraries.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec c++ -L{libraries} "$@"\n')
+    wrapper.chmod(0o755)
+    out = configure(CUDAHOSTCXX=str(wrapper))
+    if "CUDA backend ON" not in out:
+        pytest.skip("needs nvcc of CUDA 13")
+    ninja = (tmp_path / "build" / "build.ninja").read_text()
+    assert str(wrapper) in ninja
+    assert str(libraries) not in ninja
