@@ -34,7 +34,7 @@ class ToolMissing(RuntimeError):
 
 def find_tool(name: str) -> Path:
     """A program of CUDA's binary utilities: from PATH, the CUDA toolkit or Triton's package."""
-    folders = os.environ.get("PATH", "").split(os.pathsep)
+    folders = list(filter(None, os.environ.get("PATH", "").split(os.pathsep)))
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders += [f"{home}/bin" for home in homes if home]
     triton = importlib.util.find_spec("triton")
@@ -55,13 +55,30 @@ def extract_cubins(library: Path, architecture: str) -> Iterator[list[Path]]:
 
     `sm_90` includes the code of sm_90a, `sm_90a` is that code alone.
     """
-    command = [find_tool("cuobjdump"), "-arch", architecture, "-xelf", "all", library.resolve()]
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        message = (run.stderr or run.stdout).strip()
-        if run.returncode and "does not contain device code" not in message:
-            raise RuntimeError(f"cuobjdump {library}: {message}")
+        _cuobjdump(["-arch", architecture, "-xelf", "all"], library, Path(folder))
         yield sorted(Path(folder).glob("*.cubin"))
+
+
+def architecture_for(capability: tuple[int, int], library: Path) -> str | None:
+    """The library's code that runs on a device, e.g. `sm_80` on one of capability 8.6.
+
+    None if the driver compiles the kernels, from PTX: their machine code is not in the library.
+    """
+    major, minor = capability
+    names = re.findall(r"\.sm_(\d+)(\d)[a-z]?\.cubin", _cuobjdump(["-lelf"], library))
+    fitting = [int(m) for first, m in names if int(first) == major and int(m) <= minor]
+    return f"sm_{major}{max(fitting)}" if fitting else None
+
+
+def _cuobjdump(options: list[str], library: Path, folder: Path | None = None) -> str:
+    command = [find_tool("cuobjdump"), *options, library.resolve()]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    message = (run.stderr or run.stdout).strip()
+    # A build without CUDA is no fault.
+    if run.returncode and "does not contain device code" not in message:
+        raise RuntimeError(f"cuobjdump {library}: {message}")
+    return run.stdout
 
 
 def function_name(mangled: str) -> str:

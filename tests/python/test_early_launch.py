@@ -171,7 +171,8 @@ def report() -> Report:
 
 
 def test_kernels_wait_trigger_and_access_memory_in_the_order_of_the_table(report):
-    assert not report.faults, "\n" + "\n".join(report.faults)
+    first = "\n".join(report.faults[:20])
+    assert len(report.faults) == 0, f"the first 20 of {len(report.faults)}:\n{first}"
 
 
 def test_every_row_of_the_table_is_a_kernel_and_the_other_way_round(report):
