@@ -1,6 +1,7 @@
 """Hashes of the built kernels, and what they say of the benchmarks' records."""
 
 import json
+import os
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,3 +203,16 @@ def test_files_changed_since_a_record_was_committed(tmp_path, monkeypatch):
     assert check_records.files_changed_since(record) == ["csrc/a.cu", "omni_moe/b.py"]
     record.write_text("2")
     assert check_records.files_changed_since(record) == []  # is newer than its commit
+
+
+def test_a_library_older_than_the_kernels_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "csrc").mkdir()
+    source, library = tmp_path / "csrc" / "a.cu", tmp_path / "lib.so"
+    for path in (source, library):
+        path.write_text("")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(machine_code, "LIBRARY", library)
+    for age, told in ((-10, False), (10, True)):
+        os.utime(source, (library.stat().st_mtime + age,) * 2)
+        assert check_records.main(["--results", str(tmp_path)]) == 0
+        assert ("is older than csrc/" in capsys.readouterr().out) == told
