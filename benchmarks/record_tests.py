@@ -2,8 +2,8 @@
 
     python -m benchmarks.record_tests [--gtest PROGRAM ...] [pytest arguments]
 
-Writes benchmarks/results/<device>_tests.json: header (device, torch, CUDA, date, source hash)
-and, per suite, counts, failures and seconds. Exits with 1 if a test failed.
+Writes benchmarks/results/<device>_tests.json: header (device, torch, CUDA, date, hashes of source
+and machine code) and, per suite, counts, failures and seconds. Exits with 1 if a test failed.
 """
 
 import argparse
@@ -76,6 +76,7 @@ def main() -> int:
         "cuda": torch.version.cuda,
         "date": datetime.date.today().isoformat(),
         "source": results.source_hash(),
+        "machine_code": results.machine_code_of(device),
         "suites": suites,
     }
     path = results.DIRECTORY / f"{results.slug(device)}_tests.json"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import omni_moe
+from benchmarks import machine_code
 from benchmarks.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ _SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".cmake", ".txt"
 _OTHERS = (
     "omni_moe/include",
     *(f"benchmarks/{name}.py" for name in ("cases", "results", "record_tests", "report", "plots")),
+    *(f"benchmarks/{name}.py" for name in ("check_records", "machine_code")),
 )
 
 Row = dict[str, Any]
@@ -87,6 +89,7 @@ def open_record(device: torch.device, directory: Path = DIRECTORY) -> Record:
         "load_average": round(os.getloadavg()[0], 2),  # what else ran, before the first case
         "cpu_capability": omni_moe.build_info()["cpu_capability"],
         "source": source_hash(),
+        "machine_code": machine_code_of(device),
     }
     record = Record(path, header)
     if path.exists():
@@ -141,9 +144,35 @@ def _source_files() -> Iterator[Path]:
     for name in _SOURCES:
         path = ROOT / name
         for file in path.rglob("*") if path.is_dir() else [path]:
-            is_other = any(file.is_relative_to(ROOT / other) for other in _OTHERS)
-            if file.suffix in _SOURCE_SUFFIXES and not is_other:
+            if is_source(file):
                 yield file
+
+
+def is_source(file: Path) -> bool:
+    """Whether a file of `_SOURCES` counts."""
+    is_other = any(file.is_relative_to(ROOT / other) for other in _OTHERS)
+    return file.suffix in _SOURCE_SUFFIXES and not is_other
+
+
+def machine_code_of(device: torch.device) -> dict[str, Any] | None:
+    """Fingerprint of the kernels that run on a GPU; None where there is none to take.
+
+    Keys: ``architecture`` of the code, ``kernels`` (name -> hash over its instances).
+    """
+    if device.type != "cuda":
+        return None
+    library = machine_code.LIBRARY
+    try:
+        architecture = machine_code.architecture_for(
+            torch.cuda.get_device_capability(device), library
+        )
+        if architecture is None:
+            return None
+        kernels = machine_code.fingerprint(library, architecture)
+    except machine_code.ToolMissing as missing:
+        print(f"the record is without machine code: {missing}", file=sys.stderr)
+        return None
+    return {"architecture": architecture, "kernels": kernels}
 
 
 def _read(path: Path) -> str:
