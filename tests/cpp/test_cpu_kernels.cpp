@@ -27,6 +27,10 @@ void operator delete(void* memory) noexcept {
   std::free(memory);
 }
 void operator delete(void* memory, size_t /*bytes*/) noexcept { operator delete(memory); }
+// As the standard library has them; those of AddressSanitizer would go past the ones above.
+void* operator new[](size_t bytes) { return operator new(bytes); }
+void operator delete[](void* memory) noexcept { operator delete(memory); }
+void operator delete[](void* memory, size_t /*bytes*/) noexcept { operator delete(memory); }
 
 namespace omni_moe::cpu {
 namespace {

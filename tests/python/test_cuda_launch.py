@@ -25,7 +25,7 @@ def test_a_failed_launch_is_reported_once(case):
         run(function, inputs, grad)  # memory of this stream, which cannot be had while it fails
         out = function(*leaves)
         torch.cuda.synchronize()
-        with failing_launches(), pytest.raises(RuntimeError, match="launch failed.*capture"):
+        with failing_launches(), pytest.raises(RuntimeError, match=r"launch failed.*capture"):
             function(*leaves)
         assert_same_run(run(function, inputs, grad), want)
         with failing_launches(), pytest.raises(RuntimeError, match="during capture"):
