@@ -15,7 +15,7 @@ needs_launch_testing = pytest.mark.skipif(
 )
 
 # Longer than Python takes to launch an op, so that its kernels find the late one at work.
-_MICROSECONDS = 1000
+_MICROSECONDS = 3000
 
 _POINTER = ctypes.c_void_p
 _SIGNATURES = {

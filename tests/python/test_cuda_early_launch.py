@@ -70,23 +70,37 @@ where_kernels_start_early = pytest.mark.skipif(
 )
 
 
+def in_some_of_five(attempt):
+    """Whether it ever succeeds: a host that is held up launches the second kernel too late."""
+    return any(attempt() for _ in range(5))
+
+
 @where_kernels_start_early
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_kernel_that_does_not_wait_is_found(waits):
     source = torch.randn(1000, device="cuda")
     copied = torch.empty_like(source)
-    with written_late(source):
-        early_copy(copied, source, waits=waits)
-    assert copied.isnan().any().item() == (not waits)
+
+    def reads_stale_values():
+        with written_late(source):
+            early_copy(copied, source, waits=waits)
+        return copied.isnan().any().item()
+
+    assert in_some_of_five(reads_stale_values) == (not waits)
 
 
 @where_kernels_start_early
 def test_a_write_that_comes_too_early_is_found():
-    block = torch.full((1000,), 0xA5, dtype=torch.uint8, device="cuda")
+    block = torch.empty(1000, dtype=torch.uint8, device="cuda")
     zeros = torch.zeros_like(block)
-    num_changed = late_check([block], 0xA5)
-    early_copy(block, zeros, waits=False)
-    assert num_changed.item() > 0
+
+    def writes_too_early():
+        block.fill_(0xA5)
+        num_changed = late_check([block], 0xA5)
+        early_copy(block, zeros, waits=False)
+        return num_changed.item() > 0
+
+    assert in_some_of_five(writes_too_early)
 
 
 # ---- late writers --------------------------------------------------------------------------------
