@@ -3,10 +3,12 @@
 #
 #   tests/cpp/sanitize.sh [build directory] [tool ...]
 #
-# Defaults: build/cmake, and the tools memcheck, racecheck and synccheck; initcheck works too.
-# racecheck sees shared memory only: of kernels that overlap it says nothing. Needs a GPU and
-# compute-sanitizer (of the CUDA toolkit; COMPUTE_SANITIZER names it where it is not on PATH). Exits
-# with 1 if a program failed, reported an error or took more than SECONDS_EACH (60).
+# Defaults: build/cmake, and the tools memcheck, racecheck and synccheck. racecheck sees shared
+# memory only: of kernels that overlap it says nothing. initcheck has to be read by hand: beside reads
+# in kernels ("__global__ memory read") it reports copies of results to the host, which are complete:
+# the tests check each element over poisoned memory. Needs a GPU and compute-sanitizer (of the CUDA
+# toolkit; COMPUTE_SANITIZER names it where it is not on PATH). Exits with 1 if a program failed,
+# reported an error or took more than SECONDS_EACH (60).
 set -u
 
 build=${1:-build/cmake}
