@@ -61,7 +61,7 @@ def files_changed_since(path: Path) -> list[str]:
         return []
     if _git("status", "--porcelain", "--", name):  # the record is newer than its commit
         return []
-    changed = _git("diff", "--name-only", commit[0], "--", *results._SOURCES)
+    changed = _git("diff", "--name-only", commit[0], "--", *results.SOURCES)
     return [name for name in changed if results.is_source(results.ROOT / name)]
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / "benchmarks" / "results"
 
 # What changes the numbers: the library, how it is built, and how it is measured.
-_SOURCES = ("csrc", "omni_moe", "benchmarks", "cmake", "CMakeLists.txt", "setup.py")
+SOURCES = ("csrc", "omni_moe", "benchmarks", "cmake", "CMakeLists.txt", "setup.py")
 _SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".cmake", ".txt"}
 # What does not: copies that the build installs, and modules that list cases (a row says what its
 # case was), keep records or show them.
@@ -141,7 +141,7 @@ def source_hash() -> str:
 
 
 def _source_files() -> Iterator[Path]:
-    for name in _SOURCES:
+    for name in SOURCES:
         path = ROOT / name
         for file in path.rglob("*") if path.is_dir() else [path]:
             if is_source(file):
@@ -149,7 +149,7 @@ def _source_files() -> Iterator[Path]:
 
 
 def is_source(file: Path) -> bool:
-    """Whether a file of `_SOURCES` counts."""
+    """Whether a file of `SOURCES` counts."""
     is_other = any(file.is_relative_to(ROOT / other) for other in _OTHERS)
     return file.suffix in _SOURCE_SUFFIXES and not is_other
 

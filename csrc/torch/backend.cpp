@@ -206,12 +206,14 @@ bool try_launch([[maybe_unused]] const RouterLogitsForwardParams& params, at::De
   no_backend(device);
 }
 
-bool set_early_launch([[maybe_unused]] bool allowed) {
 #if OMNI_MOE_WITH_CUDA
-  return cuda::set_early_launch(allowed);
+bool set_early_launch(bool allowed) { return cuda::set_early_launch(allowed); }
+bool has_early_launch() { return cuda::has_early_launch(); }
+bool has_hopper_kernels() { return cuda::has_hopper_kernels(); }
 #else
-  return false;
+bool set_early_launch(bool) { return false; }
+bool has_early_launch() { return false; }
+bool has_hopper_kernels() { return false; }
 #endif
-}
 
 }  // namespace omni_moe::torch_api

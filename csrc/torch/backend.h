@@ -28,10 +28,13 @@ bool supports(const GatedLinearBackwardParams& params, at::Device device);
 void launch(GatedLinearForwardParams params, at::Device device);
 void launch(GatedLinearBackwardParams params, at::Device device);
 bool supports(const RouterLogitsForwardParams& params, at::Device device);
-// False, and nothing has run, where the stream has too few of the device's multiprocessors.
+// False, and nothing has run, where the launch finds that there is no kernel for it after all: the
+// stream has too few of the device's multiprocessors.
 bool try_launch(const RouterLogitsForwardParams& params, at::Device device);
 
-// See cuda::set_early_launch; without CUDA it does nothing.
+// As in namespace cuda; false without CUDA.
 bool set_early_launch(bool allowed);
+bool has_early_launch();
+bool has_hopper_kernels();
 
 }  // namespace omni_moe::torch_api

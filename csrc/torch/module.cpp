@@ -74,4 +74,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_early_launch", &omni_moe::torch_api::set_early_launch, py::arg("allowed"),
         "For tests: whether CUDA kernels may start before the kernel in front of them has ended; "
         "returns what was set before.");
+  m.def("has_early_launch", &omni_moe::torch_api::has_early_launch,
+        "Whether they do, in the code that the current device runs.");
+  m.def("has_hopper_kernels", &omni_moe::torch_api::has_hopper_kernels,
+        "Whether that code has the kernels of Hopper's own instructions.");
 }

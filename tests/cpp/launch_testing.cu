@@ -6,7 +6,12 @@
 
 #include <cstddef>
 
+#include "cuda/common/launch.cuh"
+
 namespace {
+
+using omni_moe::cuda::let_next_kernel_start;
+using omni_moe::cuda::wait_for_previous_kernel;
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 32;
@@ -15,18 +20,6 @@ struct Block {
   const unsigned char* data;
   size_t bytes;
 };
-
-__device__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 __device__ unsigned long long nanoseconds() {
   unsigned long long now;

@@ -252,7 +252,7 @@ def test_the_source_hash_covers_what_changes_the_numbers(
 def test_the_source_hash_finds_its_files():
     """Each part that is named has files in this tree, and each module left out is one."""
     found = list(results._source_files())
-    for name in results._SOURCES:
+    for name in results.SOURCES:
         assert any(path.is_relative_to(results.ROOT / name) for path in found), name
     for name in results._OTHERS:
         assert name == "omni_moe/include" or (results.ROOT / name).is_file(), name

@@ -31,7 +31,17 @@ std::atomic<bool> allow_early_launch{true};
 
 bool set_early_launch(bool allowed) { return allow_early_launch.exchange(allowed); }
 
-// Attributes take tens of nanoseconds each, so nothing is cached and several devices just work.
+bool has_early_launch() {
+  DeviceInfo info;
+  return current_device_info(&info) == cudaSuccess && info.has_early_launch;
+}
+
+bool has_hopper_kernels() {
+  DeviceInfo info;
+  return current_device_info(&info) == cudaSuccess && info.has_hopper_code;
+}
+
+// Nothing is cached, so that several devices just work.
 cudaError_t current_device_info(DeviceInfo* info) {
   int device = 0;
   int major = 0;

@@ -29,6 +29,11 @@ cudaError_t gated_activation_backward(const GatedActivationBackwardParams& param
 // returns what was set before. For tests: results are the same bits either way.
 bool set_early_launch(bool allowed);
 
+// Of the code that the current device runs of this library: whether kernels do start early, and
+// whether it has the kernels of Hopper's own instructions.
+bool has_early_launch();
+bool has_hopper_kernels();
+
 // With params.training one cooperative launch each; cudaErrorNotSupported on devices without them.
 cudaError_t batch_norm_forward(const BatchNormForwardParams& params, cudaStream_t stream);
 cudaError_t batch_norm_backward(const BatchNormBackwardParams& params, cudaStream_t stream);
