@@ -63,6 +63,7 @@ set(OMNI_MOE_CUDA_VERSION "")
 if(OMNI_MOE_WITH_CUDA)
   set(CMAKE_CUDA_COMPILER ${_nvcc})
   set(CMAKE_CUDA_ARCHITECTURES ${OMNI_MOE_CUDA_ARCHITECTURES})
+  set(CMAKE_CUDA_STANDARD ${CMAKE_CXX_STANDARD})
   enable_language(CUDA)
   # What links with these kernels is C++ and names the CUDA libraries that it needs. Without this
   # CMake adds the library directories of nvcc's host compiler (CUDAHOSTCXX), whose libstdc++ may be a

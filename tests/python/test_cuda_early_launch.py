@@ -11,13 +11,7 @@ import random
 
 import pytest
 import torch
-from helpers import (
-    ExpertShape,
-    assert_bitwise,
-    expert_inputs,
-    needs_gpu,
-    run,
-)
+from helpers import ExpertShape, assert_bitwise, expert_inputs, needs_gpu, run
 from launch_testing import early_copy, late_check, late_copy, needs_launch_testing
 from test_cuda_modes import BF16, CASES, assert_same_run, capture, on_cases, ops
 

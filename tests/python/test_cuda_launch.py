@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers import ExpertShape, assert_bitwise, assert_close, expert_inputs, needs_gpu, run
+from helpers import assert_bitwise, assert_close, needs_gpu, run
 from launch_testing import failing_launches, needs_launch_testing
 from test_cuda_modes import BF16, CASES, assert_same_run
 
@@ -107,11 +107,3 @@ def test_shared_memory_of_other_threads():
         for grads in kept:
             for grad, first in zip(grads, kept[0], strict=True):
                 assert_bitwise(grad, first)
-
-
-def test_no_hidden_columns():
-    """H = 0: every dot product is 0, which the backward finds saved."""
-    inputs, indices, grad = expert_inputs(ExpertShape(5, 0, 7, 3), "cuda", torch.float32)
-    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
-    assert out.shape == (5, 0)
-    assert torch.equal(grads[3], torch.zeros_like(grads[3]))

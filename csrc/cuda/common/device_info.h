@@ -16,7 +16,7 @@ struct DeviceInfo {
   int shared_bytes_per_block = 0;  // the opt-in limit of one block
   // Of the code that runs on the device, which may be compiled from PTX of an older architecture:
   bool has_early_launch = false;  // it can wait for the kernel before (launch.cuh)
-  bool has_hopper_code = false;   // kernels of sm_90a are not empty (wgmma.cuh)
+  bool has_hopper_code = false;   // kernels of sm_90a do not trap (wgmma.cuh)
 };
 
 template <class Int>
