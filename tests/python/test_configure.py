@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# That of this Python's environment first, as in a build: the system's may be too old.
+CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 pytestmark = [
     pytest.mark.skipif(
-        any(shutil.which(tool) is None for tool in ("cmake", "ninja", "c++")),
+        CMAKE is None or any(shutil.which(tool) is None for tool in ("ninja", "c++")),
         reason="needs cmake, ninja and a compiler",
     ),
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree"),
@@ -37,7 +39,7 @@ def configure(tmp_path):
         inherited = {k: v for k, v in os.environ.items() if k not in chosen_here}
         done = subprocess.run(
             [
-                *("cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"),
+                *(CMAKE, "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"),
                 f"-DPython_EXECUTABLE={sys.executable}",
                 *options,
             ],
