@@ -7,8 +7,8 @@ at the output; fp64 inputs in fp64. Argument orders are those of the operators i
 as one would write it with stock operators, computing in the dtype of the inputs.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -164,41 +164,38 @@ def omni_mlp(
     return F.linear(activated, _wide(down_weight)).to(x.dtype)
 
 
-def omni_batch_norm(
-    router_logits: Tensor,
-    num_rows: int,
-    running_mean_x: Tensor | None,
-    running_var_x: Tensor | None,
-    num_batches_tracked_x: Tensor | None,
-    running_mean_y: Tensor | None,
-    running_var_y: Tensor | None,
-    num_batches_tracked_y: Tensor | None,
+def omni_router_logits(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    batch_norm_buffers: Sequence[Tensor],
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """BatchNorm without affine parameters of (T, R) and (T, C) logits that lie side by side.
+    """BatchNorm without affine parameters of the logits of two gates.
 
     Args:
-        router_logits: (T, R + C).
-        num_rows: R.
-        running_mean_x, running_var_x: (R,), updated in place if `training`, or None.
-        num_batches_tracked_x: () int64, counted up if `training`, or None.
-        running_mean_y, running_var_y, num_batches_tracked_y: the same for the C columns.
+        hidden_states: (T, H).
+        gate_x: (R, H).
+        gate_y: (C, H).
+        batch_norm_buffers: empty, or running mean (R,), running variance (R,) and the count ()
+            int64 of batches, then the same for the C columns; updated in place if `training`.
         training: use the batch's mean and variance, not the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
 
     Returns:
-        normed_x: (T, R) in the dtype of the logits.
-        normed_y: (T, C).
+        router_logits_x: (T, R) in the dtype of `hidden_states`.
+        router_logits_y: (T, C).
     """
-    logits_x, logits_y = _wide(router_logits).tensor_split([num_rows], dim=1)
+    buffers = list(batch_norm_buffers) or [None] * 6
     normed = []
-    for logits, running_mean, running_var, num_batches_tracked in (
-        (logits_x, running_mean_x, running_var_x, num_batches_tracked_x),
-        (logits_y, running_mean_y, running_var_y, num_batches_tracked_y),
+    for gate, (running_mean, running_var, num_batches_tracked) in (
+        (gate_x, buffers[:3]),
+        (gate_y, buffers[3:]),
     ):
+        logits = F.linear(_wide(hidden_states), _wide(gate))
         if training:
             mean, var = logits.mean(0), logits.var(0, correction=0)
             if num_batches_tracked is not None:
@@ -209,31 +206,8 @@ def omni_batch_norm(
                 running_var.copy_((1 - momentum) * running_var + momentum * unbiased)
         else:
             mean, var = running_mean.to(logits.dtype), running_var.to(logits.dtype)
-        normed.append(((logits - mean) / (var + eps).sqrt()).to(router_logits.dtype))
+        normed.append(((logits - mean) / (var + eps).sqrt()).to(hidden_states.dtype))
     return normed[0], normed[1]
-
-
-def omni_router_logits(
-    hidden_states: Tensor,
-    gate_x: Tensor,
-    gate_y: Tensor,
-    *batch_norm: Any,
-) -> tuple[Tensor, Tensor]:
-    """`omni_batch_norm` of the logits of two gates.
-
-    Args:
-        hidden_states: (T, H).
-        gate_x: (R, H).
-        gate_y: (C, H).
-        batch_norm: the arguments of `omni_batch_norm` behind `num_rows`.
-
-    Returns:
-        router_logits_x: (T, R) in the dtype of `hidden_states`.
-        router_logits_y: (T, C).
-    """
-    logits = F.linear(_wide(hidden_states), torch.cat([_wide(gate_x), _wide(gate_y)]))
-    logits_x, logits_y = omni_batch_norm(logits, len(gate_x), *batch_norm)
-    return logits_x.to(hidden_states.dtype), logits_y.to(hidden_states.dtype)
 
 
 def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:

@@ -135,15 +135,14 @@ class OmniMoE(nn.Module):
             tokens,
             self.router_gate_x.weight,
             self.router_gate_y.weight,
-            norm_x.running_mean,
-            norm_x.running_var,
-            norm_x.num_batches_tracked,
-            norm_y.running_mean,
-            norm_y.running_var,
-            norm_y.num_batches_tracked,
-            norm_x.training,
-            norm_x.momentum,
-            norm_x.eps,
+            batch_norm_buffers=[
+                buffer
+                for norm in (norm_x, norm_y)
+                for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            ],
+            training=norm_x.training,
+            momentum=norm_x.momentum,
+            eps=norm_x.eps,
         )
 
     def _has_plain_router(self) -> bool:

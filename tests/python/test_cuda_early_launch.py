@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ExpertShape, assert_bitwise, expert_inputs, needs_gpu, run
 from launch_testing import early_copy, late_check, late_copy, needs_launch_testing
-from test_cuda_modes import BF16, CASES, assert_same_run, capture, on_cases, ops
+from test_cuda_modes import BF16, CASES, assert_same_run, capture, on_cases
 
 import omni_moe
 
@@ -126,7 +126,7 @@ def test_experts_of_ids_written_late(shape, index_dtype):
     ids = indices.to(index_dtype)
 
     def function(*args):
-        return ops.omni_expert(*args, ids)
+        return omni_moe.ops.omni_expert(*args, ids)
 
     want = run(function, inputs, grad)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
