@@ -5,7 +5,7 @@
 #include "backend.h"
 #include "build_info.h"
 #include "checks.h"
-#include "cuda/plan.h"
+#include "cuda/experts/expert_plan.h"
 
 namespace {
 

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/expert_plan.h"
+#include "cuda/experts/planned_passes.h"
 #include "device_poison.h"
 #include "omni_moe/cuda.h"
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/plan.h"
+#include "cuda/experts/expert_plan.h"
 
 namespace omni_moe::cuda {
 namespace {

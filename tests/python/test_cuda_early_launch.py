@@ -1,4 +1,4 @@
-"""Kernels that start before the one in front of them has ended (csrc/cuda/common/launch.cuh).
+"""Kernels that start before the one in front has ended (csrc/cuda/common/dependent_launch.cuh).
 
 Whatever such a kernel reads, the one before may still be writing, and whatever it writes, the one
 before may still be reading. Here the one before takes its time on purpose, and everything must come

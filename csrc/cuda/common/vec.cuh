@@ -131,8 +131,8 @@ struct Word<16> {
 
 }  // namespace detail
 
-// `pointer` must be aligned to the vector. A coherent load, as launch.cuh asks of kernels that
-// start before what they read is written.
+// `pointer` must be aligned to the vector. A coherent load, as dependent_launch.cuh asks of kernels
+// that start before what they read is written.
 template <class V, class T>
 __device__ __forceinline__ V load_vec(const T* pointer) {
   using Word = typename detail::Word<sizeof(V)>::type;

@@ -1,0 +1,35 @@
+// A token pass by its plan.
+#pragma once
+
+#include "cuda/common/check.h"
+#include "cuda/experts/expert_plan.h"
+#include "cuda/experts/expert_tuning.h"
+#include "cuda/experts/fused.cuh"
+#include "cuda/experts/l2_tiled.cuh"
+#include "cuda/experts/token_pass.cuh"
+#include "cuda/experts/two_phase.cuh"
+
+namespace omni_moe::cuda {
+
+// `workspace` holds token_pass_workspace_floats(shape, plan); `beside_previous`: see launch_slabs.
+template <class T, class Pairs>
+cudaError_t launch_token_pass(const TokenPassArgs& args, const Pairs& pairs,
+                              const TokenPassPlan& plan, bool is_aligned, float* workspace,
+                              bool beside_previous, const DeviceInfo& device, cudaStream_t stream) {
+  switch (plan.strategy) {
+    case TokenPassStrategy::kPhased:
+      return launch_phased<T>(args, pairs, plan, is_aligned, workspace, stream);
+    case TokenPassStrategy::kColumns:
+      return args.hidden_size * sizeof(T) <= 2048
+                 ? launch_columns<T, ColumnsTuning<2048>>(args, pairs, device, stream)
+                 : launch_columns<T, ColumnsTuning<4096>>(args, pairs, device, stream);
+    case TokenPassStrategy::kSlabs:
+      return plan.slab_bytes == 512 ? launch_slabs<T, SlabTuning<512>>(
+                                          args, pairs, workspace, beside_previous, device, stream)
+                                    : launch_slabs<T, SlabTuning<256>>(
+                                          args, pairs, workspace, beside_previous, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace omni_moe::cuda
