@@ -196,7 +196,7 @@ struct Problem {
         grad_up(c, c.num_experts * c.hidden_size),
         grad_down(c, c.num_experts * c.hidden_size),
         grad_routing(c, c.num_tokens * c.num_experts_per_token),
-        scores(in_fp32(c), c.num_tokens * c.num_experts_per_token),
+        pre_activations(in_fp32(c), c.num_tokens * c.num_experts_per_token),
         ids(c.num_tokens * c.num_experts_per_token),
         device_ids(ids.size() * index_size(), 0) {
     std::mt19937_64 random(7);
@@ -253,15 +253,15 @@ struct Problem {
     for (int64_t pair = 0; pair < int64_t(ids.size()); ++pair) {
       const int64_t token = pair / c.num_experts_per_token * width;
       const int64_t expert = ids[pair] * width;
-      double& score = scores.values[pair];
+      double& pre_activation = pre_activations.values[pair];
       double gradient = 0;
       for (int64_t h = 0; h < width; ++h) {
-        score += hidden.values[token + h] * up.values[expert + h];
+        pre_activation += hidden.values[token + h] * up.values[expert + h];
         gradient += grad.values[token + h] * down.values[expert + h];
       }
-      const double value = act(c.activation, score);
+      const double value = act(c.activation, pre_activation);
       const double up_coefficient =
-          routing.values[pair] * act_derivative(c.activation, score) * gradient;
+          routing.values[pair] * act_derivative(c.activation, pre_activation) * gradient;
       grad_routing.values[pair] = value * gradient;
       for (int64_t h = 0; h < width; ++h) {
         out.values[token + h] += value * routing.values[pair] * down.values[expert + h];
@@ -281,7 +281,7 @@ struct Problem {
     params.indices = device_ids.data();
     params.addend = c.num_experts % 2 == 0 ? addend.device.data() : nullptr;
     params.expert_states = out.device.data();
-    params.scores = scores.device.data();
+    params.pre_activations = pre_activations.device.data();
     fill_shape(&params);
     return params;
   }
@@ -294,8 +294,8 @@ struct Problem {
     params.down_weights = down.device.data();
     params.routing_weights = routing.device.data();
     params.indices = device_ids.data();
-    scores.upload_values();
-    params.scores = scores.device.data();
+    pre_activations.upload_values();
+    params.pre_activations = pre_activations.device.data();
     params.addend = c.num_experts % 2 == 0 ? addend.device.data() : nullptr;
     params.grad_hidden_states = grad_hidden.device.data();
     params.grad_up_weights = grad_up.device.data();
@@ -319,7 +319,7 @@ struct Problem {
   Case c;
   Tensor hidden, grad, up, down, routing, addend;
   Tensor out, grad_hidden, grad_up, grad_down, grad_routing;
-  Tensor scores;  // output of the forward, input of the backward
+  Tensor pre_activations;  // output of the forward, input of the backward
   std::vector<int64_t> ids;
   DeviceBytes device_ids;
 };
@@ -367,7 +367,7 @@ void check(const std::vector<std::pair<const char*, Tensor*>>& outputs, size_t w
 
 void check_forward(Problem& problem) {
   ExpertForwardParams params = problem.forward_params();
-  check({{"expert_states", &problem.out}, {"scores", &problem.scores}},
+  check({{"expert_states", &problem.out}, {"pre_activations", &problem.pre_activations}},
         cuda::expert_forward_workspace_size(params), [&](void* workspace) {
           params.workspace = workspace;
           return cuda::expert_forward(params, nullptr);
@@ -422,12 +422,12 @@ std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params
     plans.emplace_back(name, plan);
   };
   const auto as_is = [](cuda::TokenPassPlan*) {};
-  add("phased", TokenPassStrategy::kPhased, as_is);
-  add("columns", TokenPassStrategy::kColumns, as_is);
-  add("slabs of 256 bytes", TokenPassStrategy::kSlabs,
-      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 256; });
-  add("slabs of 512 bytes", TokenPassStrategy::kSlabs,
-      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 512; });
+  add("two_phase", TokenPassStrategy::kTwoPhase, as_is);
+  add("fused", TokenPassStrategy::kFused, as_is);
+  add("l2_tiled by 256 bytes", TokenPassStrategy::kL2Tiled,
+      [](cuda::TokenPassPlan* plan) { plan->tile_bytes = 256; });
+  add("l2_tiled by 512 bytes", TokenPassStrategy::kL2Tiled,
+      [](cuda::TokenPassPlan* plan) { plan->tile_bytes = 512; });
   return plans;
 }
 
@@ -436,7 +436,7 @@ TEST_P(CudaExpert, ForwardOfEveryStrategy) {
   ExpertForwardParams params = problem.forward_params();
   for (const auto& [name, plan] : every_plan(params)) {
     SCOPED_TRACE(name);
-    check({{"expert_states", &problem.out}, {"scores", &problem.scores}},
+    check({{"expert_states", &problem.out}, {"pre_activations", &problem.pre_activations}},
           cuda::expert_forward_workspace_size(params, plan), [&, &plan = plan](void* workspace) {
             params.workspace = workspace;
             return cuda::expert_forward(params, plan, nullptr);
@@ -508,8 +508,8 @@ std::vector<Case> awkward_shapes() {
   return cases;
 }
 
-// One shape per path: splits and their second stage, many tokens (both row widths of the columns),
-// long and huge segments, both schedules, rows past a tile, rows without alignment.
+// One shape per path: splits and their second stage, many tokens (both row widths of the fused
+// one), long and huge segments, both schedules, rows past a tile, rows without alignment.
 std::vector<Case> paths() {
   std::vector<Case> cases;
   const IndexType i32 = IndexType::kInt32;
@@ -524,7 +524,7 @@ std::vector<Case> paths() {
     cases.push_back({1200, 1024, 5, 97, dtype, i32, Routing::kDuplicates});  // radix sort
     cases.push_back({1200, 40, 37, 2000, dtype, i64, Routing::kHalfIdle});   // ids past a window
     cases.push_back({50, 1024, 70, 300, dtype, i32});                        // two windows, a tail
-    cases.push_back({203, 520, 64, 100, dtype, i64, Routing::kDuplicates});  // ragged last slab
+    cases.push_back({203, 520, 64, 100, dtype, i64, Routing::kDuplicates});  // ragged last tile
     cases.push_back({1200, 1000, 4, 500, dtype, i32, Routing::kOneExpert});  // huge segment
     cases.push_back({1200, 64, 40, 3, dtype, i32, Routing::kOneExpert});     // the same, sorted
     cases.push_back({3000, 16, 8, 1000, dtype, i64, Routing::kOneExpert});   // many parts

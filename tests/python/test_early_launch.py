@@ -26,11 +26,11 @@ CUDA_SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 # how many.
 COUNTED_WITH = "13.0"
 BEFORE_WAIT = {
-    ("expert_slab_dots", 2): {"LDG": 23, "STG": 4},  # with beside_previous
+    ("expert_l2_tiled_dots", 2): {"LDG": 23, "STG": 4},  # with beside_previous
     # 2 loads of ids and 8 or 2 of rows before each wait. The others are on a way that no call
     # takes: without any pair the kernel reads the addend and stores.
-    ("expert_slab_sum", 2): {"LDG": 15, "STG": 1},
-    ("expert_slab_sum", 3): {"LDG": 19, "STG": 1},
+    ("expert_l2_tiled_sum", 2): {"LDG": 15, "STG": 1},
+    ("expert_l2_tiled_sum", 3): {"LDG": 19, "STG": 1},
 }
 # Loads by ld.global.nc in kernels launched early: only of tables that are part of the program.
 CONSTANT_LOADS = {"router_forward_warp": "LDG.E.U8.CONSTANT"}  # of kRankPairs
@@ -241,8 +241,8 @@ EARLY = Row("early", "-", "-")
 
 def test_the_table_is_read():
     table = read_table()
-    assert table["expert_slab_dots"].trigger == "after wait"
-    assert table["expert_slab_sum"] == Row("early", "first", "ids, first rows")
+    assert table["expert_l2_tiled_dots"].trigger == "after wait"
+    assert table["expert_l2_tiled_sum"] == Row("early", "first", "ids, first rows")
     assert table["batch_norm_*"] == Row("plain", "after barrier")
     assert table["count_pairs"].launched == "plain" and "others" not in str(table.keys())
     # What the table calls an exception has bounds, and nothing else has.
@@ -339,7 +339,7 @@ def test_the_dots_may_run_early_only_where_the_flag_says_so():
     flagged = ("@P0 BRA `(.L_x_0)", "ACQBULK", ".L_x_0:")
 
     def dots(*code):
-        return faults(kernel_of(*code, name="expert_slab_dots_kernel"), row)
+        return faults(kernel_of(*code, name="expert_l2_tiled_dots_kernel"), row)
 
     assert dots(*flagged, "PREEXIT", LOAD, STORE, "ACQBULK") == []
     assert "before the wait: /*0000*/ LDG" in dots(LOAD, *flagged, "PREEXIT")[0]

@@ -15,30 +15,30 @@
 //
 // tests/python/test_early_launch.py holds the machine code against this table:
 //
-//   kernel                      launched     trigger        global memory before the wait
-//   router_logits_forward       early        after barrier  -
-//   router_forward_warp         early        first          -
-//   expert_slab_dots            early        after wait     - (beside_previous, below: ids, rows,
-//                                                           partial dots)
-//   expert_slab_coefficients    early        first          -
-//   expert_slab_sum             early        first          ids, first rows
-//   expert_columns              early        -              -
-//   allocate_segments           early        first          -
-//   place_pairs                 early        first          -
-//   order_segments              early        first          -
-//   weight_grad                 early        first          -
-//   weight_grad_combine         early        -              -
-//   gated_linear_forward        early        -              -
-//   gated_linear_backward       early        -              -
-//   count_pairs                 plain        first
-//   batch_norm_*                plain        after barrier
-//   all others                  plain        -
+//   kernel                        launched  trigger        global memory before the wait
+//   router_logits_forward         early     after barrier  -
+//   router_forward_warp           early     first          -
+//   expert_l2_tiled_dots          early     after wait     - (beside_previous, below: ids, rows,
+//                                                            partial dots)
+//   expert_l2_tiled_coefficients  early     first          -
+//   expert_l2_tiled_sum           early     first          ids, first rows
+//   expert_fused                  early     -              -
+//   allocate_segments             early     first          -
+//   place_pairs                   early     first          -
+//   order_segments                early     first          -
+//   weight_grad                   early     first          -
+//   weight_grad_combine           early     -              -
+//   gated_linear_forward          early     -              -
+//   gated_linear_backward         early     -              -
+//   count_pairs                   plain     first
+//   batch_norm_*                  plain     after barrier
+//   all others                    plain     -
 //
-// expert_slab_sum reads ids and rows before it waits. They are complete: expert_slab_dots, which is
-// launched two kernels before, triggers only after it has waited for the kernels that wrote them.
-// The backward's expert_slab_dots runs beside the kernels of the schedule, waits at its end, and
-// writes its partial dots before: the memset in front of the schedule is a full barrier, so all
-// that it reads, and the earlier users of the memory that it writes, are complete.
+// expert_l2_tiled_sum reads ids and rows before it waits. They are complete: expert_l2_tiled_dots,
+// which is launched two kernels before, triggers only after it has waited for the kernels that
+// wrote them. The backward's expert_l2_tiled_dots runs beside the kernels of the schedule, waits at
+// its end, and writes its partial dots before: the memset in front of the schedule is a full
+// barrier, so all that it reads, and the earlier users of the memory that it writes, are complete.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,8 +1,8 @@
 // Backward of the atomic experts in two orders. With s = hidden[t] · up[i] as the forward saved it
 // and g = grad[t] · down[i]:
-//   token order (launch_token_pass.cuh): grad_routing[t,k] = act(s) g,
+//   token order (token_pass.cuh): grad_routing[t,k] = act(s) g,
 //     grad_hidden[t] = addend[t] + Σ_k routing act'(s) g up[i],
-//     and per pair the two coefficients below, dropped at the pair's place in expert order;
+//     and per pair the two coefficients below, written to the pair's place in expert order;
 //   expert order (weight_grad.cu): grad_down[i] = Σ routing act(s) grad[t],
 //     grad_up[i] = Σ routing act'(s) g hidden[t].
 // The token pass reads 2 T K rows like the forward and writes 16 bytes per pair.
@@ -69,10 +69,12 @@ cudaError_t token_pass(const ExpertBackwardParams& params, bool want_weights,
                            params.index_type};
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const BackwardPairs<T> pairs{
-        static_cast<const T*>(params.routing_weights), static_cast<const float*>(params.scores),
-        static_cast<T*>(params.grad_routing_weights),  want_weights ? workspace.records : nullptr,
-        workspace.schedule.schedule.pair_position,     params.activation};
+    const BackwardPairs<T> pairs{static_cast<const T*>(params.routing_weights),
+                                 static_cast<const float*>(params.pre_activations),
+                                 static_cast<T*>(params.grad_routing_weights),
+                                 want_weights ? workspace.records : nullptr,
+                                 workspace.schedule.schedule.pair_position,
+                                 params.activation};
     return launch_token_pass<T>(args, pairs, plan, token_pass_shape(params).is_aligned,
                                 workspace.token_pass, /*beside_previous=*/want_weights, device,
                                 stream);

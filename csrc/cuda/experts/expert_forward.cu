@@ -1,9 +1,9 @@
 // Forward of the atomic experts, token by token:
 //   out[t] = addend[t] + Σ_k act(hidden[t] · up[i]) * routing[t,k] * down[i],  i = indices[t,k].
-// Reads 2 T K rows of H elements (from L2 or HBM) and little else, so every strategy
-// (expert_plan.h) aims at bytes in flight: columns in registers (fused.cuh), the same slab by slab
-// where rows are used again (l2_tiled.cuh), and for any shape and alignment, and few tokens, scores
-// first and then columns (two_phase.cuh).
+// It reads 2 T K rows of H elements (from L2 or HBM) and little else, so every strategy
+// (expert_plan.h) aims at bytes in flight: fused.cuh keeps rows in registers, l2_tiled.cuh does the
+// same tile by tile where rows are used again, and two_phase.cuh takes any shape and alignment, and
+// few tokens.
 #include <algorithm>
 
 #include "cuda/common/check.h"
@@ -56,7 +56,7 @@ cudaError_t expert_forward(const ExpertForwardParams& params, const TokenPassPla
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const ForwardPairs<T> pairs{static_cast<const T*>(params.routing_weights),
-                                static_cast<float*>(params.scores), params.activation};
+                                static_cast<float*>(params.pre_activations), params.activation};
     return launch_token_pass<T>(args, pairs, plan, shape.is_aligned,
                                 static_cast<float*>(params.workspace), /*beside_previous=*/false,
                                 device, stream);

@@ -11,9 +11,9 @@
 namespace omni_moe::cuda {
 
 enum class TokenPassStrategy : int8_t {
-  kPhased,   // a block per token (or part of one): scores by warp, then sums by column
-  kColumns,  // a block per token, 16 bytes of the row per thread
-  kSlabs,    // a slab of columns of all tokens after the other: rows that are used again
+  kTwoPhase,  // a block per token or part of one: dot products by warp, then sums by column
+  kFused,     // a block per token, 16 bytes of the row per thread
+  kL2Tiled,   // one tile of columns after the other, all tokens in each: for rows used again
 };
 
 struct ExpertDeviceInfo : DeviceInfo {
@@ -31,16 +31,16 @@ struct TokenPassShape {
 
 struct TokenPassPlan {
   TokenPassStrategy strategy;
-  int slab_bytes;           // kSlabs: 256 or 512
-  int threads;              // kPhased: per block
-  int num_splits;           // kPhased: blocks per token; above 1 a second stage adds their sums
-  int64_t pairs_per_split;  // kPhased
+  int tile_bytes;           // kL2Tiled: 256 or 512
+  int threads;              // kTwoPhase: per block
+  int num_splits;           // kTwoPhase: blocks per token; above 1 a second stage adds their sums
+  int64_t pairs_per_split;  // kTwoPhase
 };
 
 TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device);
 
-// The same with the strategy given, for tests and measurements. `supported` says whether it takes
-// this shape at all.
+// The same with the strategy given, for tests and measurements. supports() says whether the
+// strategy takes this shape at all.
 TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device,
                               TokenPassStrategy strategy);
 bool supports(TokenPassStrategy strategy, const TokenPassShape& shape);
@@ -48,7 +48,7 @@ bool supports(TokenPassStrategy strategy, const TokenPassShape& shape);
 const char* name(TokenPassStrategy strategy);
 
 // fp32 words that a pass of this plan keeps in the workspace: the partial sums [T, num_splits, H]
-// of kPhased, or the partial dots [slabs, T * K] and coefficients [T * K] of kSlabs.
+// of kTwoPhase, or the partial dots [tiles, T * K] and coefficients [T * K] of kL2Tiled.
 size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassPlan& plan);
 
 }  // namespace omni_moe::cuda

@@ -3,8 +3,8 @@
 
 namespace omni_moe::cuda {
 
-// Token pass in two phases (scores by warp, then columns by thread): any shape, any alignment.
-struct PhasedTuning {
+// Token pass in two phases, for any shape and alignment: dot products by warp, then sums by column.
+struct TwoPhaseTuning {
   static constexpr int kThreads = 128;          // one token per block, several blocks per SM
   static constexpr int kBlocksPerSm = 5;        // 96 registers per thread; 64 spill
   static constexpr int kDecodeThreads = 512;    // few tokens: one block has an SM to itself
@@ -12,8 +12,8 @@ struct PhasedTuning {
   static constexpr int kDecodeTokensPerSm = 1;  // no more blocks than this per SM: decode blocks
   static constexpr int kChunksPerLane = 4;      // 16-byte loads per row and lane in phase one
   static constexpr int kScalarChunksPerLane = 8;
-  static constexpr int kScoreRows = 2;         // rows in flight per warp, phase one
-  static constexpr int kColumnRows = 8;        // rows in flight per thread, phase two
+  static constexpr int kKeyRows = 2;           // rows in flight per warp, phase one
+  static constexpr int kValueRows = 8;         // rows in flight per thread, phase two
   static constexpr int kMaxPairs = 4096;       // pairs of one block: 8 bytes of shared memory each
   static constexpr int kMinSplitPairs = 32;    // a token's pairs are split no finer than this
   static constexpr int kSplitBlocksPerSm = 1;  // a token is split while there are SMs to spare
@@ -22,53 +22,56 @@ struct PhasedTuning {
 // Token pass with a block per token and 16 bytes of the row per thread. kPairs pairs of rows are in
 // flight per block, in 8 registers per thread and pair.
 template <int kMaxRowBytes>
-struct ColumnsTuning;
+struct FusedTuning;
 template <>
-struct ColumnsTuning<2048> {
+struct FusedTuning<2048> {
   static constexpr int kThreads = 128;
   static constexpr int kPairs = 16;
   static constexpr int kBlocksPerSm = 3;  // 168 registers per thread
 };
 template <>
-struct ColumnsTuning<4096> {
+struct FusedTuning<4096> {
   static constexpr int kThreads = 256;
   static constexpr int kPairs = 8;
   static constexpr int kBlocksPerSm = 2;  // 128 registers per thread
 };
-// Token pass slab by slab, for rows that are used again. A warp-wide load covers
-// 512 bytes, of one row or of two.
-template <int kSlabBytes>
-struct SlabTuning;
+
+// Token pass tile by tile, for rows that are used again. A load of the whole warp covers 512 bytes,
+// of one row or of two.
+template <int kTileBytes>
+struct L2TileTuning;
 template <>
-struct SlabTuning<256> {
+struct L2TileTuning<256> {
   static constexpr int kBytes = 256;
   static constexpr int kLoads = 8;  // per lane in flight: 16 pairs per warp
   static constexpr int kWarps = 4;
   static constexpr int kBlocksPerSm = 7;  // 72 registers per thread; 64 spill
 };
 template <>
-struct SlabTuning<512> {
+struct L2TileTuning<512> {
   static constexpr int kBytes = 512;
   static constexpr int kLoads = 8;
   static constexpr int kWarps = 4;
   static constexpr int kBlocksPerSm = 8;
 };
-struct SlabPlanTuning {
-  static constexpr int kMinTokensPerSm = 6;  // fewer, and all slabs are in work at once
-  static constexpr int kMinSlabs = 2;
-  // Slabs are 512 bytes wide, not 256, where one of all rows fits this share of L2 and so many
-  // waves of blocks are left. Wide / narrow in µs, H 1024: T4096 E4096 K16 39.4 / 41.5, but T1024
-  // E4096 K32 (one wave) 26.4 / 24.9, H 2048 T4096 E16384 K16 86.5 / 82.6 (H200).
+struct L2TilePlanTuning {
+  static constexpr int kMinTokensPerSm = 6;  // with fewer, all tiles are in work at once
+  static constexpr int kMinTiles = 2;
+  // Tiles are 512 bytes wide, not 256, where one tile of all rows fits this share of L2 and so many
+  // waves of blocks are left. Wide against narrow tiles took, in µs on an H200 with H 1024, 39.4
+  // and 41.5 for T4096 E4096 K16, but 26.4 and 24.9 for T1024 E4096 K32 (one wave), and with H
+  // 2048 86.5 and 82.6 for T4096 E16384 K16.
   static constexpr double kWideL2Share = 1.0 / 16;
   static constexpr int kMinWideWaves = 2;
 };
 
 struct ScheduleTuning {
   static constexpr int kThreads = 256;
-  static constexpr int kMaxCountingPairs = 1
-                                           << 20;  // beyond: radix sort, lost in the gather's time
-  static constexpr int kMaxCountingMean = 64;      // mean pairs per expert; beyond: radix sort
-  static constexpr int kHugeSegment = 1024;        // counted by comparison up to here
+  // More pairs, or more pairs per expert on average, are sorted by radix: the sort then takes
+  // little beside the gather.
+  static constexpr int kMaxCountingPairs = 1 << 20;
+  static constexpr int kMaxCountingMean = 64;
+  static constexpr int kHugeSegment = 1024;  // segments up to here are ordered by comparison
   static constexpr int kHugeBlocksPerSm = 4;
 };
 

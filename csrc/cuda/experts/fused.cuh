@@ -1,7 +1,7 @@
-// Token pass with a block per token and 16 bytes of the row per thread: every thread scores its
-// columns of kPairs rows at once, one exchange through shared memory completes the dot products,
-// and the same threads add the rows of the other table. The pieces of kPairs pairs of rows are in
-// flight while the pairs before are worked on.
+// Token pass in one sweep over a token's pairs, with a block per token and 16 bytes of the row per
+// thread. Every thread multiplies its columns of kPairs keys with those of the query, one exchange
+// through shared memory completes the dot products, and the same threads add the rows of the
+// values. The keys and values of the next kPairs pairs are in flight meanwhile.
 #pragma once
 
 #include "cuda/common/check.h"
@@ -12,11 +12,11 @@
 
 namespace omni_moe::cuda {
 
-// Pairs at a time in what is left of a token after its full batches.
-inline constexpr int kColumnsTailPairs = 4;
+// A token's last pairs, after its full batches, are handled so many at a time.
+inline constexpr int kFusedTailPairs = 4;
 
-// The warps' shares of kCount dot products. Two buffers: a batch is read while faster warps already
-// write the next.
+// The warps' shares of kCount dot products. There are two buffers, because faster warps already
+// write the next batch while slower ones read this one.
 template <int kCount, int kMaxWarps>
 struct BlockDots {
   float warp_dots[2][kMaxWarps][kCount];
@@ -37,7 +37,7 @@ struct BlockDots {
 
 // What a thread of a block keeps about its token and its columns.
 template <class T>
-struct ColumnsThread {
+struct FusedThread {
   int warp;
   int lane;
   int num_warps;
@@ -46,9 +46,9 @@ struct ColumnsThread {
   int row_bytes;
   int64_t first_pair;
   bool in_row;
-  int byte;  // of the row; past its end: column 0 again
+  int byte;  // the thread's first one in the row; a thread past the row's end reads column 0 again
 
-  __device__ __forceinline__ explicit ColumnsThread(const TokenPassArgs& args)
+  __device__ __forceinline__ explicit FusedThread(const TokenPassArgs& args)
       : warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
         num_warps(blockDim.x / kWarpSize),
@@ -74,14 +74,14 @@ struct ColumnsThread {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void dot_rows(const RowPiece& vector_piece,
+  __device__ __forceinline__ void dot_rows(const RowPiece& query_piece,
                                            const RowPiece (&pieces)[kCount],
                                            float (&dots)[kCount]) const {
-    float vector[kVecWidth<T>];
-    unpack_piece<T>(vector_piece, vector);
+    float query[kVecWidth<T>];
+    unpack_piece<T>(query_piece, query);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float dot = dot_piece<T>(vector, pieces[i]);
+      const float dot = dot_piece<T>(query, pieces[i]);
       dots[i] = in_row ? dot : 0.0f;
     }
   }
@@ -105,35 +105,35 @@ __device__ __forceinline__ void add_rows(float coefficients, int count,
   }
 }
 
-template <class T, class Shape, class Pairs>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    expert_columns_kernel(const __grid_constant__ TokenPassArgs args,
-                          const __grid_constant__ Pairs pairs) {
-  constexpr int kPairs = Shape::kPairs;
-  constexpr int kTailPairs = kColumnsTailPairs;
-  __shared__ BlockDots<kPairs, Shape::kThreads / kWarpSize> block_dots;
+template <class T, class Tuning, class Pairs>
+__global__ void __launch_bounds__(Tuning::kThreads, Tuning::kBlocksPerSm)
+    expert_fused_kernel(const __grid_constant__ TokenPassArgs args,
+                        const __grid_constant__ Pairs pairs) {
+  constexpr int kPairs = Tuning::kPairs;
+  constexpr int kTailPairs = kFusedTailPairs;
+  __shared__ BlockDots<kPairs, Tuning::kThreads / kWarpSize> block_dots;
   wait_for_previous_kernel();
-  const ColumnsThread<T> thread(args);
+  const FusedThread<T> thread(args);
   const int num_pairs = thread.num_pairs;
   IdWindow ids(args.indices, args.index_type, thread.first_pair, num_pairs, args.num_experts,
                thread.lane);
   ids.open(0);
-  RowPiece vector = thread.load_own(args.vectors);
+  RowPiece query = thread.load_own(args.queries);
   float sum[kVecWidth<T>] = {};
   if (args.addend != nullptr) unpack_piece<T>(thread.load_own(args.addend), sum);
   int parity = 0;
 
-  // Coefficients of the pairs from `first`, lane l that of pair first + l % count; next_rows()
-  // starts further loads once the scored rows are spent.
-  const auto score = [&](int first, auto& scored_rows, auto&& next_rows) {
-    constexpr int kCount = sizeof(scored_rows) / sizeof(scored_rows[0]);
+  // Returns the coefficients of the pairs from `first` on, in lane l that of pair first + l %
+  // count. next_rows() starts further loads once the registers of the keys are free.
+  const auto coefficients_of = [&](int first, auto& key_rows, auto&& next_rows) {
+    constexpr int kCount = sizeof(key_rows) / sizeof(key_rows[0]);
     const int k = first + thread.lane % kCount;
     const int64_t pair = thread.first_pair + min(k, num_pairs - 1);
     const bool stores = thread.warp == 0 && thread.lane < kCount && k < num_pairs;
     const auto inputs = pairs.load(pair, stores);
     float dots[kCount];
-    keep_packed(vector);
-    thread.dot_rows(vector, scored_rows, dots);
+    keep_packed(query);
+    thread.dot_rows(query, key_rows, dots);
     const float share = warp_transpose_sum<kWarpSize>(dots, thread.lane);
     if (thread.lane < kCount) block_dots.write(parity, thread.warp, thread.lane, share);
     next_rows();
@@ -143,51 +143,50 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     return pairs.finish(inputs, pair, thread.token, dot, stores);
   };
 
-  // 1. Batches of kPairs; the rows of the batch after are loaded meanwhile.
+  // 1. Full batches of kPairs pairs; the rows of the next batch are loaded meanwhile.
   int first = 0;
   if (num_pairs >= kPairs) {
-    RowPiece scored_rows[kPairs];
-    RowPiece added_rows[kPairs];
-    thread.load_rows(args.scored, ids, 0, scored_rows);
-    thread.load_rows(args.added, ids, 0, added_rows);
+    RowPiece key_rows[kPairs];
+    RowPiece value_rows[kPairs];
+    thread.load_rows(args.keys, ids, 0, key_rows);
+    thread.load_rows(args.values, ids, 0, value_rows);
     for (; num_pairs - first >= 2 * kPairs; first += kPairs) {
       const int next = first + kPairs;
-      const float coefficients = score(first, scored_rows, [&] {
+      const float coefficients = coefficients_of(first, key_rows, [&] {
         if (next % kWarpSize == 0) ids.open(next);
-        thread.load_rows(args.scored, ids, next % kWarpSize, scored_rows);
+        thread.load_rows(args.keys, ids, next % kWarpSize, key_rows);
       });
-      add_rows<T>(coefficients, kPairs, added_rows, sum);
-      thread.load_rows(args.added, ids, next % kWarpSize, added_rows);
+      add_rows<T>(coefficients, kPairs, value_rows, sum);
+      thread.load_rows(args.values, ids, next % kWarpSize, value_rows);
     }
-    const float coefficients = score(first, scored_rows, [] {});
-    add_rows<T>(coefficients, kPairs, added_rows, sum);
+    const float coefficients = coefficients_of(first, key_rows, [] {});
+    add_rows<T>(coefficients, kPairs, value_rows, sum);
     first += kPairs;
   }
-  // 2. What is left, a few at a time.
+  // 2. The rest, a few pairs at a time.
   for (; first < num_pairs; first += kTailPairs) {
     if (first > 0 && first % kWarpSize == 0) ids.open(first);
-    RowPiece scored_rows[kTailPairs];
-    RowPiece added_rows[kTailPairs];
-    thread.load_rows(args.scored, ids, first % kWarpSize, scored_rows);
-    thread.load_rows(args.added, ids, first % kWarpSize, added_rows);
-    const float coefficients = score(first, scored_rows, [] {});
-    add_rows<T>(coefficients, num_pairs - first, added_rows, sum);
+    RowPiece key_rows[kTailPairs];
+    RowPiece value_rows[kTailPairs];
+    thread.load_rows(args.keys, ids, first % kWarpSize, key_rows);
+    thread.load_rows(args.values, ids, first % kWarpSize, value_rows);
+    const float coefficients = coefficients_of(first, key_rows, [] {});
+    add_rows<T>(coefficients, num_pairs - first, value_rows, sum);
   }
-  // 3. One rounding.
+  // 3. Round once and store.
   ids.check();
   if (args.out != nullptr) thread.store_own(sum, args.out);
 }
 
 // A block has one thread per piece of a row, in whole warps.
-template <class T, class Shape, class Pairs>
-cudaError_t launch_columns(const TokenPassArgs& args, const Pairs& pairs, const DeviceInfo& device,
-                           cudaStream_t stream) {
+template <class T, class Tuning, class Pairs>
+cudaError_t launch_fused(const TokenPassArgs& args, const Pairs& pairs, const DeviceInfo& device,
+                         cudaStream_t stream) {
   const int64_t pieces = args.hidden_size * static_cast<int64_t>(sizeof(T)) / kPieceBytes;
   const int64_t threads = round_up<int64_t>(pieces, kWarpSize);
-  if (threads > Shape::kThreads) return cudaErrorInvalidValue;
-  return launch_early(expert_columns_kernel<T, Shape, Pairs>,
-                      static_cast<unsigned>(args.num_tokens), static_cast<unsigned>(threads),
-                      device, stream, args, pairs);
+  if (threads > Tuning::kThreads) return cudaErrorInvalidValue;
+  return launch_early(expert_fused_kernel<T, Tuning, Pairs>, static_cast<unsigned>(args.num_tokens),
+                      static_cast<unsigned>(threads), device, stream, args, pairs);
 }
 
 }  // namespace omni_moe::cuda

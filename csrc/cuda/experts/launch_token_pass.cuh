@@ -11,22 +11,23 @@
 
 namespace omni_moe::cuda {
 
-// `workspace` holds token_pass_workspace_floats(shape, plan); `beside_previous`: see launch_slabs.
+// `workspace` holds token_pass_workspace_floats(shape, plan); `beside_previous`: see
+// launch_l2_tiled.
 template <class T, class Pairs>
 cudaError_t launch_token_pass(const TokenPassArgs& args, const Pairs& pairs,
                               const TokenPassPlan& plan, bool is_aligned, float* workspace,
                               bool beside_previous, const DeviceInfo& device, cudaStream_t stream) {
   switch (plan.strategy) {
-    case TokenPassStrategy::kPhased:
-      return launch_phased<T>(args, pairs, plan, is_aligned, workspace, stream);
-    case TokenPassStrategy::kColumns:
+    case TokenPassStrategy::kTwoPhase:
+      return launch_two_phase<T>(args, pairs, plan, is_aligned, workspace, stream);
+    case TokenPassStrategy::kFused:
       return args.hidden_size * sizeof(T) <= 2048
-                 ? launch_columns<T, ColumnsTuning<2048>>(args, pairs, device, stream)
-                 : launch_columns<T, ColumnsTuning<4096>>(args, pairs, device, stream);
-    case TokenPassStrategy::kSlabs:
-      return plan.slab_bytes == 512 ? launch_slabs<T, SlabTuning<512>>(
+                 ? launch_fused<T, FusedTuning<2048>>(args, pairs, device, stream)
+                 : launch_fused<T, FusedTuning<4096>>(args, pairs, device, stream);
+    case TokenPassStrategy::kL2Tiled:
+      return plan.tile_bytes == 512 ? launch_l2_tiled<T, L2TileTuning<512>>(
                                           args, pairs, workspace, beside_previous, device, stream)
-                                    : launch_slabs<T, SlabTuning<256>>(
+                                    : launch_l2_tiled<T, L2TileTuning<256>>(
                                           args, pairs, workspace, beside_previous, device, stream);
   }
   return cudaErrorInvalidValue;

@@ -1,4 +1,4 @@
-// Gathered rows against a vector (warp_dot_rows) and their weighted sum (ColumnSum): the two
+// Gathered rows against a query (warp_dot_rows) and their weighted sum (ColumnSum): the two
 // phases of a token pass that works for any H and any alignment. kVec is 16 bytes of elements, or
 // 1 where rows are not aligned.
 #pragma once
@@ -31,10 +31,10 @@ struct LaneRow {
   }
 };
 
-// dots[r] = vector · table[ids[r]], every lane gets the result. `cached` keeps the vector in
+// dots[r] = query · table[ids[r]], every lane gets the result. `cached` keeps the query in
 // registers between calls while the row fits one tile; start with *cached_tile = -1.
 template <class T, int kVec, int kChunks, int kRows>
-__device__ __forceinline__ void warp_dot_rows(const T* vector, const T* table,
+__device__ __forceinline__ void warp_dot_rows(const T* query, const T* table,
                                               const int32_t (&ids)[kRows], int64_t hidden_size,
                                               int lane, LaneRow<T, kVec, kChunks>* cached,
                                               int64_t* cached_tile, float (&dots)[kRows]) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void warp_dot_rows(const T* vector, const T* table,
       rows[r].load(table + ids[r] * hidden_size, tile, hidden_size, lane);
     }
     if (tile != *cached_tile) {
-      cached->load(vector, tile, hidden_size, lane);
+      cached->load(query, tile, hidden_size, lane);
       *cached_tile = tile;
     }
 #pragma unroll

@@ -22,7 +22,7 @@ using RowPiece = uint4;
 
 // A lane's columns in fp32.
 template <class T>
-using Columns = float[kVecWidth<T>];
+using PieceValues = float[kVecWidth<T>];
 
 // `base` points at the lane's columns of row 0. Gathered rows find nothing in L1.
 __device__ __forceinline__ RowPiece load_piece(const char* base, int32_t row, int row_bytes) {
@@ -31,34 +31,34 @@ __device__ __forceinline__ RowPiece load_piece(const char* base, int32_t row, in
 }
 
 template <class T>
-__device__ __forceinline__ void unpack_piece(const RowPiece& piece, Columns<T>& values) {
+__device__ __forceinline__ void unpack_piece(const RowPiece& piece, PieceValues<T>& values) {
   unpack(reinterpret_cast<const Vec<T, kVecWidth<T>>&>(piece), values);
 }
 
 template <class T>
-__device__ __forceinline__ RowPiece pack_piece(const Columns<T>& values) {
+__device__ __forceinline__ RowPiece pack_piece(const PieceValues<T>& values) {
   RowPiece piece;
   pack(values, reinterpret_cast<Vec<T, kVecWidth<T>>&>(piece));
   return piece;
 }
 
 template <class T>
-__device__ __forceinline__ float dot_piece(const Columns<T>& vector, const RowPiece& piece) {
+__device__ __forceinline__ float dot_piece(const PieceValues<T>& query, const RowPiece& piece) {
   float values[kVecWidth<T>];
   unpack_piece<T>(piece, values);
   float even = 0.0f;
   float odd = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVecWidth<T>; i += 2) {
-    even = fmaf(vector[i], values[i], even);
-    odd = fmaf(vector[i + 1], values[i + 1], odd);
+    even = fmaf(query[i], values[i], even);
+    odd = fmaf(query[i + 1], values[i + 1], odd);
   }
   return even + odd;
 }
 
 template <class T>
 __device__ __forceinline__ void add_piece(float coefficient, const RowPiece& piece,
-                                          Columns<T>& sum) {
+                                          PieceValues<T>& sum) {
   float values[kVecWidth<T>];
   unpack_piece<T>(piece, values);
 #pragma unroll
@@ -85,8 +85,8 @@ __device__ __forceinline__ void warp_exchange_halves(float (&values)[kCount], in
   }
 }
 
-// Lane l gets Σ values[l % kCount] over the kLanes lanes of its group (kCount <= kLanes, powers of
-// two); lanes of a group that get the same sum get the same bits. kCount - 1 + log2(kLanes /
+// Lane l gets Σ values[l % kCount] over kLanes neighbouring lanes (kCount <= kLanes, powers of two);
+// those of them that get the same sum get the same bits. This takes kCount - 1 + log2(kLanes /
 // kCount) shuffles, where a butterfly per value would take kCount log2(kLanes).
 template <int kLanes, int kCount>
 __device__ __forceinline__ float warp_transpose_sum(float (&values)[kCount], int lane) {

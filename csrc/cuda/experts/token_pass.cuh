@@ -1,9 +1,10 @@
-// What the token passes of forward and backward have in common: for each token, rows of one table
-// scored against the token's vector, a coefficient per pair from that, rows of another table added.
-//   out[t] = addend[t] + Σ_k coefficient(vector[t] · scored[i]) added[i],  i = indices[t,k]
-// forward: hidden, up, down; backward: grad, down, up, with the scores that the forward saved. Each
-// strategy (expert_plan.h) is one kernel template; ForwardPairs and BackwardPairs turn dots into
-// coefficients and store what is wanted of each pair.
+// The token pass, which forward and backward share. It is attention over a token's K experts, with
+// a coefficient of its own in place of the softmax:
+//   out[t] = addend[t] + Σ_k coefficient(query[t] · key[i]) value[i],  i = indices[t,k]
+// The forward passes hidden, up and down as queries, keys and values; the backward passes grad,
+// down and up, and the pre-activations that the forward saved. Each strategy (expert_plan.h) is one
+// kernel template. ForwardPairs and BackwardPairs turn dot products into coefficients and store
+// what is wanted of each pair.
 #pragma once
 
 #include "cuda/common/activation.cuh"
@@ -14,9 +15,9 @@
 namespace omni_moe::cuda {
 
 struct TokenPassArgs {
-  const void* vectors;  // [T, H]
-  const void* scored;   // [E, H]
-  const void* added;    // [E, H]
+  const void* queries;  // [T, H]
+  const void* keys;     // [E, H]
+  const void* values;   // [E, H]
   const void* indices;  // [T, K], of index_type
   const void* addend;   // [T, H], or null: none
   void* out;            // [T, H], or null: not wanted
@@ -27,14 +28,14 @@ struct TokenPassArgs {
   IndexType index_type;
 };
 
-// s = dot = hidden[t] · up[i]: coefficient act(s) routing.
+// The dot product is the pre-activation s = hidden[t] · up[i]; the coefficient is act(s) routing.
 template <class T>
 struct ForwardPairs {
   const T* routing_weights;  // [T, K]
-  float* scores;             // [T, K], or null: not wanted
+  float* pre_activations;    // [T, K], or null: not wanted
   Activation activation;
 
-  // What is read of a pair, long before its dot is known.
+  // What is read of a pair, long before its dot product is known.
   struct Inputs {
     float weight;
   };
@@ -43,33 +44,34 @@ struct ForwardPairs {
   }
   __device__ __forceinline__ float finish(const Inputs& inputs, int64_t pair, int64_t /*token*/,
                                           float dot, bool stores) const {
-    if (stores && scores != nullptr) scores[pair] = dot;
+    if (stores && pre_activations != nullptr) pre_activations[pair] = dot;
     return activate(activation, dot) * inputs.weight;
   }
 };
 
-// g = dot = grad[t] · down[i], s as the forward saved it: coefficient routing act'(s) g.
+// The dot product is g = grad[t] · down[i]; the coefficient is routing act'(s) g, with s as the
+// forward saved it.
 template <class T>
 struct BackwardPairs {
   const T* routing_weights;       // [T, K]
-  const float* scores;            // [T, K]
+  const float* pre_activations;   // [T, K]
   T* grad_routing_weights;        // [T, K], or null: not wanted
-  PairRecord* records;            // null: no weight gradient wanted
-  const uint32_t* pair_position;  // [T * K], null likewise
+  PairRecord* records;            // [T * K], or null: no weight gradient is wanted
+  const uint32_t* pair_position;  // [T * K], or null likewise
   Activation activation;
 
   struct Inputs {
     float weight;
-    float score;
+    float pre_activation;
     uint32_t position;
   };
   __device__ __forceinline__ Inputs load(int64_t pair, bool stores) const {
-    return {to_float(routing_weights[pair]), scores[pair],
+    return {to_float(routing_weights[pair]), pre_activations[pair],
             stores && records != nullptr ? pair_position[pair] : 0};
   }
   __device__ __forceinline__ float finish(const Inputs& inputs, int64_t pair, int64_t token,
                                           float dot, bool stores) const {
-    const ActivationResult act = activate_with_derivative(activation, inputs.score);
+    const ActivationResult act = activate_with_derivative(activation, inputs.pre_activation);
     const float up_coefficient = through_derivative(activation, act, inputs.weight * dot);
     if (stores) {
       if (grad_routing_weights != nullptr) {

@@ -1,6 +1,6 @@
-// Token pass in two phases, for any H and any alignment, and for few tokens of many pairs: a block
-// per token, or per part of a token's pairs, first scores its pairs row by row, then adds the rows
-// of the other table column by column.
+// Token pass in two phases, for any H and any alignment, and for few tokens of many pairs. A block
+// has a token, or a part of a token's pairs. First its warps compute the dot products of the keys,
+// row by row; then its threads add the rows of the values, column by column.
 #pragma once
 
 #include "cuda/common/check.h"
@@ -14,10 +14,10 @@
 namespace omni_moe::cuda {
 
 template <class T, int kVec, int kThreads>
-using PassColumnSum = ColumnSum<T, kVec, kThreads, PhasedTuning::kColumnRows>;
+using PassColumnSum = ColumnSum<T, kVec, kThreads, TwoPhaseTuning::kValueRows>;
 
 template <class T, int kVec, int kThreads>
-size_t phased_shared_bytes(int64_t pairs_per_split) {
+size_t two_phase_shared_bytes(int64_t pairs_per_split) {
   const size_t pairs = static_cast<size_t>(round_up<int64_t>(pairs_per_split, 4));
   return pairs * (sizeof(int32_t) + sizeof(float)) +
          PassColumnSum<T, kVec, kThreads>::kScratchFloats * sizeof(float);
@@ -26,12 +26,13 @@ size_t phased_shared_bytes(int64_t pairs_per_split) {
 // Grid (T, num_splits). With num_splits > 1 the sums go to `partial` [T, num_splits, H].
 template <class T, int kVec, int kThreads, int kBlocksPerSm, class Pairs>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    expert_phased_kernel(const __grid_constant__ TokenPassArgs args,
-                         const __grid_constant__ Pairs pairs, int pairs_per_split, float* partial) {
+    expert_two_phase_kernel(const __grid_constant__ TokenPassArgs args,
+                            const __grid_constant__ Pairs pairs, int pairs_per_split,
+                            float* partial) {
   constexpr int kWarps = kThreads / kWarpSize;
-  constexpr int kRows = PhasedTuning::kScoreRows;
+  constexpr int kRows = TwoPhaseTuning::kKeyRows;
   constexpr int kChunks =
-      kVec == 1 ? PhasedTuning::kScalarChunksPerLane : PhasedTuning::kChunksPerLane;
+      kVec == 1 ? TwoPhaseTuning::kScalarChunksPerLane : TwoPhaseTuning::kChunksPerLane;
   extern __shared__ __align__(128) char shared[];
   const int padded_pairs = round_up(pairs_per_split, 4);
   int32_t* ids = reinterpret_cast<int32_t*>(shared);
@@ -54,25 +55,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __syncthreads();
 
   // 2. Dots and coefficients, kRows pairs at a time per warp.
-  PassColumnSum<T, kVec, kThreads> columns(static_cast<const T*>(args.added), ids, num_pairs,
+  PassColumnSum<T, kVec, kThreads> columns(static_cast<const T*>(args.values), ids, num_pairs,
                                            hidden_size);
-  // Few tokens: latency is all, and there are registers to start the added rows with the scored
-  // rows.
-  constexpr bool kPrefetchEarly = kThreads > PhasedTuning::kThreads;
+  // With few tokens latency is all that counts, and there are registers enough to load the first
+  // values together with the keys.
+  constexpr bool kPrefetchEarly = kThreads > TwoPhaseTuning::kThreads;
   if constexpr (kPrefetchEarly) columns.prefetch();
-  LaneRow<T, kVec, kChunks> vector;
-  int64_t vector_tile = -1;
+  LaneRow<T, kVec, kChunks> query;
+  int64_t query_tile = -1;
   for (int first = warp; first < num_pairs; first += kWarps * kRows) {
     int32_t rows[kRows];
     float dots[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {  // past the end: the first row again
+    for (int r = 0; r < kRows; ++r) {  // past the last pair the first row is read again
       const int j = first + r * kWarps;
       rows[r] = ids[j < num_pairs ? j : first];
     }
-    warp_dot_rows(static_cast<const T*>(args.vectors) + token * hidden_size,
-                  static_cast<const T*>(args.scored), rows, hidden_size, lane, &vector,
-                  &vector_tile, dots);
+    warp_dot_rows(static_cast<const T*>(args.queries) + token * hidden_size,
+                  static_cast<const T*>(args.keys), rows, hidden_size, lane, &query, &query_tile,
+                  dots);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = first + r * kWarps;
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if constexpr (!kPrefetchEarly) columns.prefetch();
   __syncthreads();
 
-  // 3. Σ_j coefficients[j] * added row.
+  // 3. Σ_j coefficients[j] * values[j].
   if (gridDim.y == 1) {
     T* out = static_cast<T*>(args.out) + token * hidden_size;
     const T* addend = static_cast<const T*>(args.addend) + token * hidden_size;
@@ -112,10 +113,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <class T, int kVec, int kThreads, int kBlocksPerSm, class Pairs>
-cudaError_t launch_phased(const TokenPassArgs& args, const Pairs& pairs, const TokenPassPlan& plan,
-                          float* partial, cudaStream_t stream) {
-  const auto kernel = expert_phased_kernel<T, kVec, kThreads, kBlocksPerSm, Pairs>;
-  const size_t shared_bytes = phased_shared_bytes<T, kVec, kThreads>(plan.pairs_per_split);
+cudaError_t launch_two_phase(const TokenPassArgs& args, const Pairs& pairs,
+                             const TokenPassPlan& plan, float* partial, cudaStream_t stream) {
+  const auto kernel = expert_two_phase_kernel<T, kVec, kThreads, kBlocksPerSm, Pairs>;
+  const size_t shared_bytes = two_phase_shared_bytes<T, kVec, kThreads>(plan.pairs_per_split);
   const dim3 grid(static_cast<unsigned>(args.num_tokens), static_cast<unsigned>(plan.num_splits));
   return run_steps([&] { return allow_shared_memory(kernel, shared_bytes); },
                    [&] {
@@ -125,28 +126,30 @@ cudaError_t launch_phased(const TokenPassArgs& args, const Pairs& pairs, const T
                    },
                    [&] {
                      if (plan.num_splits == 1 || args.out == nullptr) return cudaSuccess;
-                     return launch_split_combine(partial, static_cast<const T*>(args.addend),
-                                                 static_cast<T*>(args.out), args.num_tokens,
-                                                 plan.num_splits, args.hidden_size, stream);
+                     return launch_split_k_reduce(partial, static_cast<const T*>(args.addend),
+                                                  static_cast<T*>(args.out), args.num_tokens,
+                                                  plan.num_splits, args.hidden_size, stream);
                    });
 }
 
 template <class T, class Pairs>
-cudaError_t launch_phased(const TokenPassArgs& args, const Pairs& pairs, const TokenPassPlan& plan,
-                          bool is_aligned, float* partial, cudaStream_t stream) {
-  constexpr int kDecodeThreads = PhasedTuning::kDecodeThreads;
-  constexpr int kDecodeBlocks = PhasedTuning::kDecodeBlocksPerSm;
-  constexpr int kThreads = PhasedTuning::kThreads;
-  constexpr int kBlocks = PhasedTuning::kBlocksPerSm;
+cudaError_t launch_two_phase(const TokenPassArgs& args, const Pairs& pairs,
+                             const TokenPassPlan& plan, bool is_aligned, float* partial,
+                             cudaStream_t stream) {
+  constexpr int kDecodeThreads = TwoPhaseTuning::kDecodeThreads;
+  constexpr int kDecodeBlocks = TwoPhaseTuning::kDecodeBlocksPerSm;
+  constexpr int kThreads = TwoPhaseTuning::kThreads;
+  constexpr int kBlocks = TwoPhaseTuning::kBlocksPerSm;
   constexpr int kVec = kVecWidth<T>;
   if (plan.threads == kDecodeThreads) {
-    return is_aligned ? launch_phased<T, kVec, kDecodeThreads, kDecodeBlocks>(args, pairs, plan,
-                                                                              partial, stream)
-                      : launch_phased<T, 1, kDecodeThreads, kDecodeBlocks>(args, pairs, plan,
-                                                                           partial, stream);
+    return is_aligned ? launch_two_phase<T, kVec, kDecodeThreads, kDecodeBlocks>(args, pairs, plan,
+                                                                                 partial, stream)
+                      : launch_two_phase<T, 1, kDecodeThreads, kDecodeBlocks>(args, pairs, plan,
+                                                                              partial, stream);
   }
-  return is_aligned ? launch_phased<T, kVec, kThreads, kBlocks>(args, pairs, plan, partial, stream)
-                    : launch_phased<T, 1, kThreads, kBlocks>(args, pairs, plan, partial, stream);
+  return is_aligned
+             ? launch_two_phase<T, kVec, kThreads, kBlocks>(args, pairs, plan, partial, stream)
+             : launch_two_phase<T, 1, kThreads, kBlocks>(args, pairs, plan, partial, stream);
 }
 
 }  // namespace omni_moe::cuda

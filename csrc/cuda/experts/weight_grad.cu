@@ -1,10 +1,10 @@
 // Expert-ordered half of the backward:
 //   grad_up[i] = Σ up_coefficient * hidden[t],  grad_down[i] = Σ down_coefficient * grad[t]
-// over the pairs (t, k) of expert i, in ascending pair order. Gathers 2 T K rows (from L2, as long
-// as the tokens fit there) and writes each of the 2 E rows once, idle experts' with zeros. A warp
-// owns a slab of columns of a few neighbouring experts, whose pairs it reads as one stream, so that
-// loads run ahead across experts. Segments longer than part_pairs are summed in parts by other
-// warps, and a second kernel adds the parts.
+// over the pairs (t, k) of expert i, in ascending pair order. The kernel gathers 2 T K rows (from
+// L2, as long as the tokens fit there) and writes each of the 2 E rows once, idle experts' with
+// zeros. A warp owns a tile of the gradients, a few neighbouring experts by a stretch of columns,
+// and reads the experts' pairs as one stream, so that loads run ahead across experts. Segments
+// longer than part_pairs are summed in parts by other warps, and a second kernel adds the parts.
 #include <algorithm>
 
 #include "cuda/common/dependent_launch.cuh"
@@ -32,10 +32,10 @@ struct WeightGradArgs {
   ExpertSchedule schedule;
   const PairRecord* records;
   float* partial;
-  int64_t num_slabs;     // column slabs of a row, one warp each
-  int experts_per_warp;  // <= 32
-  int num_part_blocks;   // the first blocks sum parts, the rest experts
-  bool slab_by_slab;     // the order of tasks, below
+  int64_t num_column_tiles;  // of a row, one warp each
+  int experts_per_warp;      // <= 32
+  int num_part_blocks;       // the first blocks sum parts, the rest experts
+  bool column_tile_major;    // the order of tasks, below
 };
 
 __device__ __forceinline__ PairRecord load_record(const PairRecord* record) {
@@ -120,11 +120,11 @@ __device__ __forceinline__ void store_grad_row(void* table, int64_t offset,
   store_vec_streaming(static_cast<T*>(table) + offset, packed);
 }
 
-// One warp: experts first_expert … of one slab.
+// One warp sums one column tile of the experts from first_expert on.
 template <class T, int kVec>
 __device__ __forceinline__ void sum_experts(const WeightGradArgs& args, int64_t first_expert,
                                             int64_t column, int lane) {
-  // 1. Lane l holds the segment of expert l of the warp. Long ones count as empty here.
+  // 1. Lane l holds the segment of the warp's expert l. Long segments count as empty here.
   const int64_t left = args.num_experts - first_expert;
   const int num_segments =
       static_cast<int>(left < args.experts_per_warp ? left : args.experts_per_warp);
@@ -160,7 +160,7 @@ __device__ __forceinline__ void sum_experts(const WeightGradArgs& args, int64_t 
     for (int s = 0; s < num_segments; ++s) {
       segment += __shfl_sync(kFullWarp, stream_end, s) <= i ? 1 : 0;
     }
-    const int source = segment < kWarpSize ? segment : 0;  // i past the end: any lane
+    const int source = segment < kWarpSize ? segment : 0;  // past the end any lane will do
     const uint32_t segment_begin = __shfl_sync(kFullWarp, begin, source);
     const uint32_t segment_start = __shfl_sync(kFullWarp, stream_begin, source);
     if (i < total) *record = load_record(args.records + segment_begin + (i - segment_start));
@@ -170,7 +170,7 @@ __device__ __forceinline__ void sum_experts(const WeightGradArgs& args, int64_t 
   finish_until(num_segments);
 }
 
-// One warp: a part of a long segment, one slab, to `partial`.
+// One warp sums one column tile of a part of a long segment into `partial`.
 template <class T, int kVec>
 __device__ __forceinline__ void sum_part(const WeightGradArgs& args, int64_t slot, int64_t column,
                                          int lane) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void sum_part(const WeightGradArgs& args, int64_t slo
   }
 }
 
-// A warp's share: a part or a group of experts, and this lane's first column.
+// What a warp sums: a part of a segment or a tile of experts, and this lane's first column.
 struct Task {
   int64_t item;
   int64_t column;
@@ -211,26 +211,28 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int64_t part_warps = static_cast<int64_t>(args.num_part_blocks) * kWarps;
-  // Slab by slab, warps that run together gather the same columns, of which L2 holds all tokens;
-  // else all columns of the same pairs, whose records they then share.
+  // In the order of column tiles, warps that run together gather the same columns, of which L2
+  // holds all tokens. In the other order they gather all columns of the same pairs and share their
+  // records.
   const auto split = [&](int64_t task, int64_t count) {
-    const int64_t slab = args.slab_by_slab ? task / count : task % args.num_slabs;
-    const int64_t item = args.slab_by_slab ? task % count : task / args.num_slabs;
-    return Task{item, (slab * kWarpSize + lane) * kVec};
+    const int64_t tile = args.column_tile_major ? task / count : task % args.num_column_tiles;
+    const int64_t item = args.column_tile_major ? task % count : task / args.num_column_tiles;
+    return Task{item, (tile * kWarpSize + lane) * kVec};
   };
   if (warp < part_warps) {
     const int64_t num_parts = args.schedule.counters->num_parts;
-    for (int64_t task = warp; task < num_parts * args.num_slabs; task += part_warps) {
+    for (int64_t task = warp; task < num_parts * args.num_column_tiles; task += part_warps) {
       const Task part = split(task, num_parts);
       sum_part<T, kVec>(args, part.item, part.column, lane);
     }
     return;
   }
-  const int64_t num_groups = (args.num_experts + args.experts_per_warp - 1) / args.experts_per_warp;
+  const int64_t num_expert_tiles =
+      (args.num_experts + args.experts_per_warp - 1) / args.experts_per_warp;
   const int64_t task = warp - part_warps;
-  if (task >= num_groups * args.num_slabs) return;
-  const Task group = split(task, num_groups);
-  sum_experts<T, kVec>(args, group.item * args.experts_per_warp, group.column, lane);
+  if (task >= num_expert_tiles * args.num_column_tiles) return;
+  const Task tile = split(task, num_expert_tiles);
+  sum_experts<T, kVec>(args, tile.item * args.experts_per_warp, tile.column, lane);
 }
 
 // Adds the parts of each long segment: a block per 32 columns of one table's row, warp w taking
@@ -281,19 +283,20 @@ int experts_per_warp(int64_t num_pairs, int64_t num_experts) {
 template <class T, int kVec>
 cudaError_t launch(WeightGradArgs args, int64_t num_tokens, int64_t num_pairs,
                    const ExpertDeviceInfo& device, cudaStream_t stream) {
-  args.num_slabs = ceil_div<int64_t>(args.hidden_size, int64_t{kWarpSize} * kVec);
+  args.num_column_tiles = ceil_div<int64_t>(args.hidden_size, int64_t{kWarpSize} * kVec);
   args.experts_per_warp = experts_per_warp(num_pairs, args.num_experts);
-  // Tokens and gradients of both kinds together against L2: T16384 E65536 K32 407 -> 338 µs,
-  // T4096 E65536 K16 90 -> 84; but T4096 E4096 K16 44.8 -> 47.5 and T1024 K32 27.4 -> 28.6 (H200).
-  args.slab_by_slab =
+  // The order of column tiles pays where the tokens and the gradients of both kinds together exceed
+  // L2. On an H200 it took T16384 E65536 K32 from 407 to 338 µs and T4096 E65536 K16 from 90 to 84,
+  // but T4096 E4096 K16 from 44.8 to 47.5 and T1024 K32 from 27.4 to 28.6.
+  args.column_tile_major =
       2 * (num_tokens + args.num_experts) * args.hidden_size * static_cast<int64_t>(sizeof(T)) >
       device.l2_bytes;
-  const int64_t part_tasks = args.schedule.max_parts * args.num_slabs;
+  const int64_t part_tasks = args.schedule.max_parts * args.num_column_tiles;
   const int64_t part_blocks = int64_t{WeightGradTuning::kPartBlocksPerSm} * device.num_sms;
   args.num_part_blocks =
       static_cast<int>(std::min(ceil_div<int64_t>(part_tasks, kWarps), part_blocks));
   const int64_t expert_tasks =
-      ceil_div<int64_t>(args.num_experts, args.experts_per_warp) * args.num_slabs;
+      ceil_div<int64_t>(args.num_experts, args.experts_per_warp) * args.num_column_tiles;
   const int64_t blocks = args.num_part_blocks + ceil_div<int64_t>(expert_tasks, kWarps);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   return run_steps(

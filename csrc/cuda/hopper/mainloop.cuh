@@ -24,9 +24,9 @@ inline constexpr int kCluster = 2;  // blocks that share tiles of the weights
 // cores always have work.
 template <class T, WgmmaMajor kMajorB, int kTileRowsB, class Shared, int kStages, int kRegisters,
           class A, class B>
-__device__ __forceinline__ void sum_stages(Shared& shared, int num_stages,
-                                           RingCursor<kStages>& ring, float (&d)[kRegisters],
-                                           A a_tile, B b_tile) {
+__device__ __forceinline__ void run_mainloop(Shared& shared, int num_stages,
+                                             RingCursor<kStages>& ring, float (&d)[kRegisters],
+                                             A a_tile, B b_tile) {
   constexpr WgmmaMajor kMajorA = WgmmaMajor::kDepth;
   const auto release = [&](int stage) {
     const int lane = threadIdx.x % kWarpSize;

@@ -92,7 +92,7 @@ __device__ __forceinline__ void tma_load_multicast(const CUtensorMap& map, void*
       : "memory");
 }
 
-// Part of the calling thread's current group of stores.
+// The store belongs to the calling thread's current bulk group.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* tile, int row,
                                           int col) {
   asm volatile(
@@ -105,13 +105,13 @@ __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until the thread's groups of stores but the last kPending have read their shared memory.
+// Waits until all but the last kPending of the thread's bulk groups have read their shared memory.
 template <int kPending>
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Until all of the thread's stores are done.
+// Waits until all of the thread's stores are done.
 __device__ __forceinline__ void tma_store_wait_all() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

@@ -51,8 +51,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int leadi
 template <WgmmaMajor kMajor, int kTileRows>
 struct WgmmaOperand;
 
-// The stride leads from one group of eight rows to the next; the leading distance has no meaning.
-// The next 16 elements of K are 32 bytes further: the swizzle is of address bits.
+// The stride leads from eight rows to the next eight; the leading distance has no meaning. The next
+// 16 elements of K begin 32 bytes further, since the hardware swizzles the bits of addresses.
 template <int kTileRows>
 struct WgmmaOperand<WgmmaMajor::kDepth, kTileRows> {
   static constexpr int kLeadingBytes = 16;
@@ -60,9 +60,9 @@ struct WgmmaOperand<WgmmaMajor::kDepth, kTileRows> {
   static constexpr int kDepthStepBytes = kWgmmaDepth * 2;
 };
 
-// The leading distance leads from one tile of 64 columns to the next, the stride from one group of
-// eight elements of K to the next (Swizzle<3,4,3> o ((8,n),(8,k)):((1,leading),(8,stride)) in the
-// terms of CUTLASS). 16 elements of K are two such groups.
+// The leading distance leads from one tile of 64 columns to the next, the stride from eight elements
+// of K to the next eight (Swizzle<3,4,3> o ((8,n),(8,k)):((1,leading),(8,stride)) in the terms of
+// CUTLASS). The next 16 elements of K begin two strides further.
 template <int kTileRows>
 struct WgmmaOperand<WgmmaMajor::kCols, kTileRows> {
   static constexpr int kLeadingBytes = kTileRows * 128;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until all but the last kPending committed groups of this warp are done.
+// Waits until all but the last kPending committed groups of this warp are done.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");

@@ -41,11 +41,11 @@ namespace {
 
 constexpr int kTileCols = kWgmmaCols;
 constexpr int kGradBytes = kTileTokens * kSwizzleRowBytes;  // of grad_output in one stage
-// Of down_weight in one stage, a slab of 64 columns.
-constexpr int kSlabCols = kSwizzleRowBytes / 2;
-constexpr int kSlabBytes = kStageDepth * kSwizzleRowBytes;
-constexpr int kSlabs = kTileCols / kSlabCols;
-constexpr int kStageBytes = kGradBytes + kSlabs * kSlabBytes;
+// Of down_weight in one stage, a panel of 64 columns.
+constexpr int kPanelCols = kSwizzleRowBytes / 2;
+constexpr int kPanelBytes = kStageDepth * kSwizzleRowBytes;
+constexpr int kPanels = kTileCols / kPanelCols;
+constexpr int kStageBytes = kGradBytes + kPanels * kPanelBytes;
 
 // What a lane has of a row in the epilogue.
 constexpr int kLaneCols = kVecWidth<__half>;
@@ -84,7 +84,7 @@ struct Stash {
 template <class Tuning>
 struct SharedStorage {
   char grad_output[Tuning::kStages][kGradBytes];
-  char down_weight[Tuning::kStages][kSlabs][kSlabBytes];
+  char down_weight[Tuning::kStages][kPanels][kPanelBytes];
   Stash stash[kConsumerWarps];
   uint64_t full[Tuning::kStages];   // the stage's tiles have landed here
   uint64_t empty[Tuning::kStages];  // all consumers of the cluster have read it
@@ -98,8 +98,8 @@ template <class Tuning>
 __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& args,
                                            SharedStorage<Tuning>& shared,
                                            const ClusterPosition& position) {
-  constexpr int kOwnSlabs = kSlabs / kCluster;
-  static_assert(kOwnSlabs * kCluster == kSlabs);
+  constexpr int kOwnPanels = kPanels / kCluster;
+  static_assert(kOwnPanels * kCluster == kPanels);
   const int num_tiles = args.tiles.num_token_tiles * args.tiles.num_col_tiles;
   RingCursor<Tuning::kStages> ring;
   for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
@@ -115,10 +115,10 @@ __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& a
       mbarrier_arrive_expect(full, kStageBytes);
       tma_load(args.grad_output, shared.grad_output[stage], full, token, depth);
 #pragma unroll
-      for (int i = 0; i < kOwnSlabs; ++i) {
-        const int slab = position.rank * kOwnSlabs + i;
-        tma_load_multicast(args.down_weight, shared.down_weight[stage][slab], full, depth,
-                           col + slab * kSlabCols, (1 << kCluster) - 1);
+      for (int i = 0; i < kOwnPanels; ++i) {
+        const int panel = position.rank * kOwnPanels + i;
+        tma_load_multicast(args.down_weight, shared.down_weight[stage][panel], full, depth,
+                           col + panel * kPanelCols, (1 << kCluster) - 1);
       }
     }
   }
@@ -271,7 +271,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
   // This lane's row of the four matrices that the warp stores at once.
   char* const stash_lane = stash.rows[lane % kWarpRows] + lane / kWarpRows * 16;
 
-  StageProducts<T, WgmmaMajor::kCols, kStageDepth, Tuning, SharedStorage<Tuning>> products(
+  TileMainloop<T, WgmmaMajor::kCols, kStageDepth, Tuning, SharedStorage<Tuning>> mainloop(
       shared, args.num_stages_per_tile, consumer);
   unsigned stash_parity = 1;  // it starts empty
   float d[kWgmmaRegisters];
@@ -280,7 +280,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearBackwardArgument
 
   for (int tile = position.cluster;;) {
     // 1. D = grad_output down_weight.
-    products.sum(
+    mainloop.run(
         d, [&](int stage) { return shared.grad_output[stage]; },
         [&](int stage) { return shared.down_weight[stage]; });
 

@@ -125,7 +125,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
   const int warp = threadIdx.x / kWarpSize % (kWarpgroupThreads / kWarpSize);
   char(*halves)[kStoreBytes] = shared.stores[consumer * 4 + warp];
 
-  StageProducts<T, WgmmaMajor::kDepth, kWgmmaCols, Tuning, SharedStorage<Tuning::kStages>> products(
+  TileMainloop<T, WgmmaMajor::kDepth, kWgmmaCols, Tuning, SharedStorage<Tuning::kStages>> mainloop(
       shared, args.num_stages_per_tile, consumer);
   float d[kWgmmaRegisters];
 #pragma unroll
@@ -133,7 +133,7 @@ __device__ __forceinline__ void multiply_tiles(const GatedLinearArguments& args,
 
   for (int tile = position.cluster; tile < num_tiles; tile += position.num_clusters) {
     // 1. D = x [gate_weight; up_weight]ᵀ.
-    products.sum(
+    mainloop.run(
         d, [&](int stage) { return shared.x[stage]; },
         [&](int stage) { return shared.weights[stage][0]; });
 

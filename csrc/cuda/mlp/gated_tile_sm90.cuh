@@ -39,9 +39,9 @@ inline constexpr int kLaunchRegisters = 168;
 // Rows of D that one warp has in its registers.
 inline constexpr int kWarpRows = kWgmmaRows / kWarpgroupWarps;
 
-// Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns: the fewest
-// bytes from memory for 66 clusters.
-inline constexpr int kGroup = 8;
+// Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns, which reads the
+// fewest bytes from memory for 66 clusters.
+inline constexpr int kStripeTiles = 8;
 
 // ---- Device -------------------------------------------------------------------------------------
 
@@ -55,12 +55,13 @@ struct TilePosition {
   int col_tile;
 };
 
-// Column by column through bands of kGroup token tiles: what runs at the same time shares operands.
+// Tiles are taken column by column through stripes of kStripeTiles token tiles, so that what runs
+// at the same time shares operands.
 __device__ __forceinline__ TilePosition tile_position(int tile, const TileGrid& grid) {
-  const int band_tiles = kGroup * grid.num_col_tiles;
-  const int first = tile / band_tiles * kGroup;
-  const int height = min(kGroup, grid.num_token_tiles - first);
-  const int within = tile % band_tiles;
+  const int stripe_tiles = kStripeTiles * grid.num_col_tiles;
+  const int first = tile / stripe_tiles * kStripeTiles;
+  const int height = min(kStripeTiles, grid.num_token_tiles - first);
+  const int within = tile % stripe_tiles;
   return {first + within % height, within / height};
 }
 
@@ -83,10 +84,10 @@ __device__ __forceinline__ void set_registers() {
 
 // The multiplying warps' side of the ring, for the stages of one tile after the other.
 template <class T, WgmmaMajor kMajorB, int kTileRowsB, class Tuning, class Shared>
-class StageProducts {
+class TileMainloop {
  public:
   // The second warpgroup starts late, so that one multiplies while the other works at its results.
-  __device__ __forceinline__ StageProducts(Shared& shared, int num_stages, int consumer)
+  __device__ __forceinline__ TileMainloop(Shared& shared, int num_stages, int consumer)
       : shared_(shared),
         num_stages_(num_stages),
         row_byte_(consumer * kWgmmaRows * kSwizzleRowBytes) {
@@ -97,8 +98,8 @@ class StageProducts {
 
   // d = a(stage) b(stage), summed over the tile's stages.
   template <class A, class B>
-  __device__ __forceinline__ void sum(float (&d)[kWgmmaRegisters], A a_tile, B b_tile) {
-    sum_stages<T, kMajorB, kTileRowsB>(
+  __device__ __forceinline__ void run(float (&d)[kWgmmaRegisters], A a_tile, B b_tile) {
+    run_mainloop<T, kMajorB, kTileRowsB>(
         shared_, num_stages_, ring_, d, [&](int stage) { return a_tile(stage) + row_byte_; },
         b_tile);
   }

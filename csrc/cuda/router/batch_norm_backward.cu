@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_backward_kernel(const BatchNormBackwardParams params, const Plan plan) {
   constexpr int kRows = Tiling<T, kVec>::kBackwardRows;
   using V = Vec<T, kVec>;
-  __shared__ float mean_grads[kGroupColumns], mean_products[kGroupColumns];
+  __shared__ float mean_grads[kPanelColumns], mean_products[kPanelColumns];
   __shared__ WarpPartials warp_partials;
-  const int column = threadIdx.x % kGroupColumns;
+  const int column = threadIdx.x % kPanelColumns;
   for (int round = 0; round < plan.num_rounds; ++round) {
     const Tile tile(plan, round, params.num_tokens, params.num_rows, params.num_cols);
     const ThreadRows<T, kVec> rows(tile);
@@ -69,9 +69,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       rows.keep_packed(held_grads);
       rows.keep_packed(held_norms);
       const Sums block = merge_threads<SumsMerger>(rows, warp_partials, sum, product);
-      const Sums batch = merge_grid<SumsMerger>(plan, tile, tile.group < plan.num_groups, block,
+      const Sums batch = merge_grid<SumsMerger>(plan, tile, tile.panel < plan.num_panels, block,
                                                 warp_partials, params.workspace);
-      if (threadIdx.x < kGroupColumns) {
+      if (threadIdx.x < kPanelColumns) {
         mean_grads[column] = batch.first / static_cast<float>(params.num_tokens);
         mean_products[column] = batch.second / static_cast<float>(params.num_tokens);
       }

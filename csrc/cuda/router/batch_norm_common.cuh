@@ -1,7 +1,7 @@
 // What BatchNorm's forward and backward share: how blocks and threads lie over tokens and columns,
 // and statistics of columns merged over threads, block and grid.
 //
-// A block owns kGroupColumns columns of one axis over a stretch of the tokens. It reads them once
+// A block owns kPanelColumns columns of one axis over a stretch of the tokens. It reads them once
 // into registers, as far as they fit, and writes the stretch's statistics to the workspace; after a
 // barrier of the grid it merges those of its columns and computes its results out of its registers.
 // Every sum has an order given by the shape and the device alone: no atomics, the same bits every
@@ -26,15 +26,15 @@ namespace omni_moe::cuda::batch_norm {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kBlocksPerSm = 2;  // 128 registers; the device must hold a grid at once
-inline constexpr int kGroupColumns = 32;
+inline constexpr int kPanelColumns = 32;
 inline constexpr int kWarps = kThreads / kWarpSize;
-static_assert(kGroupColumns == kWarpSize, "a warp reads one partial of each column");
+static_assert(kPanelColumns == kWarpSize, "a warp reads one partial of each column");
 
 // How the threads of a block lie over its columns: kLanes side by side, each a vector of columns,
 // kSlots rows at once.
 template <class T, int kVec>
 struct Tiling {
-  static constexpr int kLanes = kGroupColumns / kVec;
+  static constexpr int kLanes = kPanelColumns / kVec;
   static constexpr int kSlots = kThreads / kLanes;
   // Rows of a thread in flight, or in registers: 128 bytes of vectors.
   static constexpr int kForwardRows = kVec == 1 ? 16 : 8;
@@ -123,12 +123,12 @@ class SumsMerger {
 };
 
 // Partials of the block's columns, one of each column per warp.
-using WarpPartials = float[kWarps][3][kGroupColumns];
+using WarpPartials = float[kWarps][3][kPanelColumns];
 
-// -> of column threadIdx.x % kGroupColumns, for every thread.
+// -> of column threadIdx.x % kPanelColumns, for every thread.
 template <class Merger>
 __device__ __forceinline__ auto merge_warps(const WarpPartials& partials) {
-  const int column = threadIdx.x % kGroupColumns;
+  const int column = threadIdx.x % kPanelColumns;
   __syncthreads();
   Merger total;
 #pragma unroll
@@ -142,36 +142,36 @@ __device__ __forceinline__ auto merge_warps(const WarpPartials& partials) {
 // ---- A block's share ----------------------------------------------------------------------------
 
 struct Plan {
-  int groups_x;  // groups of columns of the x axis, then those of the y axis
-  int num_groups;
-  int groups_per_round;
+  int panels_x;  // panels of the x axis, then those of the y axis
+  int num_panels;
+  int panels_per_round;
   int num_rounds;
   int num_parts;
   int64_t tokens_per_part;
 };
 
-// kGroupColumns columns of one axis over one part of the tokens, and this thread's place in them.
+// kPanelColumns columns of one axis over one part of the tokens, and this thread's place in them.
 struct Tile {
   bool is_y;
-  int group;
+  int panel;
   int part;
   int64_t begin, end;    // tokens
   int64_t num_tokens;    // of all parts
   int64_t axis_width;    // columns of the axis
   int64_t axis_begin;    // the axis' first column among both
-  int64_t first_column;  // of the group in its axis
+  int64_t first_column;  // of the panel in its axis
 
   __device__ Tile(const Plan& plan, int round, int64_t num_tokens, int64_t num_rows,
                   int64_t num_cols)
       : num_tokens(num_tokens) {
-    group = round * plan.groups_per_round + blockIdx.x % plan.groups_per_round;
-    part = blockIdx.x / plan.groups_per_round;
+    panel = round * plan.panels_per_round + blockIdx.x % plan.panels_per_round;
+    part = blockIdx.x / plan.panels_per_round;
     begin = part * plan.tokens_per_part;
     end = min(num_tokens, begin + plan.tokens_per_part);
-    is_y = group >= plan.groups_x;
+    is_y = panel >= plan.panels_x;
     axis_width = is_y ? num_cols : num_rows;
     axis_begin = is_y ? num_rows : 0;
-    first_column = int64_t{is_y ? group - plan.groups_x : group} * kGroupColumns;
+    first_column = int64_t{is_y ? panel - plan.panels_x : panel} * kPanelColumns;
   }
   __device__ bool has(int column) const { return first_column + column < axis_width; }
 };
@@ -180,7 +180,7 @@ struct Tile {
 template <class T, int kVec>
 struct ThreadRows {
   using Threads = Tiling<T, kVec>;
-  int column;  // within the group
+  int column;  // within the panel
   int64_t row;
   int count;
 
@@ -240,18 +240,18 @@ __device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows,
 }
 
 // The same over all parts: writes this block's to the workspace, waits for the grid, and merges
-// those of the group's columns. Blocks without a group (in_use false) wait too.
+// those of the panel's columns. Blocks without a panel (in_use false) wait too.
 template <class Merger, class Partial>
 __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, bool in_use,
                                            const Partial& own, WarpPartials& warp_partials,
                                            void* workspace) {
-  const int column = threadIdx.x % kGroupColumns;
-  const int warp = threadIdx.x / kGroupColumns;
+  const int column = threadIdx.x % kPanelColumns;
+  const int warp = threadIdx.x / kPanelColumns;
   float2* partials = static_cast<float2*>(workspace) +
-                     int64_t{tile.group} * plan.num_parts * kGroupColumns + column;
-  if (in_use && threadIdx.x < kGroupColumns) {
+                     int64_t{tile.panel} * plan.num_parts * kPanelColumns + column;
+  if (in_use && threadIdx.x < kPanelColumns) {
     const auto [count, first, second] = own;
-    partials[tile.part * kGroupColumns] = make_float2(first, second);
+    partials[tile.part * kPanelColumns] = make_float2(first, second);
   }
   cooperative_groups::this_grid().sync();
   let_next_kernel_start();
@@ -260,7 +260,7 @@ __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, b
 #pragma unroll 4
   for (int i = warp; i < num_parts; i += kWarps) {
     const int64_t rest = tile.num_tokens - i * plan.tokens_per_part;
-    const float2 partial = __ldcg(partials + i * kGroupColumns);  // from L2: of other blocks
+    const float2 partial = __ldcg(partials + i * kPanelColumns);  // from L2: of other blocks
     merger.add(static_cast<float>(min(rest, plan.tokens_per_part)), partial.x, partial.y);
   }
   const auto [count, first, second] = merger.get();
@@ -298,23 +298,23 @@ struct RunningStatistics {
 
 // ---- Host ---------------------------------------------------------------------------------------
 
-inline int64_t groups_of(int64_t columns) { return ceil_div<int64_t>(columns, kGroupColumns); }
+inline int64_t panels_of(int64_t columns) { return ceil_div<int64_t>(columns, kPanelColumns); }
 
 // held_tokens: what the registers of one block hold; slots: rows that a block reads at once.
 inline Plan make_plan(int64_t num_tokens, int64_t num_rows, int64_t num_cols, int64_t slots,
                       int64_t held_tokens, int num_sms) {
   const int64_t max_blocks = int64_t{kBlocksPerSm} * num_sms;
-  const int64_t groups_x = groups_of(num_rows), num_groups = groups_x + groups_of(num_cols);
-  const int64_t groups_per_round = std::min(num_groups, max_blocks);
+  const int64_t panels_x = panels_of(num_rows), num_panels = panels_x + panels_of(num_cols);
+  const int64_t panels_per_round = std::min(num_panels, max_blocks);
   // One block per SM where their registers hold everything, which makes the barrier cheaper.
-  int64_t parts = std::max<int64_t>(1, num_sms / groups_per_round);
-  if (ceil_div(num_tokens, parts) > held_tokens) parts = max_blocks / groups_per_round;
+  int64_t parts = std::max<int64_t>(1, num_sms / panels_per_round);
+  if (ceil_div(num_tokens, parts) > held_tokens) parts = max_blocks / panels_per_round;
   parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, ceil_div(num_tokens, slots)));
   const int64_t tokens_per_part = std::max<int64_t>(1, ceil_div(num_tokens, parts));
-  return {static_cast<int>(groups_x),
-          static_cast<int>(num_groups),
-          static_cast<int>(groups_per_round),
-          static_cast<int>(ceil_div(num_groups, groups_per_round)),
+  return {static_cast<int>(panels_x),
+          static_cast<int>(num_panels),
+          static_cast<int>(panels_per_round),
+          static_cast<int>(ceil_div(num_panels, panels_per_round)),
           static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, tokens_per_part))),
           tokens_per_part};
 }
@@ -322,10 +322,10 @@ inline Plan make_plan(int64_t num_tokens, int64_t num_rows, int64_t num_cols, in
 inline size_t workspace_size(bool training, int64_t num_rows, int64_t num_cols) {
   DeviceInfo device;
   if (!training || current_device_info(&device) != cudaSuccess) return 0;
-  // A group has at most as many parts as the grid has blocks for it.
-  const int64_t partials = std::max<int64_t>(groups_of(num_rows) + groups_of(num_cols),
+  // A panel has at most as many parts as the grid has blocks for it.
+  const int64_t partials = std::max<int64_t>(panels_of(num_rows) + panels_of(num_cols),
                                              int64_t{kBlocksPerSm} * device.num_sms);
-  return round_up<size_t>(partials * kGroupColumns * sizeof(float2), WorkspaceCutter::kAlignment);
+  return round_up<size_t>(partials * kPanelColumns * sizeof(float2), WorkspaceCutter::kAlignment);
 }
 
 // Vectors lie within one axis and are aligned in every operand.
@@ -354,7 +354,7 @@ cudaError_t launch(void (*kernel)(Params, Plan), const Params& params, MakePlan&
   }
   for (int num_sms = device.num_sms;; num_sms /= 2) {
     const Plan plan = make_plan(num_sms);
-    LaunchOptions options{dim3(static_cast<unsigned>(plan.groups_per_round * plan.num_parts)),
+    LaunchOptions options{dim3(static_cast<unsigned>(plan.panels_per_round * plan.num_parts)),
                           kThreads};
     options.is_cooperative = cooperative;
     const cudaError_t status = launch_kernel(kernel, options, stream, params, plan);

@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_forward_kernel(const BatchNormForwardParams params, const Plan plan) {
   constexpr int kRows = Tiling<T, kVec>::kForwardRows;
   using V = Vec<T, kVec>;
-  __shared__ float means[kGroupColumns], inv_stds[kGroupColumns];
+  __shared__ float means[kPanelColumns], inv_stds[kPanelColumns];
   __shared__ WarpPartials warp_partials;
-  const int column = threadIdx.x % kGroupColumns;
+  const int column = threadIdx.x % kPanelColumns;
   for (int round = 0; round < plan.num_rounds; ++round) {
     const Tile tile(plan, round, params.num_tokens, params.num_rows, params.num_cols);
     const ThreadRows<T, kVec> rows(tile);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         static_cast<const T*>(params.logits) + tile.axis_begin + tile.first_column + rows.column;
     const RunningStatistics<T> running(params, tile.is_y);
     const int64_t axis_column = tile.first_column + column;
-    const bool owns_column = threadIdx.x < kGroupColumns && tile.has(column);
+    const bool owns_column = threadIdx.x < kPanelColumns && tile.has(column);
 
     // 1. The first rows into registers.
     V held[kRows];
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       rows.keep_packed(held);
       const Moments block =
           merge_threads<MomentsMerger>(rows, warp_partials, thread_mean, thread_m2);
-      const Moments batch = merge_grid<MomentsMerger>(plan, tile, tile.group < plan.num_groups,
+      const Moments batch = merge_grid<MomentsMerger>(plan, tile, tile.panel < plan.num_panels,
                                                       block, warp_partials, params.workspace);
       const auto n = static_cast<float>(max(params.num_tokens, int64_t{1}));
       mean = batch.mean;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (owns_column && tile.part == 0 && params.inv_std != nullptr) {
       static_cast<float*>(params.inv_std)[tile.axis_begin + axis_column] = inv_std;
     }
-    if (threadIdx.x < kGroupColumns) {
+    if (threadIdx.x < kPanelColumns) {
       means[column] = mean;
       inv_stds[column] = inv_std;
     }

@@ -1,7 +1,7 @@
 // One axis of one token in the registers of a warp: its best logits, sorted, and its log-sum-exp.
 //
 // The threshold is bisected on integer keys, a count over the registers per probe, starting from a
-// bound that the maxima of groups of keys give; what passes is compacted through shared memory and
+// bound that the maxima of buckets of keys give; what passes is compacted through shared memory and
 // sorted across the lanes.
 #pragma once
 
@@ -159,45 +159,45 @@ struct AxisKeys {
   }
 };
 
-// A lower bound of the k-th largest key: the k-th largest maximum of kGroups groups per lane is
+// A lower bound of the k-th largest key: the k-th largest maximum of kBuckets buckets per lane is
 // one, and near enough that the count over all keys rarely needs more than a probe or two. 1 where
-// fewer than k groups hold a key.
-template <int kGroups, class T, int kItems>
+// fewer than k buckets hold a key.
+template <int kBuckets, class T, int kItems>
 __device__ __forceinline__ uint32_t kth_key_lower_bound(const AxisKeys<T, kItems>& axis, int k,
                                                         uint32_t max_key, uint32_t* scratch) {
-  constexpr int kGroupSize = kItems / kGroups;
-  uint32_t group_max[kGroups];
+  constexpr int kBucketSize = kItems / kBuckets;
+  uint32_t bucket_max[kBuckets];
   uint32_t min_of_max = 0xffffffffu;
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    group_max[group] = axis.keys[group * kGroupSize];
+  for (int bucket = 0; bucket < kBuckets; ++bucket) {
+    bucket_max[bucket] = axis.keys[bucket * kBucketSize];
 #pragma unroll
-    for (int i = 1; i < kGroupSize; ++i) {
-      group_max[group] = max(group_max[group], axis.keys[group * kGroupSize + i]);
+    for (int i = 1; i < kBucketSize; ++i) {
+      bucket_max[bucket] = max(bucket_max[bucket], axis.keys[bucket * kBucketSize + i]);
     }
-    // Groups without a key wrap to the top.
-    min_of_max = min(min_of_max, group_max[group] - 1);
+    // Buckets without a key wrap to the top.
+    min_of_max = min(min_of_max, bucket_max[bucket] - 1);
   }
-  if constexpr (kGroups == 1) {
+  if constexpr (kBuckets == 1) {
     if (k > kWarpSize) return 1;
-    scratch[axis.lane] = group_max[0];
+    scratch[axis.lane] = bucket_max[0];
     __syncwarp();
-    const int rank = warp_rank(scratch, kWarpSize, group_max[0]);
+    const int rank = warp_rank(scratch, kWarpSize, bucket_max[0]);
     __syncwarp();  // before the scratch is written again
-    return max(1u, __reduce_min_sync(kFullWarp, rank < k ? group_max[0] : 0xffffffffu));
+    return max(1u, __reduce_min_sync(kFullWarp, rank < k ? bucket_max[0] : 0xffffffffu));
   }
   const auto count = [&](uint32_t threshold) {
-    if constexpr (kGroups <= 2) {
+    if constexpr (kBuckets <= 2) {
       int n = 0;
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        n += __popc(__ballot_sync(kFullWarp, group_max[group] >= threshold));
+      for (int bucket = 0; bucket < kBuckets; ++bucket) {
+        n += __popc(__ballot_sync(kFullWarp, bucket_max[bucket] >= threshold));
       }
       return n;
     }
     int n = 0;
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) n += group_max[group] >= threshold ? 1 : 0;
+    for (int bucket = 0; bucket < kBuckets; ++bucket) n += bucket_max[bucket] >= threshold ? 1 : 0;
     return __reduce_add_sync(kFullWarp, n);
   };
   // The least maximum starts the search: the range of all keys is mostly tiny logits.
@@ -238,11 +238,11 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
   const int lane = axis.lane;
 
   // Threshold that keeps k … kCapacity of them.
-  constexpr int kGroups = kCapacity / kWarpSize < kItems / 2 ? kCapacity / kWarpSize
-                          : kItems >= 2                      ? kItems / 2
-                                                             : 1;
+  constexpr int kBuckets = kCapacity / kWarpSize < kItems / 2 ? kCapacity / kWarpSize
+                           : kItems >= 2                      ? kItems / 2
+                                                              : 1;
   uint32_t low =
-      kth_key_lower_bound<kGroups>(axis, k, max_key, reinterpret_cast<uint32_t*>(scratch));
+      kth_key_lower_bound<kBuckets>(axis, k, max_key, reinterpret_cast<uint32_t*>(scratch));
   if (low == 1) low = axis.warp_min_key();
   unsigned kept = 0;
   const auto count = [&](uint32_t threshold) {

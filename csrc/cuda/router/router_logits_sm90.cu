@@ -36,26 +36,27 @@ namespace {
 using batch_norm::RunningStatistics;
 
 constexpr int kTileTokens = kWgmmaRows;
-constexpr int kGroupCols = 64;
+constexpr int kPanelCols = 64;
 constexpr int kTileThreads = 128;  // a warpgroup
 constexpr int kTileWarps = kTileThreads / kWarpSize;
-constexpr int kRegisters = kTileTokens * kGroupCols / kTileThreads;
+constexpr int kRegisters = kTileTokens * kPanelCols / kTileThreads;
 constexpr int kWarpRows = kTileTokens / kTileWarps;
 constexpr int kTileBytes = kTileTokens * kSwizzleRowBytes;  // of x or a gate in one stage
-static_assert(kTileTokens == kGroupCols);
+static_assert(kTileTokens == kPanelCols);
 
-// kTokenTiles by kGroups warpgroups.
-template <int kTokenTiles_, int kGroups_>
+// kTokenTiles by kPanels warpgroups.
+template <int kTokenTiles_, int kPanels_>
 struct Block {
   static constexpr int kTokenTiles = kTokenTiles_;
-  static constexpr int kGroups = kGroups_;
+  static constexpr int kPanels = kPanels_;
   static constexpr int kTokens = kTokenTiles * kTileTokens;
-  static constexpr int kConsumerWarps = kTokenTiles * kGroups * kTileWarps;
+  static constexpr int kConsumerWarps = kTokenTiles * kPanels * kTileWarps;
   static constexpr int kThreads = (kConsumerWarps + 1) * kWarpSize;  // the last warp loads
-  static constexpr int kStageBytes = (kTokenTiles + kGroups) * kTileBytes;
+  static constexpr int kStageBytes = (kTokenTiles + kPanels) * kTileBytes;
   static constexpr int kStages = std::min(16, 200 * 1024 / kStageBytes);
-  // Of the batch's moments a warp merges two columns in each of kPairs threads, many times over.
-  static constexpr int kPairs = kGroupCols / 2 / (kTokenTiles * kTileWarps);
+  // Of the batch's moments a warp merges two columns in each of kColumnPairs threads, many times
+  // over.
+  static constexpr int kColumnPairs = kPanelCols / 2 / (kTokenTiles * kTileWarps);
 };
 
 struct Arguments {
@@ -66,37 +67,37 @@ struct Arguments {
   int num_tokens;
   float token_share;  // 1 / T
   int num_stages;     // ceil(H / 64)
-  int num_groups_x;   // of gate_x; those of gate_y come next
-  int num_groups;
+  int num_panels_x;   // of gate_x; those of gate_y come next
+  int num_panels;
 };
 
-// Moments of a group's columns in the block, then what they are over the batch.
+// Moments of a panel's columns in the block, then what they are over the batch.
 template <class B>
-struct GroupStatistics {
-  float2 moments[B::kTokenTiles * kTileWarps][kGroupCols];  // mean, Σ (x - mean)² of a warp's rows
-  float2 scales[kGroupCols];                                // mean, 1 / sqrt(var + eps)
+struct PanelStatistics {
+  float2 moments[B::kTokenTiles * kTileWarps][kPanelCols];  // mean, Σ (x - mean)² of a warp's rows
+  float2 scales[kPanelCols];                                // mean, 1 / sqrt(var + eps)
 };
 
 template <class B>
 struct SharedStorage {
   char x[B::kStages][B::kTokenTiles][kTileBytes];
-  char gates[B::kStages][B::kGroups][kTileBytes];
-  GroupStatistics<B> statistics[B::kGroups];
+  char gates[B::kStages][B::kPanels][kTileBytes];
+  PanelStatistics<B> statistics[B::kPanels];
   uint64_t full[B::kStages];   // the stage's tiles have landed here
   uint64_t empty[B::kStages];  // all consumers of the cluster have read the stage
 };
 
 // 64 columns of one axis.
-struct Group {
+struct Panel {
   int index;
   bool is_y;
   int col;    // the first in its axis
   int width;  // of the axis
 
-  __device__ __forceinline__ Group(const Arguments& args, int index)
+  __device__ __forceinline__ Panel(const Arguments& args, int index)
       : index(index),
-        is_y(index >= args.num_groups_x),
-        col((is_y ? index - args.num_groups_x : index) * kGroupCols),
+        is_y(index >= args.num_panels_x),
+        col((is_y ? index - args.num_panels_x : index) * kPanelCols),
         width(static_cast<int>(is_y ? args.norm.num_cols : args.norm.num_rows)) {}
 };
 
@@ -104,7 +105,7 @@ struct Group {
 
 template <class B>
 __device__ __forceinline__ void load_stages(const Arguments& args, SharedStorage<B>& shared) {
-  constexpr int kHalf = kGroupCols / kCluster;
+  constexpr int kHalf = kPanelCols / kCluster;
   const int first_row = blockIdx.x % kCluster * kHalf;
   RingCursor<B::kStages> ring;
   for (int k = 0; k < args.num_stages; ++k, ring.advance()) {
@@ -114,11 +115,11 @@ __device__ __forceinline__ void load_stages(const Arguments& args, SharedStorage
     // The other block's parts may have come already: they count once these bytes are expected.
     mbarrier_arrive_expect(full, B::kStageBytes);
 #pragma unroll
-    for (int i = 0; i < B::kGroups; ++i) {
-      const Group group(args, blockIdx.y * B::kGroups + i);
-      tma_load_multicast(args.gates[group.is_y],
+    for (int i = 0; i < B::kPanels; ++i) {
+      const Panel panel(args, blockIdx.y * B::kPanels + i);
+      tma_load_multicast(args.gates[panel.is_y],
                          shared.gates[stage][i] + first_row * kSwizzleRowBytes, full,
-                         group.col + first_row, k * kStageDepth, 0b11);
+                         panel.col + first_row, k * kStageDepth, 0b11);
     }
     tma_load(args.x, shared.x[stage], full, blockIdx.x * B::kTokens, k * kStageDepth);
   }
@@ -130,10 +131,10 @@ __device__ __forceinline__ int rows_within(int num_tokens, int first, int rows) 
   return min(max(num_tokens - first, 0), rows);
 }
 
-// The threads that hold a group's columns.
+// The threads that hold a panel's columns.
 template <class B>
-__device__ __forceinline__ void sync_group(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(B::kTokenTiles * kTileThreads) : "memory");
+__device__ __forceinline__ void sync_panel(int panel) {
+  asm volatile("bar.sync %0, %1;" ::"r"(panel + 1), "n"(B::kTokenTiles * kTileThreads) : "memory");
 }
 
 // Merges moments of one column as sums relative to `base`, one of the means or close to them.
@@ -208,12 +209,12 @@ __device__ __forceinline__ void warp_moments(const float (&d)[kRegisters], int n
   }
 }
 
-// The group's moments in this block -> workspace, [group][block along the tokens][column].
+// The panel's moments in this block -> workspace, [panel][block along the tokens][column].
 template <class B>
 __device__ __forceinline__ void publish_moments(const Arguments& args,
-                                                const GroupStatistics<B>& statistics,
-                                                const Group& group, int thread) {
-  if (thread >= kGroupCols || group.index >= args.num_groups) return;
+                                                const PanelStatistics<B>& statistics,
+                                                const Panel& panel, int thread) {
+  if (thread >= kPanelCols || panel.index >= args.num_panels) return;
   const int token = blockIdx.x * B::kTokens;
   MomentSums sums(statistics.moments[0][thread].x);
 #pragma unroll
@@ -223,31 +224,31 @@ __device__ __forceinline__ void publish_moments(const Arguments& args,
              moments.y);
   }
   float2* partials =
-      static_cast<float2*>(args.norm.workspace) + int64_t{group.index} * gridDim.x * kGroupCols;
-  partials[blockIdx.x * kGroupCols + thread] =
+      static_cast<float2*>(args.norm.workspace) + int64_t{panel.index} * gridDim.x * kPanelCols;
+  partials[blockIdx.x * kPanelCols + thread] =
       sums.get(__fdividef(1.0f, fmaxf(rows_within(args.num_tokens, token, B::kTokens), 1.0f)));
 }
 
 // What all blocks have published -> moments of two columns over the batch, in all threads of the
-// warp that take turns at the blocks: those with the same lane % kPairs.
+// warp that take turns at the blocks: those with the same lane % kColumnPairs.
 template <class B>
-__device__ __forceinline__ void batch_moments(const Arguments& args, const Group& group, int pair,
-                                              float2 (&moments)[2]) {
-  constexpr int kMergers = kWarpSize / B::kPairs;
+__device__ __forceinline__ void batch_moments(const Arguments& args, const Panel& panel,
+                                              int column_pair, float2 (&moments)[2]) {
+  constexpr int kMergers = kWarpSize / B::kColumnPairs;
   const auto* partials = reinterpret_cast<const float4*>(args.norm.workspace) +
-                         int64_t{group.index} * gridDim.x * (kGroupCols / 2) + pair;
+                         int64_t{panel.index} * gridDim.x * (kPanelCols / 2) + column_pair;
   const int num_blocks = ceil_div(args.num_tokens, B::kTokens);
   const float4 base = __ldcg(partials);  // from L2: of other blocks
   MomentSums low(base.x), high(base.z);
 #pragma unroll 16
-  for (int i = threadIdx.x % kWarpSize / B::kPairs; i < num_blocks; i += kMergers) {
-    const float4 partial = __ldcg(partials + i * (kGroupCols / 2));
+  for (int i = threadIdx.x % kWarpSize / B::kColumnPairs; i < num_blocks; i += kMergers) {
+    const float4 partial = __ldcg(partials + i * (kPanelCols / 2));
     const int rows = rows_within(args.num_tokens, i * B::kTokens, B::kTokens);
     low.add(rows, partial.x, partial.y);
     high.add(rows, partial.z, partial.w);
   }
 #pragma unroll
-  for (int mask = B::kPairs; mask < kWarpSize; mask *= 2) {
+  for (int mask = B::kColumnPairs; mask < kWarpSize; mask *= 2) {
     low.add_lane(mask);
     high.add_lane(mask);
   }
@@ -257,11 +258,11 @@ __device__ __forceinline__ void batch_moments(const Arguments& args, const Group
 
 // ---- Results ------------------------------------------------------------------------------------
 
-// Writes the warp's 16 rows of its group, by way of `buffer`, the warp's alone.
+// Writes the warp's 16 rows of its panel, by way of `buffer`, the warp's alone.
 template <class T, class B>
 __device__ __forceinline__ void store_normed(const Arguments& args,
-                                             const GroupStatistics<B>& statistics,
-                                             const Group& group, char* buffer, int row,
+                                             const PanelStatistics<B>& statistics,
+                                             const Panel& panel, char* buffer, int row,
                                              const float (&d)[kRegisters]) {
   const int lane = threadIdx.x % kWarpSize;
   store_rows(buffer, [&](int i) {
@@ -271,8 +272,8 @@ __device__ __forceinline__ void store_normed(const Arguments& args,
   });
   fence_async_proxy();
   __syncwarp();
-  if (lane == 0 && row < args.num_tokens && group.index < args.num_groups) {
-    tma_store(args.normed[group.is_y], buffer, row, group.col);
+  if (lane == 0 && row < args.num_tokens && panel.index < args.num_panels) {
+    tma_store(args.normed[panel.is_y], buffer, row, panel.col);
     tma_store_commit();
     tma_store_wait_read<0>();
   }
@@ -306,25 +307,25 @@ __global__ void __launch_bounds__(B::kThreads, 1)
   wait_for_previous_kernel();
 
   // 2. Products, and moments of the block's tokens.
-  const int tile = warp / kTileWarps, token_tile = tile / B::kGroups, consumer = tile % B::kGroups;
-  const int group_warp = token_tile * kTileWarps + warp % kTileWarps;
-  const int token = blockIdx.x * B::kTokens + group_warp * kWarpRows;  // the warp's first
-  const Group group(args, blockIdx.y * B::kGroups + consumer);
-  GroupStatistics<B>& statistics = shared.statistics[consumer];
+  const int tile = warp / kTileWarps, token_tile = tile / B::kPanels, consumer = tile % B::kPanels;
+  const int panel_warp = token_tile * kTileWarps + warp % kTileWarps;
+  const int token = blockIdx.x * B::kTokens + panel_warp * kWarpRows;  // the warp's first
+  const Panel panel(args, blockIdx.y * B::kPanels + consumer);
+  PanelStatistics<B>& statistics = shared.statistics[consumer];
   float d[kRegisters];
   if (warp == B::kConsumerWarps) {
     if (lane == 0) load_stages(args, shared);
     __syncwarp();
   } else {
     RingCursor<B::kStages> ring;
-    sum_stages<T, WgmmaMajor::kDepth, kGroupCols>(
+    run_mainloop<T, WgmmaMajor::kDepth, kPanelCols>(
         shared, args.num_stages, ring, d, [&](int stage) { return shared.x[stage][token_tile]; },
         [&](int stage) { return shared.gates[stage][consumer]; });
     if constexpr (kTraining) {
       warp_moments(d, rows_within(args.num_tokens, token, kWarpRows),
-                   statistics.moments[group_warp]);
-      sync_group<B>(consumer);
-      publish_moments(args, statistics, group, group_warp * kWarpSize + lane);
+                   statistics.moments[panel_warp]);
+      sync_panel<B>(consumer);
+      publish_moments(args, statistics, panel, panel_warp * kWarpSize + lane);
     }
   }
   // After this nothing comes from the other block any more.
@@ -336,41 +337,41 @@ __global__ void __launch_bounds__(B::kThreads, 1)
   let_next_kernel_start();
   if (warp == B::kConsumerWarps) return;
 
-  // 3. Mean and scale of two columns for each of the group's first kPairs lanes.
-  const RunningStatistics<T> running(args.norm, group.is_y);
+  // 3. Mean and scale of two columns for each of the panel's first kColumnPairs lanes.
+  const RunningStatistics<T> running(args.norm, panel.is_y);
   const auto eps = static_cast<float>(args.norm.eps);
-  const int pair = group_warp * B::kPairs + lane % B::kPairs;
-  const bool is_owner = lane < B::kPairs;
+  const int column_pair = panel_warp * B::kColumnPairs + lane % B::kColumnPairs;
+  const bool is_owner = lane < B::kColumnPairs;
   float2 moments[2] = {};  // mean and, in training, Σ (x - mean)²
   float inv_stds[2] = {};
   if constexpr (kTraining) {
-    if (group.index < args.num_groups) batch_moments<B>(args, group, pair, moments);
+    if (panel.index < args.num_panels) batch_moments<B>(args, panel, column_pair, moments);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int col = pair * 2 + i;
+    const int col = column_pair * 2 + i;
     float var = moments[i].y * args.token_share;
-    if (!kTraining && is_owner && group.col + col < group.width) {
-      moments[i].x = running.load(running.buffers.running_mean, group.col + col);
-      var = running.load(running.buffers.running_var, group.col + col);
+    if (!kTraining && is_owner && panel.col + col < panel.width) {
+      moments[i].x = running.load(running.buffers.running_mean, panel.col + col);
+      var = running.load(running.buffers.running_var, panel.col + col);
     }
     inv_stds[i] = rsqrtf(var + eps);
     if (is_owner) statistics.scales[col] = make_float2(moments[i].x, inv_stds[i]);
   }
-  sync_group<B>(consumer);
+  sync_panel<B>(consumer);
 
   // 4. Normalise. The stages are free.
-  store_normed<T>(args, statistics, group, shared.x[0][0] + warp * (kWarpRows * kSwizzleRowBytes),
+  store_normed<T>(args, statistics, panel, shared.x[0][0] + warp * (kWarpRows * kSwizzleRowBytes),
                   token, d);
 
   // 5. What is kept, by the first block of each column: nothing waits for it.
-  if (blockIdx.x != 0 || !is_owner || group.index >= args.num_groups) return;
+  if (blockIdx.x != 0 || !is_owner || panel.index >= args.num_panels) return;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int col = group.col + pair * 2 + i;
-    if (col >= group.width) break;
+    const int col = panel.col + column_pair * 2 + i;
+    if (col >= panel.width) break;
     if (args.norm.inv_std != nullptr) {
-      static_cast<float*>(args.norm.inv_std)[(group.is_y ? args.norm.num_rows : 0) + col] =
+      static_cast<float*>(args.norm.inv_std)[(panel.is_y ? args.norm.num_rows : 0) + col] =
           inv_stds[i];
     }
     if constexpr (kTraining) {
@@ -390,16 +391,16 @@ __global__ void __launch_bounds__(B::kThreads, 1)
 template <class B>
 constexpr size_t kSharedBytes = sizeof(SharedStorage<B>) + kSwizzleAlignment;
 
-int groups_of(int64_t cols) { return static_cast<int>(ceil_div<int64_t>(cols, kGroupCols)); }
-int groups_of(const BatchNormForwardParams& norm) {
-  return groups_of(norm.num_rows) + groups_of(norm.num_cols);
+int panels_of(int64_t cols) { return static_cast<int>(ceil_div<int64_t>(cols, kPanelCols)); }
+int panels_of(const BatchNormForwardParams& norm) {
+  return panels_of(norm.num_rows) + panels_of(norm.num_cols);
 }
 
 template <class B>
 dim3 grid_of(const BatchNormForwardParams& norm) {
   return {
       static_cast<unsigned>(ceil_div<int64_t>(norm.num_tokens, kCluster * B::kTokens) * kCluster),
-      static_cast<unsigned>(ceil_div(groups_of(norm), B::kGroups))};
+      static_cast<unsigned>(ceil_div(panels_of(norm), B::kPanels))};
 }
 
 // f(TypeTag<B>) of the smallest blocks whose grid fits on the device, one on each SM.
@@ -428,8 +429,8 @@ cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, const 
   args.num_tokens = static_cast<int>(norm.num_tokens);
   args.token_share = 1.0f / static_cast<float>(norm.num_tokens);
   args.num_stages = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
-  args.num_groups_x = groups_of(norm.num_rows);
-  args.num_groups = groups_of(norm);
+  args.num_panels_x = panels_of(norm.num_rows);
+  args.num_panels = panels_of(norm);
 
   const auto kernel = norm.training ? router_logits_forward_kernel<T, B, true>
                                     : router_logits_forward_kernel<T, B, false>;
@@ -443,7 +444,7 @@ cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, const 
                          CUtensorMap* map) {
     return [=] { return encode_tensor_map<T>(data, rows, cols, tile_rows, map); };
   };
-  constexpr int kGateRows = kGroupCols / kCluster;
+  constexpr int kGateRows = kPanelCols / kCluster;
   return run_steps(
       [&] { return allow_shared_memory(kernel, kSharedBytes<B>); },
       matrix(params.hidden_states, norm.num_tokens, params.hidden_size, B::kTokens, &args.x),
@@ -509,7 +510,7 @@ size_t router_logits_forward_workspace_size(const RouterLogitsForwardParams& par
   size_t bytes = 0;
   (void)with_block(params, device, [&](auto block) {
     const dim3 grid = grid_of<typename decltype(block)::type>(params);
-    const size_t partials = size_t{grid.x} * groups_of(params) * kGroupCols;
+    const size_t partials = size_t{grid.x} * panels_of(params) * kPanelCols;
     bytes = round_up<size_t>(partials * sizeof(float2), WorkspaceCutter::kAlignment);
     return cudaSuccess;
   });
