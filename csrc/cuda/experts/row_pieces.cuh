@@ -85,9 +85,9 @@ __device__ __forceinline__ void warp_exchange_halves(float (&values)[kCount], in
   }
 }
 
-// Lane l gets Σ values[l % kCount] over kLanes neighbouring lanes (kCount <= kLanes, powers of two);
-// those of them that get the same sum get the same bits. This takes kCount - 1 + log2(kLanes /
-// kCount) shuffles, where a butterfly per value would take kCount log2(kLanes).
+// Lane l gets Σ values[l % kCount] over kLanes neighbouring lanes (kCount <= kLanes, powers of
+// two); those of them that get the same sum get the same bits. This takes kCount - 1 + log2(kLanes
+// / kCount) shuffles, where a butterfly per value would take kCount log2(kLanes).
 template <int kLanes, int kCount>
 __device__ __forceinline__ float warp_transpose_sum(float (&values)[kCount], int lane) {
   static_assert(kCount <= kLanes && kLanes <= kWarpSize);

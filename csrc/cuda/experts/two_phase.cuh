@@ -23,6 +23,21 @@ size_t two_phase_shared_bytes(int64_t pairs_per_split) {
          PassColumnSum<T, kVec, kThreads>::kScratchFloats * sizeof(float);
 }
 
+// Rounds a token's sum of kVec columns and stores it. `addend` is a row where has_addend.
+template <class T, int kVec>
+__device__ __forceinline__ void store_columns(const T* addend, bool has_addend, T* out,
+                                              int64_t column, float (&sum)[kVec]) {
+  if (has_addend) {
+    float more[kVec];
+    unpack(load_vec_readonly<Vec<T, kVec>>(addend + column), more);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum[i] += more[i];
+  }
+  Vec<T, kVec> packed;
+  pack(sum, packed);
+  store_vec(out + column, packed);
+}
+
 // Grid (T, num_splits). With num_splits > 1 the sums go to `partial` [T, num_splits, H].
 template <class T, int kVec, int kThreads, int kBlocksPerSm, class Pairs>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
@@ -93,15 +108,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     T* out = static_cast<T*>(args.out) + token * hidden_size;
     const T* addend = static_cast<const T*>(args.addend) + token * hidden_size;
     columns.run(coefficients, scratch, [&](int64_t column, float(&sum)[kVec]) {
-      if (args.addend != nullptr) {
-        float more[kVec];
-        unpack(load_vec_readonly<Vec<T, kVec>>(addend + column), more);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[i] += more[i];
-      }
-      Vec<T, kVec> packed;
-      pack(sum, packed);
-      store_vec(out + column, packed);
+      store_columns(addend, args.addend != nullptr, out, column, sum);
     });
   } else {
     float* out = partial + (token * gridDim.y + blockIdx.y) * hidden_size;

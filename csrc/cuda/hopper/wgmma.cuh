@@ -60,9 +60,9 @@ struct WgmmaOperand<WgmmaMajor::kDepth, kTileRows> {
   static constexpr int kDepthStepBytes = kWgmmaDepth * 2;
 };
 
-// The leading distance leads from one tile of 64 columns to the next, the stride from eight elements
-// of K to the next eight (Swizzle<3,4,3> o ((8,n),(8,k)):((1,leading),(8,stride)) in the terms of
-// CUTLASS). The next 16 elements of K begin two strides further.
+// The leading distance leads from one tile of 64 columns to the next, the stride from eight
+// elements of K to the next eight (Swizzle<3,4,3> o ((8,n),(8,k)):((1,leading),(8,stride)) in the
+// terms of CUTLASS). The next 16 elements of K begin two strides further.
 template <int kTileRows>
 struct WgmmaOperand<WgmmaMajor::kCols, kTileRows> {
   static constexpr int kLeadingBytes = kTileRows * 128;

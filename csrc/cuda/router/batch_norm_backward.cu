@@ -20,6 +20,68 @@ namespace {
 
 using namespace batch_norm;
 
+// Adds g and g n of the rows, column by column; rows past the last are zeros.
+template <class T, int kVec, int kRows>
+__device__ __forceinline__ void add_rows(const Vec<T, kVec> (&grads)[kRows],
+                                         const Vec<T, kVec> (&norms)[kRows], float (&sum)[kVec],
+                                         float (&product)[kVec]) {
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    float g[kVec], n[kVec];
+    unpack(grads[j], g);
+    unpack(norms[j], n);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      sum[i] += g[i];
+      product[i] += g[i] * n[i];
+    }
+  }
+}
+
+// What the gradient of a logit needs to know of its column; the means are zeros in evaluation.
+template <int kVec>
+struct ColumnScales {
+  float inv_std[kVec] = {};
+  float mean_grad[kVec] = {};
+  float mean_product[kVec] = {};
+};
+
+template <int kVec, bool kTraining>
+__device__ __forceinline__ ColumnScales<kVec> load_scales(const BatchNormBackwardParams& params,
+                                                          const Tile& tile, int column,
+                                                          bool has_rows, const float* mean_grads,
+                                                          const float* mean_products) {
+  ColumnScales<kVec> scales;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    if (has_rows) {
+      scales.inv_std[i] = static_cast<const float*>(
+          params.inv_std)[tile.axis_begin + tile.first_column + column + i];
+    }
+    if (kTraining) {
+      scales.mean_grad[i] = mean_grads[column + i];
+      scales.mean_product[i] = mean_products[column + i];
+    }
+  }
+  return scales;
+}
+
+// inv_std (g - mean(g) - n mean(g n)), or inv_std g in evaluation, which does not read `norms`.
+template <bool kTraining, class T, int kVec>
+__device__ __forceinline__ void pack_gradient(const Vec<T, kVec>& grads, const Vec<T, kVec>& norms,
+                                              const ColumnScales<kVec>& scales,
+                                              Vec<T, kVec>& packed) {
+  float g[kVec], n[kVec];
+  unpack(grads, g);
+  if (kTraining) unpack(norms, n);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    if (kTraining) g[i] = g[i] - scales.mean_grad[i] - n[i] * scales.mean_product[i];
+    g[i] *= scales.inv_std[i];
+  }
+  pack(g, packed);
+}
+
 template <class T, int kVec, bool kTraining>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_backward_kernel(const BatchNormBackwardParams params, const Plan plan) {
@@ -45,26 +107,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     // 2. Σ g and Σ g n of each column.
     if constexpr (kTraining) {
       float sum[kVec] = {}, product[kVec] = {};
-      const auto add = [&](const V(&chunk_grads)[kRows], const V(&chunk_norms)[kRows]) {
-#pragma unroll
-        for (int j = 0; j < kRows; ++j) {  // rows past the last are zeros
-          float g[kVec], n[kVec];
-          unpack(chunk_grads[j], g);
-          unpack(chunk_norms[j], n);
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            sum[i] += g[i];
-            product[i] += g[i] * n[i];
-          }
-        }
-      };
-      add(held_grads, held_norms);
+      add_rows(held_grads, held_norms, sum, product);
 #pragma unroll 1
       for (int first = kRows; first < rows.count; first += kRows) {
         V more_grads[kRows], more_norms[kRows];
         rows.load(grads, tile.axis_width, first, more_grads);
         rows.load(norms, tile.axis_width, first, more_norms);
-        add(more_grads, more_norms);
+        add_rows(more_grads, more_norms, sum, product);
       }
       rows.keep_packed(held_grads);
       rows.keep_packed(held_norms);
@@ -79,33 +128,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
 
     // 3. The gradient of the logits.
-    float inv_std[kVec] = {}, mean_grad[kVec] = {}, mean_product[kVec] = {};
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (rows.count > 0) {
-        inv_std[i] = static_cast<const float*>(params.inv_std)[tile.axis_begin + first_column + i];
-      }
-      if (kTraining) {
-        mean_grad[i] = mean_grads[rows.column + i];
-        mean_product[i] = mean_products[rows.column + i];
-      }
-    }
+    const ColumnScales<kVec> scales = load_scales<kVec, kTraining>(
+        params, tile, rows.column, rows.count > 0, mean_grads, mean_products);
     const int64_t stride = params.num_rows + params.num_cols;
     T* out = static_cast<T*>(params.grad_logits) + tile.axis_begin + first_column;
     const auto write = [&](const V(&chunk_grads)[kRows], const V(&chunk_norms)[kRows], int first) {
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         if (first + j >= rows.count) break;
-        float g[kVec], n[kVec];
-        unpack(chunk_grads[j], g);
-        if (kTraining) unpack(chunk_norms[j], n);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          if (kTraining) g[i] = g[i] - mean_grad[i] - n[i] * mean_product[i];
-          g[i] *= inv_std[i];
-        }
         V packed;
-        pack(g, packed);
+        pack_gradient<kTraining>(chunk_grads[j], chunk_norms[j], scales, packed);
         store_vec_streaming(out + rows.at(first + j) * stride, packed);
       }
     };

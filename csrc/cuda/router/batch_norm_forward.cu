@@ -78,6 +78,37 @@ __device__ __forceinline__ void thread_moments(const ThreadRows<T, kVec>& rows, 
   }
 }
 
+// Mean, 1 / sqrt(var + eps) and unbiased variance of a column.
+struct ColumnStatistics {
+  float mean = 0.0f;
+  float inv_std = 0.0f;
+  float unbiased_var = 0.0f;
+};
+
+__device__ __forceinline__ ColumnStatistics statistics_of(const Moments& batch, int64_t num_tokens,
+                                                          double eps) {
+  const auto n = static_cast<float>(max(num_tokens, int64_t{1}));
+  return {batch.mean, 1.0f / sqrtf(batch.m2 / n + static_cast<float>(eps)), batch.m2 / (n - 1.0f)};
+}
+
+template <class T>
+__device__ __forceinline__ ColumnStatistics
+running_statistics_of(const RunningStatistics<T>& running, int64_t column, double eps) {
+  const float mean = running.load(running.buffers.running_mean, column);
+  const float var = running.load(running.buffers.running_var, column);
+  return {mean, 1.0f / sqrtf(var + static_cast<float>(eps)), 0.0f};
+}
+
+template <class T, int kVec>
+__device__ __forceinline__ void pack_normed(const Vec<T, kVec>& logits, const float (&shift)[kVec],
+                                            const float (&scale)[kVec], Vec<T, kVec>& packed) {
+  float values[kVec];
+  unpack(logits, values);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) values[i] = (values[i] - shift[i]) * scale[i];
+  pack(values, packed);
+}
+
 template <class T, int kVec, bool kTraining>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_forward_kernel(const BatchNormForwardParams params, const Plan plan) {
@@ -100,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     rows.load(logits, params.logits_stride, 0, held);
 
     // 2. Mean and variance of each column, those of the batch in three steps: thread, block, grid.
-    float mean = 0.0f, inv_std = 0.0f, unbiased_var = 0.0f;
+    ColumnStatistics statistics;
     if constexpr (kTraining) {
       float thread_mean[kVec], thread_m2[kVec];
       thread_moments(rows, logits, params.logits_stride, held, thread_mean, thread_m2);
@@ -109,21 +140,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           merge_threads<MomentsMerger>(rows, warp_partials, thread_mean, thread_m2);
       const Moments batch = merge_grid<MomentsMerger>(plan, tile, tile.panel < plan.num_panels,
                                                       block, warp_partials, params.workspace);
-      const auto n = static_cast<float>(max(params.num_tokens, int64_t{1}));
-      mean = batch.mean;
-      inv_std = 1.0f / sqrtf(batch.m2 / n + static_cast<float>(params.eps));
-      unbiased_var = batch.m2 / (n - 1.0f);
+      statistics = statistics_of(batch, params.num_tokens, params.eps);
     } else if (owns_column) {
-      mean = running.load(running.buffers.running_mean, axis_column);
-      const float var = running.load(running.buffers.running_var, axis_column);
-      inv_std = 1.0f / sqrtf(var + static_cast<float>(params.eps));
+      statistics = running_statistics_of(running, axis_column, params.eps);
     }
     if (owns_column && tile.part == 0 && params.inv_std != nullptr) {
-      static_cast<float*>(params.inv_std)[tile.axis_begin + axis_column] = inv_std;
+      static_cast<float*>(params.inv_std)[tile.axis_begin + axis_column] = statistics.inv_std;
     }
     if (threadIdx.x < kPanelColumns) {
-      means[column] = mean;
-      inv_stds[column] = inv_std;
+      means[column] = statistics.mean;
+      inv_stds[column] = statistics.inv_std;
     }
     __syncthreads();
 
@@ -140,12 +166,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         if (first + j >= rows.count) break;
-        float values[kVec];
-        unpack(chunk[j], values);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) values[i] = (values[i] - shift[i]) * scale[i];
         V out;
-        pack(values, out);
+        pack_normed(chunk[j], shift, scale, out);
         store_vec_streaming(normed + rows.at(first + j) * tile.axis_width, out);
       }
     };
@@ -160,8 +182,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     // 4. The buffers, last: nothing waits for what is read of them.
     if (kTraining && owns_column && tile.part == 0 && params.num_tokens > 0) {
       const auto momentum = static_cast<float>(params.momentum);
-      running.update(running.buffers.running_mean, axis_column, momentum, mean);
-      running.update(running.buffers.running_var, axis_column, momentum, unbiased_var);
+      running.update(running.buffers.running_mean, axis_column, momentum, statistics.mean);
+      running.update(running.buffers.running_var, axis_column, momentum, statistics.unbiased_var);
     }
     __syncthreads();  // means and inv_stds are free again
   }

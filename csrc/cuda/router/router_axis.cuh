@@ -228,6 +228,31 @@ __device__ __noinline__ uint32_t warp_keep_first_ties(uint32_t above, uint32_t t
   return keep;
 }
 
+// Writes the kept items of all lanes next to each other, in order of the lanes; returns how many.
+// `compact` has a spare slot per lane behind its kCapacity.
+template <int kCapacity, class T, int kItems, class Keep>
+__device__ __forceinline__ int warp_compact(const AxisKeys<T, kItems>& axis, unsigned kept,
+                                            PackedElement<T>* compact, Keep keep) {
+  const int lane = axis.lane;
+  const unsigned spare = kCapacity + lane;
+  const unsigned inclusive = warp_inclusive_scan(kept, lane);
+  const int num_kept = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
+  unsigned slot = inclusive - kept;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if constexpr (kItems <= 16) {
+      // The other items go to a spare slot: a select is cheaper than a predicated address.
+      const bool kept_item = keep(i);
+      compact[kept_item ? slot : spare] = axis.packed(i);
+      slot += kept_item ? 1 : 0;
+    } else if (keep(i)) {
+      compact[slot++] = axis.packed(i);
+    }
+  }
+  __syncwarp();
+  return num_kept;
+}
+
 // Writes the best `k` or more of the axis (as many as it returns) to `top`, sorted.
 template <class T, int kItems, int kCapacity>
 __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, int k,
@@ -274,22 +299,7 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
 
   // Compact them through shared memory and sort.
   Packed* compact = reinterpret_cast<Packed*>(scratch);
-  const unsigned spare = kCapacity + lane;  // scratch holds one more per lane
-  const unsigned inclusive = warp_inclusive_scan(kept, lane);
-  const int num_top = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
-  unsigned slot = inclusive - kept;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if constexpr (kItems <= 16) {
-      // The rest go to a spare slot: a select is cheaper than a predicated address.
-      const bool kept_item = keep(i);
-      compact[kept_item ? slot : spare] = axis.packed(i);
-      slot += kept_item ? 1 : 0;
-    } else if (keep(i)) {
-      compact[slot++] = axis.packed(i);
-    }
-  }
-  __syncwarp();
+  const int num_top = warp_compact<kCapacity>(axis, kept, compact, keep);
   constexpr int kPerLane = kCapacity / kWarpSize;
   const auto put = [&](int rank, Packed packed) {
     top.value[rank] = Element::value(packed);

@@ -19,20 +19,18 @@
 #include "cuda/common/dispatch.h"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/router/router_block_sort.cuh"
 #include "cuda/router/router_forward.h"
 #include "cuda/router/router_keys.cuh"
 #include "cuda/router/router_weights.cuh"
-#include "cuda/router/warp_sort.cuh"
 #include "omni_moe/router.h"
 
 namespace omni_moe::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kSortItems = 4;  // per lane
-constexpr int kChunk = kSortItems * kWarpSize;
+using namespace router_block;
+
 constexpr int64_t kMaxWorkspace = int64_t{256} << 20;
 constexpr int kBlocksPerSm = 4;  // 64 registers; also how many the workspace serves
 
@@ -46,78 +44,6 @@ struct BlockScratch {
   uint32_t keys[kWarps];
   int row_begin[kThreads + 1];  // where each row of the tile puts its entries
 };
-
-// ---- Sort ---------------------------------------------------------------------------------------
-
-// Keys are sorted in descending order: warps sort chunks, then the block merges them.
-
-// out[0 … n) = load(0 … n), sorted within chunks. `first_warp` rotates the warps, so that two lists
-// can be sorted side by side.
-template <class Key, class Load>
-__device__ __forceinline__ void block_sort_chunks(int n, Key* out, int first_warp, Load load) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = (threadIdx.x / kWarpSize + first_warp) % kWarps;
-  for (int base = warp * kChunk; base < n; base += kWarps * kChunk) {
-    Key keys[kSortItems];
-#pragma unroll
-    for (int i = 0; i < kSortItems; ++i) {
-      const int source = base + i * kWarpSize + lane;
-      keys[i] = source < n ? load(source) : 0;
-    }
-    __syncwarp();  // `out` may be what was loaded
-    warp_sort_descending(keys);
-#pragma unroll
-    for (int i = 0; i < kSortItems; ++i) {
-      const int target = base + lane * kSortItems + i;
-      if (target < n) out[target] = keys[i];
-    }
-  }
-}
-
-// out = `in` with each two neighbouring runs of `width` merged. Each thread finds by bisection
-// where its stretch of the output begins in both runs, then merges serially. Keys are distinct.
-template <class Key>
-__device__ __forceinline__ void block_merge_runs(const Key* in, Key* out, int n, int width,
-                                                 int thread) {
-  const int stretch = ceil_div(n, kThreads) | 1;  // odd: neighbours write to different banks
-  int target = min(thread * stretch, n);
-  const int target_end = min(target + stretch, n);
-  while (target < target_end) {
-    const int first = target / (2 * width) * (2 * width);
-    const int second = min(first + width, n);
-    const int end = min(second + width, n);
-    const int diagonal = target - first;
-    // How many of the first `diagonal` merged keys come from the first run.
-    int low = max(0, diagonal - (end - second));
-    int high = min(diagonal, second - first);
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (in[first + middle] > in[second + diagonal - middle - 1])
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    int a = first + low;
-    int b = second + diagonal - low;
-    for (const int stop = min(target_end, end); target < stop; ++target) {
-      const bool take_first = b >= end || (a < second && in[a] > in[b]);
-      out[target] = in[take_first ? a++ : b++];
-    }
-  }
-}
-
-// Sorted chunks of entries[0] -> one sorted list; returns which of the two buffers holds it.
-__device__ __forceinline__ const uint64_t* block_merge_chunks(uint64_t* from, uint64_t* to, int n) {
-  for (int width = kChunk; width < n; width *= 2) {
-    __syncthreads();
-    block_merge_runs(from, to, n, width, threadIdx.x);
-    uint64_t* merged = to;
-    to = from;
-    from = merged;
-  }
-  __syncthreads();
-  return from;
-}
 
 // ---- Counting -----------------------------------------------------------------------------------
 

@@ -27,79 +27,16 @@
 #include "cuda/hopper/tma.cuh"
 #include "cuda/hopper/wgmma.cuh"
 #include "cuda/router/batch_norm_common.cuh"
+#include "cuda/router/router_logits_layout.cuh"
+#include "cuda/router/router_logits_moments.cuh"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe::cuda {
 
 namespace {
 
+using namespace router_logits;
 using batch_norm::RunningStatistics;
-
-constexpr int kTileTokens = kWgmmaRows;
-constexpr int kPanelCols = 64;
-constexpr int kTileThreads = 128;  // a warpgroup
-constexpr int kTileWarps = kTileThreads / kWarpSize;
-constexpr int kRegisters = kTileTokens * kPanelCols / kTileThreads;
-constexpr int kWarpRows = kTileTokens / kTileWarps;
-constexpr int kTileBytes = kTileTokens * kSwizzleRowBytes;  // of x or a gate in one stage
-static_assert(kTileTokens == kPanelCols);
-
-// kTokenTiles by kPanels warpgroups.
-template <int kTokenTiles_, int kPanels_>
-struct Block {
-  static constexpr int kTokenTiles = kTokenTiles_;
-  static constexpr int kPanels = kPanels_;
-  static constexpr int kTokens = kTokenTiles * kTileTokens;
-  static constexpr int kConsumerWarps = kTokenTiles * kPanels * kTileWarps;
-  static constexpr int kThreads = (kConsumerWarps + 1) * kWarpSize;  // the last warp loads
-  static constexpr int kStageBytes = (kTokenTiles + kPanels) * kTileBytes;
-  static constexpr int kStages = std::min(16, 200 * 1024 / kStageBytes);
-  // Of the batch's moments a warp merges two columns in each of kColumnPairs threads, many times
-  // over.
-  static constexpr int kColumnPairs = kPanelCols / 2 / (kTokenTiles * kTileWarps);
-};
-
-struct Arguments {
-  CUtensorMap x;
-  CUtensorMap gates[2];   // x, y
-  CUtensorMap normed[2];  // stores
-  BatchNormForwardParams norm;
-  int num_tokens;
-  float token_share;  // 1 / T
-  int num_stages;     // ceil(H / 64)
-  int num_panels_x;   // of gate_x; those of gate_y come next
-  int num_panels;
-};
-
-// Moments of a panel's columns in the block, then what they are over the batch.
-template <class B>
-struct PanelStatistics {
-  float2 moments[B::kTokenTiles * kTileWarps][kPanelCols];  // mean, Σ (x - mean)² of a warp's rows
-  float2 scales[kPanelCols];                                // mean, 1 / sqrt(var + eps)
-};
-
-template <class B>
-struct SharedStorage {
-  char x[B::kStages][B::kTokenTiles][kTileBytes];
-  char gates[B::kStages][B::kPanels][kTileBytes];
-  PanelStatistics<B> statistics[B::kPanels];
-  uint64_t full[B::kStages];   // the stage's tiles have landed here
-  uint64_t empty[B::kStages];  // all consumers of the cluster have read the stage
-};
-
-// 64 columns of one axis.
-struct Panel {
-  int index;
-  bool is_y;
-  int col;    // the first in its axis
-  int width;  // of the axis
-
-  __device__ __forceinline__ Panel(const Arguments& args, int index)
-      : index(index),
-        is_y(index >= args.num_panels_x),
-        col((is_y ? index - args.num_panels_x : index) * kPanelCols),
-        width(static_cast<int>(is_y ? args.norm.num_cols : args.norm.num_rows)) {}
-};
 
 // ---- Products -----------------------------------------------------------------------------------
 
@@ -125,138 +62,31 @@ __device__ __forceinline__ void load_stages(const Arguments& args, SharedStorage
   }
 }
 
-// ---- Statistics ---------------------------------------------------------------------------------
-
-__device__ __forceinline__ int rows_within(int num_tokens, int first, int rows) {
-  return min(max(num_tokens - first, 0), rows);
-}
-
-// The threads that hold a panel's columns.
-template <class B>
-__device__ __forceinline__ void sync_panel(int panel) {
-  asm volatile("bar.sync %0, %1;" ::"r"(panel + 1), "n"(B::kTokenTiles * kTileThreads) : "memory");
-}
-
-// Merges moments of one column as sums relative to `base`, one of the means or close to them.
-class MomentSums {
- public:
-  __device__ __forceinline__ explicit MomentSums(float base) : base_(base) {}
-
-  __device__ __forceinline__ void add(int rows, float mean, float m2) {
-    const float distance = mean - base_;
-    const float weighted = static_cast<float>(rows) * distance;
-    sum_ += weighted;
-    squares_ += weighted * distance + m2;
-  }
-  __device__ __forceinline__ void add_lane(int mask) {
-    sum_ += __shfl_xor_sync(kFullWarp, sum_, mask);
-    squares_ += __shfl_xor_sync(kFullWarp, squares_, mask);
-  }
-  // One over the number of values -> mean, Σ (x - mean)².
-  __device__ __forceinline__ float2 get(float share) const {
-    const float shift = sum_ * share;
-    const float m2 = squares_ - sum_ * shift;
-    return make_float2(base_ + shift, m2 < 0.0f ? 0.0f : m2);  // NaN stays
-  }
-
- private:
-  float base_;
-  float sum_ = 0.0f;
-  float squares_ = 0.0f;
-};
-
-// Moments of the warp's 16 rows, column by column, merged in halves: of the columns that two lanes
-// have in common each goes on with one half, so that at the end a lane has one column of 32.
-__device__ __forceinline__ void warp_moments(const float (&d)[kRegisters], int num_rows,
-                                             float2* moments) {
-  const int lane = threadIdx.x % kWarpSize;
-  const bool has_first = lane / 4 < num_rows, has_second = lane / 4 + 8 < num_rows;
-#pragma unroll
-  for (int part = 0; part < kRegisters / 16; ++part) {  // of 32 columns, 8 of them here
-    float count = static_cast<float>(has_first + has_second);
-    float mean[8], m2[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int at = part * 16 + i / 2 * 4 + i % 2;
-      const float first = d[at], second = d[at + 2];
-      const float half = 0.5f * (second - first);
-      mean[i] = has_second ? first + half : first;
-      m2[i] = has_second ? 2.0f * half * half : 0.0f;
-    }
-#pragma unroll
-    for (int step = 0; step < 3; ++step) {
-      const int offset = 16 >> step, kept = 4 >> step;
-      const bool is_upper = (lane & offset) != 0;
-      const float more = __shfl_xor_sync(kFullWarp, count, offset);
-      const float share = __fdividef(more, fmaxf(count + more, 1.0f));
-      const float cross = count * share;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i >= kept) break;
-        const float own_mean = is_upper ? mean[i + kept] : mean[i];
-        const float own_m2 = is_upper ? m2[i + kept] : m2[i];
-        const float distance =
-            __shfl_xor_sync(kFullWarp, is_upper ? mean[i] : mean[i + kept], offset) - own_mean;
-        mean[i] = own_mean + distance * share;
-        m2[i] = own_m2 + distance * distance * cross +
-                __shfl_xor_sync(kFullWarp, is_upper ? m2[i] : m2[i + kept], offset);
-      }
-      count += more;
-    }
-    // Bits 4, 3 and 2 of the lane chose bits 2, 1 and 0 of i.
-    const int i = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);
-    moments[part * 32 + i / 2 * 8 + lane % 4 * 2 + i % 2] = make_float2(mean[0], m2[0]);
-  }
-}
-
-// The panel's moments in this block -> workspace, [panel][block along the tokens][column].
-template <class B>
-__device__ __forceinline__ void publish_moments(const Arguments& args,
-                                                const PanelStatistics<B>& statistics,
-                                                const Panel& panel, int thread) {
-  if (thread >= kPanelCols || panel.index >= args.num_panels) return;
-  const int token = blockIdx.x * B::kTokens;
-  MomentSums sums(statistics.moments[0][thread].x);
-#pragma unroll
-  for (int warp = 0; warp < B::kTokenTiles * kTileWarps; ++warp) {
-    const float2 moments = statistics.moments[warp][thread];
-    sums.add(rows_within(args.num_tokens, token + warp * kWarpRows, kWarpRows), moments.x,
-             moments.y);
-  }
-  float2* partials =
-      static_cast<float2*>(args.norm.workspace) + int64_t{panel.index} * gridDim.x * kPanelCols;
-  partials[blockIdx.x * kPanelCols + thread] =
-      sums.get(__fdividef(1.0f, fmaxf(rows_within(args.num_tokens, token, B::kTokens), 1.0f)));
-}
-
-// What all blocks have published -> moments of two columns over the batch, in all threads of the
-// warp that take turns at the blocks: those with the same lane % kColumnPairs.
-template <class B>
-__device__ __forceinline__ void batch_moments(const Arguments& args, const Panel& panel,
-                                              int column_pair, float2 (&moments)[2]) {
-  constexpr int kMergers = kWarpSize / B::kColumnPairs;
-  const auto* partials = reinterpret_cast<const float4*>(args.norm.workspace) +
-                         int64_t{panel.index} * gridDim.x * (kPanelCols / 2) + column_pair;
-  const int num_blocks = ceil_div(args.num_tokens, B::kTokens);
-  const float4 base = __ldcg(partials);  // from L2: of other blocks
-  MomentSums low(base.x), high(base.z);
-#pragma unroll 16
-  for (int i = threadIdx.x % kWarpSize / B::kColumnPairs; i < num_blocks; i += kMergers) {
-    const float4 partial = __ldcg(partials + i * (kPanelCols / 2));
-    const int rows = rows_within(args.num_tokens, i * B::kTokens, B::kTokens);
-    low.add(rows, partial.x, partial.y);
-    high.add(rows, partial.z, partial.w);
-  }
-#pragma unroll
-  for (int mask = B::kColumnPairs; mask < kWarpSize; mask *= 2) {
-    low.add_lane(mask);
-    high.add_lane(mask);
-  }
-  moments[0] = low.get(args.token_share);
-  moments[1] = high.get(args.token_share);
-}
-
 // ---- Results ------------------------------------------------------------------------------------
+
+// Moments and 1 / sqrt(var + eps) of two columns, and their place in `statistics` for the panel.
+template <class B, bool kTraining, class T>
+__device__ __forceinline__ void find_scales(const Arguments& args,
+                                            const RunningStatistics<T>& running, const Panel& panel,
+                                            int column_pair, bool is_owner,
+                                            PanelStatistics<B>& statistics, float2 (&moments)[2],
+                                            float (&inv_stds)[2]) {
+  const auto eps = static_cast<float>(args.norm.eps);
+  if constexpr (kTraining) {
+    if (panel.index < args.num_panels) batch_moments<B>(args, panel, column_pair, moments);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int col = column_pair * 2 + i;
+    float var = moments[i].y * args.token_share;
+    if (!kTraining && is_owner && panel.col + col < panel.width) {
+      moments[i].x = running.load(running.buffers.running_mean, panel.col + col);
+      var = running.load(running.buffers.running_var, panel.col + col);
+    }
+    inv_stds[i] = rsqrtf(var + eps);
+    if (is_owner) statistics.scales[col] = make_float2(moments[i].x, inv_stds[i]);
+  }
+}
 
 // Writes the warp's 16 rows of its panel, by way of `buffer`, the warp's alone.
 template <class T, class B>
@@ -276,6 +106,33 @@ __device__ __forceinline__ void store_normed(const Arguments& args,
     tma_store(args.normed[panel.is_y], buffer, row, panel.col);
     tma_store_commit();
     tma_store_wait_read<0>();
+  }
+}
+
+// Writes inv_std and, in training, the running statistics of two columns.
+template <bool kTraining, class T>
+__device__ __forceinline__ void keep_statistics(const Arguments& args,
+                                                const RunningStatistics<T>& running,
+                                                const Panel& panel, int column_pair,
+                                                const float2 (&moments)[2],
+                                                const float (&inv_stds)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int col = panel.col + column_pair * 2 + i;
+    if (col >= panel.width) break;
+    if (args.norm.inv_std != nullptr) {
+      static_cast<float*>(args.norm.inv_std)[(panel.is_y ? args.norm.num_rows : 0) + col] =
+          inv_stds[i];
+    }
+    if constexpr (kTraining) {
+      const auto momentum = static_cast<float>(args.norm.momentum);
+      running.update(running.buffers.running_mean, col, momentum, moments[i].x);
+      running.update(running.buffers.running_var, col, momentum,
+                     moments[i].y / static_cast<float>(args.num_tokens - 1));
+      if (col == 0 && running.buffers.num_batches_tracked != nullptr) {
+        ++*running.buffers.num_batches_tracked;
+      }
+    }
   }
 }
 
@@ -339,51 +196,21 @@ __global__ void __launch_bounds__(B::kThreads, 1)
 
   // 3. Mean and scale of two columns for each of the panel's first kColumnPairs lanes.
   const RunningStatistics<T> running(args.norm, panel.is_y);
-  const auto eps = static_cast<float>(args.norm.eps);
   const int column_pair = panel_warp * B::kColumnPairs + lane % B::kColumnPairs;
   const bool is_owner = lane < B::kColumnPairs;
   float2 moments[2] = {};  // mean and, in training, Σ (x - mean)²
   float inv_stds[2] = {};
-  if constexpr (kTraining) {
-    if (panel.index < args.num_panels) batch_moments<B>(args, panel, column_pair, moments);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int col = column_pair * 2 + i;
-    float var = moments[i].y * args.token_share;
-    if (!kTraining && is_owner && panel.col + col < panel.width) {
-      moments[i].x = running.load(running.buffers.running_mean, panel.col + col);
-      var = running.load(running.buffers.running_var, panel.col + col);
-    }
-    inv_stds[i] = rsqrtf(var + eps);
-    if (is_owner) statistics.scales[col] = make_float2(moments[i].x, inv_stds[i]);
-  }
+  find_scales<B, kTraining>(args, running, panel, column_pair, is_owner, statistics, moments,
+                            inv_stds);
   sync_panel<B>(consumer);
 
   // 4. Normalise. The stages are free.
   store_normed<T>(args, statistics, panel, shared.x[0][0] + warp * (kWarpRows * kSwizzleRowBytes),
                   token, d);
 
-  // 5. What is kept, by the first block of each column: nothing waits for it.
+  // 5. What is kept is written by the first block of each column: nothing waits for it.
   if (blockIdx.x != 0 || !is_owner || panel.index >= args.num_panels) return;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int col = panel.col + column_pair * 2 + i;
-    if (col >= panel.width) break;
-    if (args.norm.inv_std != nullptr) {
-      static_cast<float*>(args.norm.inv_std)[(panel.is_y ? args.norm.num_rows : 0) + col] =
-          inv_stds[i];
-    }
-    if constexpr (kTraining) {
-      const auto momentum = static_cast<float>(args.norm.momentum);
-      running.update(running.buffers.running_mean, col, momentum, moments[i].x);
-      running.update(running.buffers.running_var, col, momentum,
-                     moments[i].y / static_cast<float>(args.num_tokens - 1));
-      if (col == 0 && running.buffers.num_batches_tracked != nullptr) {
-        ++*running.buffers.num_batches_tracked;
-      }
-    }
-  }
+  keep_statistics<kTraining>(args, running, panel, column_pair, moments, inv_stds);
 }
 
 // ---- Launcher -----------------------------------------------------------------------------------
