@@ -53,7 +53,7 @@ namespace omni_moe::cuda {
 // they read: returns when those have ended.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  cudaGridDependencySynchronize();
 #endif
 }
 
@@ -61,7 +61,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 // all blocks of this kernel have called this or ended, and fill what those leave free.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  cudaTriggerProgrammaticLaunchCompletion();
 #ifdef OMNI_MOE_WIDE_EARLY_LAUNCH
   // For tests: blocks end up to 150 µs after they have let the next kernel start.
   for (unsigned i = 0; i < blockIdx.x % 4 * 50; ++i) __nanosleep(1000);

@@ -181,10 +181,7 @@ __device__ __forceinline__ V load_vec_once(const T* pointer) {
     uint4 word;
     V vec;
   } bits;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.word.x), "=r"(bits.word.y), "=r"(bits.word.z), "=r"(bits.word.w)
-               : "l"(pointer)
-               : "memory");
+  bits.word = __ldcs(reinterpret_cast<const uint4*>(pointer));
   return bits.vec;
 }
 

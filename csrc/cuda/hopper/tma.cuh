@@ -73,11 +73,8 @@ __device__ __forceinline__ int swizzle128(int row, int piece) {
 // The tile whose first element is (row, col); its bytes complete on `barrier`.
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, void* tile, uint64_t* barrier,
                                          int row, int col) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(tile)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row)
-      : "memory");
+  const int32_t at[] = {col, row};
+  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, tile, &map, at, barrier);
 }
 
 // The same into every block of the cluster whose bit of `blocks` is set, at the same place of its
@@ -85,40 +82,35 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, void* tile, uin
 __device__ __forceinline__ void tma_load_multicast(const CUtensorMap& map, void* tile,
                                                    uint64_t* barrier, int row, int col,
                                                    uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(tile)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
-      : "memory");
+  const int32_t at[] = {col, row};
+  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, tile, &map, at, barrier, blocks);
 }
 
 // The store belongs to the calling thread's current bulk group.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* tile, int row,
                                           int col) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
-      "r"(shared_address(tile)), "r"(col), "r"(row)
-      : "memory");
+  const int32_t at[] = {col, row};
+  ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, tile);
 }
 
 __device__ __forceinline__ void tma_store_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  ptx::cp_async_bulk_commit_group();
 }
 
 // Waits until all but the last kPending of the thread's bulk groups have read their shared memory.
 template <int kPending>
 __device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+  ptx::cp_async_bulk_wait_group_read(ptx::n32_t<kPending>{});
 }
 
 // Waits until all of the thread's stores are done.
 __device__ __forceinline__ void tma_store_wait_all() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  ptx::cp_async_bulk_wait_group(ptx::n32_t<0>{});
 }
 
 // Between ordinary writes of shared memory and the copy engine's or tensor cores' reads of it.
 __device__ __forceinline__ void fence_async_proxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_proxy_async(ptx::space_shared);
 }
 
 }  // namespace omni_moe::cuda
