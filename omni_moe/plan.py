@@ -59,8 +59,8 @@ def expert_plan(
         gpu: the device; by default the current CUDA device.
 
     Returns:
-        ``strategy`` (``phased``, ``columns`` or ``slabs``), the numbers that this strategy uses
-        (``threads``, ``num_splits`` and ``pairs_per_split``; ``slab_bytes``), and
+        ``strategy`` (``two_phase``, ``fused`` or ``l2_tiled``), the numbers that this strategy uses
+        (``threads``, ``num_splits`` and ``pairs_per_split``; ``tile_bytes``), and
         ``workspace_bytes`` of the pass. Operands are taken to start at multiples of 16 bytes, as
         PyTorch allocates them.
 

@@ -204,7 +204,7 @@ Gradients expert_backward_kernel(const Tensor& grad_expert_states, const Tensor&
                            .down_weights = down.const_data_ptr(),
                            .routing_weights = routing.const_data_ptr(),
                            .indices = ids.const_data_ptr(),
-                           .scores = saved.const_data_ptr(),
+                           .pre_activations = saved.const_data_ptr(),
                            .addend = addend ? more.const_data_ptr() : nullptr,
                            .grad_hidden_states = data_if(0, grad_hidden),
                            .grad_up_weights = data_if(1, grad_up),

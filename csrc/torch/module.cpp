@@ -5,7 +5,7 @@
 #include "backend.h"
 #include "build_info.h"
 #include "checks.h"
-#include "cuda/plan.h"
+#include "cuda/experts/expert_plan.h"
 
 namespace {
 
@@ -37,15 +37,15 @@ pybind11::dict expert_plan(int64_t num_tokens, int64_t hidden_size, int64_t num_
   pybind11::dict facts;
   facts["strategy"] = name(plan.strategy);
   switch (plan.strategy) {
-    case TokenPassStrategy::kPhased:
+    case TokenPassStrategy::kTwoPhase:
       facts["threads"] = plan.threads;
       facts["num_splits"] = plan.num_splits;
       facts["pairs_per_split"] = plan.pairs_per_split;
       break;
-    case TokenPassStrategy::kColumns:
+    case TokenPassStrategy::kFused:
       break;
-    case TokenPassStrategy::kSlabs:
-      facts["slab_bytes"] = plan.slab_bytes;
+    case TokenPassStrategy::kL2Tiled:
+      facts["tile_bytes"] = plan.tile_bytes;
       break;
   }
   facts["workspace_bytes"] = sizeof(float) * token_pass_workspace_floats(shape, plan);

@@ -105,7 +105,7 @@ struct ExpertCase {
     }
   }
 
-  // Length of the longest sum: a score, a token's experts, or an expert's pairs.
+  // Length of the longest sum: a pre_activation, a token's experts, or an expert's pairs.
   int64_t num_terms() const {
     std::vector<int64_t> counts(shape.num_experts);
     for (const int64_t id : indices.wide) ++counts[id];
@@ -145,15 +145,16 @@ ExpertGradients expert_backward_oracle(const ExpertCase& c) {
   grads.routing.resize(s.num_tokens * s.k);
   for (int64_t pair = 0; pair < s.num_tokens * s.k; ++pair) {
     const int64_t t = pair / s.k, e = c.indices.wide[pair];
-    const double score = dot(c.hidden, t, c.up, e, s.hidden_size);
+    const double pre_activation = dot(c.hidden, t, c.up, e, s.hidden_size);
     const double g = dot(c.grad, t, c.down, e, s.hidden_size);
-    const double value = activate(c.activation, score);
-    const double grad_score = c.routing[pair] * activate_grad(c.activation, score) * g;
+    const double value = activate(c.activation, pre_activation);
+    const double grad_pre_activation =
+        c.routing[pair] * activate_grad(c.activation, pre_activation) * g;
     grads.routing[pair] = value * g;
     for (int64_t h = 0; h < s.hidden_size; ++h) {
       const int64_t at_token = t * s.hidden_size + h, at_expert = e * s.hidden_size + h;
-      grads.hidden[at_token] += grad_score * c.up[at_expert];
-      grads.up[at_expert] += grad_score * c.hidden[at_token];
+      grads.hidden[at_token] += grad_pre_activation * c.up[at_expert];
+      grads.up[at_expert] += grad_pre_activation * c.hidden[at_token];
       grads.down[at_expert] += c.routing[pair] * value * c.grad[at_token];
     }
   }
@@ -163,27 +164,27 @@ ExpertGradients expert_backward_oracle(const ExpertCase& c) {
 // ---- experts
 // -------------------------------------------------------------------------------------
 
-// Expert states, then scores.
+// Expert states, then pre_activations.
 std::pair<Buffer, Buffer> run_forward(const KernelTable& table, ExpertCase& c, IndexType type,
                                       const Executor& executor) {
   const auto& s = c.shape;
   Buffer out(c.dtype, s.num_tokens * s.hidden_size);
-  const auto score_dtype = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  Buffer scores(score_dtype, s.num_tokens * s.k);
+  const auto accumulation_dtype = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  Buffer pre_activations(accumulation_dtype, s.num_tokens * s.k);
   table.expert_forward(
       {c.hidden.data(), c.up.data(), c.down.data(), c.routing.data(), c.indices.data(type),
-       /*addend=*/nullptr, out.data(), scores.data(), s.num_tokens, s.hidden_size, s.num_experts,
-       s.k, c.dtype, type, c.activation,
+       /*addend=*/nullptr, out.data(), pre_activations.data(), s.num_tokens, s.hidden_size,
+       s.num_experts, s.k, c.dtype, type, c.activation,
        /*workspace=*/nullptr},
       executor);
-  return {std::move(out), std::move(scores)};
+  return {std::move(out), std::move(pre_activations)};
 }
 
 // The gradients of hidden, up, down and routing; those not wanted stay NaN.
 std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexType type,
                                  const Executor& executor, unsigned wanted = 0b1111) {
   const auto& s = c.shape;
-  Buffer scores = run_forward(table, c, type, executor).second;
+  Buffer pre_activations = run_forward(table, c, type, executor).second;
   std::vector<Buffer> grads;
   for (const int64_t size : {s.num_tokens * s.hidden_size, s.num_experts * s.hidden_size,
                              s.num_experts * s.hidden_size, s.num_tokens * s.k}) {
@@ -196,7 +197,7 @@ std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexT
                                  c.down.data(),
                                  c.routing.data(),
                                  c.indices.data(type),
-                                 scores.data(),
+                                 pre_activations.data(),
                                  /*addend=*/nullptr,
                                  data(0),
                                  data(1),

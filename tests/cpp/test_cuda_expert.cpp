@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cuda/expert_plan.h"
+#include "cuda/experts/planned_passes.h"
 #include "cuda_kernel_testing.h"
 
 namespace omni_moe {
@@ -50,7 +50,7 @@ struct Problem {
         grad_up(c.dtype, c.num_experts * c.hidden_size, c.offset),
         grad_down(c.dtype, c.num_experts * c.hidden_size, c.offset),
         grad_routing(c.dtype, num_pairs(), c.offset),
-        scores(DType::kFloat32, num_pairs(), c.offset),
+        pre_activations(DType::kFloat32, num_pairs(), c.offset),
         device_ids(num_pairs() * index_size()) {
     std::mt19937_64 random(7);
     // Scores of order one: the activations bend there.
@@ -106,7 +106,7 @@ struct Problem {
     params.routing_weights = routing.at(side);
     params.indices = side == Side::kDevice ? device_ids.data() : ids.data();
     params.addend = c.num_experts % 2 == 0 ? addend.at(side) : nullptr;
-    params.scores = scores.at(side);
+    params.pre_activations = pre_activations.at(side);
     if constexpr (std::is_same_v<Params, ExpertForwardParams>) {
       params.expert_states = out.at(side);
     } else {
@@ -126,9 +126,9 @@ struct Problem {
     return params;
   }
 
-  // The gradients' oracle, from scores that are rounded as the device's are.
+  // The gradients' oracle, from pre_activations that are rounded as the device's are.
   void solve_backward() {
-    scores.upload();
+    pre_activations.upload();
     auto params = params_of<ExpertBackwardParams>(Side::kHost);
     struct alignas(64) Line {
       unsigned char bytes[64];
@@ -141,7 +141,7 @@ struct Problem {
   Case c;
   Operand hidden, grad, up, down, routing, addend;
   Operand out, grad_hidden, grad_up, grad_down, grad_routing;
-  Operand scores;  // output of the forward, input of the backward
+  Operand pre_activations;  // output of the forward, input of the backward
   Bytes ids;
   DeviceArray device_ids;
 };
@@ -149,7 +149,7 @@ struct Problem {
 using NamedOutputs = std::vector<std::pair<const char*, const Operand*>>;
 
 NamedOutputs outputs_of(const Problem& p, const ExpertForwardParams&) {
-  return {{"expert_states", &p.out}, {"scores", &p.scores}};
+  return {{"expert_states", &p.out}, {"pre_activations", &p.pre_activations}};
 }
 NamedOutputs outputs_of(const Problem& p, const ExpertBackwardParams&) {
   return {{"grad_hidden", &p.grad_hidden},
@@ -216,12 +216,12 @@ std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params
     plans.emplace_back(name, plan);
   };
   const auto as_is = [](cuda::TokenPassPlan*) {};
-  add("phased", TokenPassStrategy::kPhased, as_is);
-  add("columns", TokenPassStrategy::kColumns, as_is);
-  add("slabs of 256 bytes", TokenPassStrategy::kSlabs,
-      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 256; });
-  add("slabs of 512 bytes", TokenPassStrategy::kSlabs,
-      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 512; });
+  add("two_phase", TokenPassStrategy::kTwoPhase, as_is);
+  add("fused", TokenPassStrategy::kFused, as_is);
+  add("l2_tiled by 256 bytes", TokenPassStrategy::kL2Tiled,
+      [](cuda::TokenPassPlan* plan) { plan->tile_bytes = 256; });
+  add("l2_tiled by 512 bytes", TokenPassStrategy::kL2Tiled,
+      [](cuda::TokenPassPlan* plan) { plan->tile_bytes = 512; });
   return plans;
 }
 

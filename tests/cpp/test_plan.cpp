@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/plan.h"
+#include "cuda/experts/expert_plan.h"
 
 namespace omni_moe::cuda {
 namespace {
@@ -37,42 +37,42 @@ TokenPassShape bf16(int64_t num_tokens, int64_t hidden_size, int64_t num_experts
 std::string plan_text(const TokenPassShape& shape, const ExpertDeviceInfo& device = h200()) {
   const TokenPassPlan plan = plan_token_pass(shape, device);
   const std::string text = name(plan.strategy);
-  if (plan.strategy == TokenPassStrategy::kSlabs)
-    return text + " " + std::to_string(plan.slab_bytes);
-  if (plan.strategy == TokenPassStrategy::kPhased) {
+  if (plan.strategy == TokenPassStrategy::kL2Tiled)
+    return text + " " + std::to_string(plan.tile_bytes);
+  if (plan.strategy == TokenPassStrategy::kTwoPhase) {
     return text + " " + std::to_string(plan.threads) + " x" + std::to_string(plan.num_splits);
   }
   return text;
 }
 
 TEST(Plan, BenchmarkedShapes) {
-  EXPECT_EQ(plan_text(bf16(1024, 1024, 4096, 32)), "slabs 256");
-  EXPECT_EQ(plan_text(bf16(4096, 1024, 4096, 16)), "slabs 512");
-  EXPECT_EQ(plan_text(bf16(4096, 1024, 65536, 16)), "slabs 256");
-  EXPECT_EQ(plan_text(bf16(16384, 1024, 65536, 32)), "slabs 256");
-  EXPECT_EQ(plan_text(bf16(4096, 1024, 1048576, 64)), "columns");
-  EXPECT_EQ(plan_text(bf16(4096, 1024, 102400, 128)), "slabs 256");
-  EXPECT_EQ(plan_text(bf16(4096, 1024, 102400, 512)), "slabs 256");
-  EXPECT_EQ(plan_text(bf16(1024, 1024, 102400, 4096)), "slabs 256");
-  EXPECT_EQ(plan_text(bf16(1, 1024, 65536, 16)), "columns");
-  EXPECT_EQ(plan_text(bf16(64, 1024, 65536, 16)), "columns");
+  EXPECT_EQ(plan_text(bf16(1024, 1024, 4096, 32)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 4096, 16)), "l2_tiled 512");
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 65536, 16)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(bf16(16384, 1024, 65536, 32)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 1048576, 64)), "fused");
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 102400, 128)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 102400, 512)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(bf16(1024, 1024, 102400, 4096)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(bf16(1, 1024, 65536, 16)), "fused");
+  EXPECT_EQ(plan_text(bf16(64, 1024, 65536, 16)), "fused");
 }
 
 TEST(Plan, FewTokensOfManyPairsAreSplitOverIdleSms) {
-  EXPECT_EQ(plan_text(bf16(1, 1024, 65536, 512)), "phased 512 x16");
-  EXPECT_EQ(plan_text(bf16(2, 1024, 65536, 4096)), "phased 512 x66");
+  EXPECT_EQ(plan_text(bf16(1, 1024, 65536, 512)), "two_phase 512 x16");
+  EXPECT_EQ(plan_text(bf16(2, 1024, 65536, 4096)), "two_phase 512 x66");
 }
 
-TEST(Plan, RowsWithoutAlignmentArePhased) {
-  EXPECT_EQ(plan_text(bf16(4096, 1001, 65536, 16)), "phased 128 x1");
-  EXPECT_EQ(plan_text(bf16(37, 100, 36, 3)), "phased 512 x1");
+TEST(Plan, RowsWithoutAlignmentTakeTwoPhases) {
+  EXPECT_EQ(plan_text(bf16(4096, 1001, 65536, 16)), "two_phase 128 x1");
+  EXPECT_EQ(plan_text(bf16(37, 100, 36, 3)), "two_phase 512 x1");
 }
 
 TEST(Plan, ReadsTheDeviceItIsGiven) {
-  // A smaller L2 holds no 512-byte slab of 6000 rows, fewer SMs take smaller shares of a token.
-  EXPECT_EQ(plan_text(bf16(4096, 1024, 6000, 64), h200()), "slabs 512");
-  EXPECT_EQ(plan_text(bf16(4096, 1024, 6000, 64), a100()), "slabs 256");
-  EXPECT_EQ(plan_text(bf16(2, 1024, 65536, 4096), a100()), "phased 512 x54");
+  // A smaller L2 holds no 512-byte tile of 6000 rows, fewer SMs take smaller shares of a token.
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 6000, 64), h200()), "l2_tiled 512");
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 6000, 64), a100()), "l2_tiled 256");
+  EXPECT_EQ(plan_text(bf16(2, 1024, 65536, 4096), a100()), "two_phase 512 x54");
 }
 
 // Whatever the shape, the kernel that is chosen takes it, and every pair lies in some split.
@@ -91,14 +91,14 @@ TEST(Plan, IsAlwaysPossible) {
   }
 }
 
-TEST(Plan, WorkspaceOfSplitsAndSlabs) {
+TEST(Plan, WorkspaceOfSplitsAndTiles) {
   const TokenPassShape split = bf16(2, 1024, 65536, 4096);
   EXPECT_EQ(token_pass_workspace_floats(split, plan_token_pass(split, h200())), 2u * 66 * 1024);
-  const TokenPassShape slabs = bf16(4096, 1024, 65536, 16);
-  EXPECT_EQ(token_pass_workspace_floats(slabs, plan_token_pass(slabs, h200())),
+  const TokenPassShape tiled = bf16(4096, 1024, 65536, 16);
+  EXPECT_EQ(token_pass_workspace_floats(tiled, plan_token_pass(tiled, h200())),
             4096u * 16 * (2048 / 256 + 1));
-  const TokenPassShape columns = bf16(64, 1024, 65536, 16);
-  EXPECT_EQ(token_pass_workspace_floats(columns, plan_token_pass(columns, h200())), 0u);
+  const TokenPassShape fused = bf16(64, 1024, 65536, 16);
+  EXPECT_EQ(token_pass_workspace_floats(fused, plan_token_pass(fused, h200())), 0u);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Kernels that start before the one in front of them has ended (csrc/cuda/common/launch.cuh).
+"""Kernels that start before the one in front has ended (csrc/cuda/common/dependent_launch.cuh).
 
 Whatever such a kernel reads, the one before may still be writing, and whatever it writes, the one
 before may still be reading. Here the one before takes its time on purpose, and everything must come
@@ -119,7 +119,7 @@ def test_backward_of_inputs_written_late(case):
 @pytest.mark.parametrize(
     "shape",
     [(67, 100, 40, 7), (67, 256, 300, 8), (1024, 512, 2000, 16), (1024, 512, 8, 4)],
-    ids=["phased", "columns", "slabs", "sorted"],
+    ids=["two_phase", "fused", "l2_tiled", "sorted"],
 )
 def test_experts_of_ids_written_late(shape, index_dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(*shape), "cuda", BF16)
@@ -220,7 +220,7 @@ def test_random_sequences_do_not_depend_on_early_launch(seed, num_streams):
 
 def test_two_graphs_at_once():
     """Kernels with a barrier of the grid among them, which cannot share the device."""
-    names = ["training_layer_router_logits", "training_layer_batch_norm", "expert_slabs"]
+    names = ["training_layer_router_logits", "training_layer_batch_norm", "expert_l2_tiled"]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     captured = []
     for stream in streams:

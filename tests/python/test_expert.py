@@ -386,13 +386,13 @@ def test_weights_past_2_to_the_31_elements(device):
 
 
 # Named after the strategies that these shapes are for on a Hopper: every row, every pair and every
-# slab of the tables is in reach.
+# tile of the tables is in reach.
 @pytest.mark.parametrize(
     ("hidden_size", "num_experts"),
     [
-        pytest.param(1024, 2_100_000, id="slabs"),
-        pytest.param(1024, 2_200_000, id="columns"),
-        pytest.param(1001, 2_200_000, id="phased"),
+        pytest.param(1024, 2_100_000, id="l2_tiled"),
+        pytest.param(1024, 2_200_000, id="fused"),
+        pytest.param(1001, 2_200_000, id="two_phase"),
     ],
 )
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

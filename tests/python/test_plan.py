@@ -18,43 +18,43 @@ H200 = GpuProperties(
 
 
 @pytest.mark.parametrize(
-    ("shape", "strategy", "slab_bytes"),
+    ("shape", "strategy", "tile_bytes"),
     [
-        ((1024, 1024, 4096, 32), "slabs", 256),
-        ((4096, 1024, 4096, 16), "slabs", 512),
-        ((4096, 1024, 65536, 16), "slabs", 256),
-        ((4096, 1024, 1048576, 64), "columns", None),
-        ((1024, 1024, 102400, 4096), "slabs", 256),
-        ((64, 1024, 65536, 16), "columns", None),
+        ((1024, 1024, 4096, 32), "l2_tiled", 256),
+        ((4096, 1024, 4096, 16), "l2_tiled", 512),
+        ((4096, 1024, 65536, 16), "l2_tiled", 256),
+        ((4096, 1024, 1048576, 64), "fused", None),
+        ((1024, 1024, 102400, 4096), "l2_tiled", 256),
+        ((64, 1024, 65536, 16), "fused", None),
     ],
 )
-def test_strategies(shape, strategy, slab_bytes):
+def test_strategies(shape, strategy, tile_bytes):
     plan = expert_plan(*shape, gpu=H200)
-    assert (plan["strategy"], plan.get("slab_bytes")) == (strategy, slab_bytes)
+    assert (plan["strategy"], plan.get("tile_bytes")) == (strategy, tile_bytes)
 
 
 def test_only_the_numbers_of_the_strategy_are_given():
     split = expert_plan(1, 1024, 65536, 512, gpu=H200)
     assert split == {
-        "strategy": "phased",
+        "strategy": "two_phase",
         "threads": 512,
         "num_splits": 16,
         "pairs_per_split": 32,
         "workspace_bytes": 4 * 16 * 1024,
     }
     assert expert_plan(64, 1024, 65536, 16, gpu=H200) == {
-        "strategy": "columns",
+        "strategy": "fused",
         "workspace_bytes": 0,
     }
 
 
 def test_dtype_and_device_count():
     """fp32 rows of 1001 elements are aligned no more than bf16 ones; 1004 are."""
-    assert expert_plan(4096, 1004, 65536, 16, gpu=H200)["strategy"] == "phased"
+    assert expert_plan(4096, 1004, 65536, 16, gpu=H200)["strategy"] == "two_phase"
     wide = expert_plan(4096, 1004, 65536, 16, dtype=torch.float32, gpu=H200)
-    assert wide["strategy"] == "slabs"
+    assert wide["strategy"] == "l2_tiled"
     small_l2 = replace(H200, l2_bytes=2**20)
-    assert expert_plan(4096, 1024, 4096, 16, gpu=small_l2)["slab_bytes"] == 256
+    assert expert_plan(4096, 1024, 4096, 16, gpu=small_l2)["tile_bytes"] == 256
 
 
 def test_errors():

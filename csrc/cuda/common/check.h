@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device_info.h"
+#include "cuda/common/device_info.h"
 
 namespace omni_moe::cuda {
 

@@ -5,7 +5,7 @@
 
 #include "cuda/common/check.h"
 #include "cuda/common/device_info.h"
-#include "cuda/common/wgmma.cuh"
+#include "cuda/hopper/wgmma.cuh"
 #include "omni_moe/cuda.h"
 
 namespace omni_moe::cuda {

@@ -15,8 +15,8 @@ struct DeviceInfo {
   int shared_bytes_per_sm = 0;     // what one SM shares among its blocks
   int shared_bytes_per_block = 0;  // the opt-in limit of one block
   // Of the code that runs on the device, which may be compiled from PTX of an older architecture:
-  bool has_early_launch = false;  // it can wait for the kernel before (launch.cuh)
-  bool has_hopper_code = false;   // kernels of sm_90a do not trap (wgmma.cuh)
+  bool has_early_launch = false;  // it can wait for the kernel before (dependent_launch.cuh)
+  bool has_hopper_code = false;   // kernels of sm_90a do not trap (hopper/wgmma.cuh)
 };
 
 template <class Int>

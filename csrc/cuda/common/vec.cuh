@@ -131,8 +131,8 @@ struct Word<16> {
 
 }  // namespace detail
 
-// `pointer` must be aligned to the vector. A coherent load, as launch.cuh asks of kernels that
-// start before what they read is written.
+// `pointer` must be aligned to the vector. A coherent load, as dependent_launch.cuh asks of kernels
+// that start before what they read is written.
 template <class V, class T>
 __device__ __forceinline__ V load_vec(const T* pointer) {
   using Word = typename detail::Word<sizeof(V)>::type;
@@ -181,10 +181,7 @@ __device__ __forceinline__ V load_vec_once(const T* pointer) {
     uint4 word;
     V vec;
   } bits;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.word.x), "=r"(bits.word.y), "=r"(bits.word.z), "=r"(bits.word.w)
-               : "l"(pointer)
-               : "memory");
+  bits.word = __ldcs(reinterpret_cast<const uint4*>(pointer));
   return bits.vec;
 }
 

@@ -8,8 +8,8 @@
 
 namespace omni_moe {
 
-// With s = hidden[t] · up[i], which the backward wants again. Indices must lie in [0, E); the torch
-// boundary (CPU) or the kernel (CUDA) sees to it.
+// The backward wants the pre-activations s = hidden[t] · up[i] again. Indices must lie in [0, E):
+// the torch boundary checks them for the CPU backend, the kernels of the CUDA backend themselves.
 struct ExpertForwardParams {
   const void* hidden_states;    // [T, H]
   const void* up_weights;       // [E, H]
@@ -18,7 +18,7 @@ struct ExpertForwardParams {
   const void* indices;          // [T, K], of index_type
   const void* addend;           // [T, H], or null: none
   void* expert_states;          // [T, H]
-  void* scores;                 // [T, K] s in fp32 (fp64 for fp64), or null: not wanted
+  void* pre_activations;        // [T, K] s in fp32 (fp64 for fp64), or null: not wanted
   int64_t num_tokens;
   int64_t hidden_size;
   int64_t num_experts;
@@ -40,7 +40,7 @@ struct ExpertBackwardParams {
   const void* down_weights;        // [E, H]
   const void* routing_weights;     // [T, K]
   const void* indices;             // [T, K], of index_type
-  const void* scores;              // [T, K], of the forward
+  const void* pre_activations;     // [T, K] s, as the forward saved them
   const void* addend;              // [T, H] of grad_hidden_states, or null: none
   void* grad_hidden_states;        // [T, H], or null: not wanted
   void* grad_up_weights;           // [E, H], or null: not wanted

@@ -1,0 +1,211 @@
+// What the two Hopper GEMMs of the shared MLP have in common (gated_linear_sm90.cu
+// and gated_linear_backward_sm90.cu): persistent clusters of blocks that make tiles of 128 tokens
+// each, one warp that keeps a ring of stages filled by TMA, two warpgroups that multiply 64 tokens
+// each, and three more warps for what may follow the product.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+
+#include "cuda/common/check.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/dispatch.h"
+#include "cuda/common/reduce.cuh"
+#include "cuda/hopper/mainloop.cuh"
+#include "cuda/hopper/mbarrier.cuh"
+#include "cuda/hopper/tma.cuh"
+#include "cuda/hopper/wgmma.cuh"
+#include "omni_moe/types.h"
+
+namespace omni_moe::cuda {
+
+inline constexpr int kTileTokens = 128;
+
+inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kConsumers = kTileTokens / kWgmmaRows;  // warpgroups
+inline constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpSize;
+inline constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
+// With the loading warp one warpgroup. There is no room for more: wgmma with 128 accumulators wants
+// at least 154 registers at launch, and a quarter of an SM has them for three warps.
+inline constexpr int kEpilogueWarps = kWarpgroupWarps - 1;
+inline constexpr int kGatedThreads = (1 + kConsumers) * kWarpgroupThreads;
+// Of a thread, at launch; Tuning says what consumers and the others have then.
+inline constexpr int kLaunchRegisters = 168;
+
+// Rows of D that one warp has in its registers.
+inline constexpr int kWarpRows = kWgmmaRows / kWarpgroupWarps;
+
+// Clusters that run together take 8 tiles of tokens (of 256) by about 8 of columns, which reads the
+// fewest bytes from memory for 66 clusters.
+inline constexpr int kStripeTiles = 8;
+
+// ---- Device -------------------------------------------------------------------------------------
+
+struct TileGrid {
+  int num_token_tiles;  // of the tokens of all blocks of a cluster
+  int num_col_tiles;
+};
+
+struct TilePosition {
+  int token_tile;
+  int col_tile;
+};
+
+// Tiles are taken column by column through stripes of kStripeTiles token tiles, so that what runs
+// at the same time shares operands.
+__device__ __forceinline__ TilePosition tile_position(int tile, const TileGrid& grid) {
+  const int stripe_tiles = kStripeTiles * grid.num_col_tiles;
+  const int first = tile / stripe_tiles * kStripeTiles;
+  const int height = min(kStripeTiles, grid.num_token_tiles - first);
+  const int within = tile % stripe_tiles;
+  return {first + within % height, within / height};
+}
+
+struct ClusterPosition {
+  int cluster;
+  int num_clusters;
+  int rank;  // of the block in its cluster
+
+  __device__ __forceinline__ int first_token(const TilePosition& at) const {
+    return (at.token_tile * kCluster + rank) * kTileTokens;
+  }
+};
+
+// Every warp of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kRegisters > kLaunchRegisters) take_registers<kRegisters>();
+  if constexpr (kRegisters < kLaunchRegisters) give_registers<kRegisters>();
+}
+
+// The multiplying warps' side of the ring, for the stages of one tile after the other.
+template <class T, WgmmaMajor kMajorB, int kTileRowsB, class Tuning, class Shared>
+class TileMainloop {
+ public:
+  // The second warpgroup starts late, so that one multiplies while the other works at its results.
+  __device__ __forceinline__ TileMainloop(Shared& shared, int num_stages, int consumer)
+      : shared_(shared),
+        num_stages_(num_stages),
+        row_byte_(consumer * kWgmmaRows * kSwizzleRowBytes) {
+    if (consumer == 1 && num_stages >= Tuning::kStages) {
+      mbarrier_wait(&shared.full[Tuning::kStages - 1], 0);
+    }
+  }
+
+  // d = a(stage) b(stage), summed over the tile's stages.
+  template <class A, class B>
+  __device__ __forceinline__ void run(float (&d)[kWgmmaRegisters], A a_tile, B b_tile) {
+    run_mainloop<T, kMajorB, kTileRowsB>(
+        shared_, num_stages_, ring_, d, [&](int stage) { return a_tile(stage) + row_byte_; },
+        b_tile);
+  }
+
+ private:
+  Shared& shared_;
+  const int num_stages_;
+  const int row_byte_;  // of the warpgroup's rows in a tile of A
+  RingCursor<Tuning::kStages> ring_;
+};
+
+// The whole of a block: load(shared, position) in one thread, multiply(shared, position, consumer)
+// in the warpgroups `consumer`, finish(shared, position, epilogue) in kEpilogueWarps warps.
+// Shared has barriers full[kStages], for copies into a stage, and empty[kStages], for the consumer
+// warps of the cluster that have read it; init(shared) makes others.
+template <class Shared, class Tuning, class Init, class Load, class Multiply, class Finish>
+__device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply multiply,
+                                                Finish finish) {
+  static_assert(kConsumers * Tuning::kConsumerRegisters + Tuning::kOtherRegisters <=
+                    (kConsumers + 1) * kLaunchRegisters,
+                "more registers than the block has");
+  extern __shared__ char dynamic_shared[];
+  const uint32_t misaligned = shared_address(dynamic_shared) % kSwizzleAlignment;
+  auto& shared = *reinterpret_cast<Shared*>(dynamic_shared +
+                                            (kSwizzleAlignment - misaligned) % kSwizzleAlignment);
+  const ClusterPosition position{static_cast<int>(blockIdx.x) / kCluster,
+                                 static_cast<int>(gridDim.x) / kCluster,
+                                 static_cast<int>(blockIdx.x) % kCluster};
+  // The same in all lanes, and known to be.
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+
+  // 1. Barriers of all blocks stand before one copies to another.
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Tuning::kStages; ++stage) {
+      mbarrier_init(&shared.full[stage], 1);
+      mbarrier_init(&shared.empty[stage], kConsumerWarps * kCluster);
+    }
+    init(shared);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  cluster_sync();
+  wait_for_previous_kernel();
+
+  // 2. Load, multiply, or finish.
+  if (warp < kConsumerWarps) {
+    set_registers<Tuning::kConsumerRegisters>();
+    multiply(shared, position, warp / kWarpgroupWarps);
+  } else {
+    set_registers<Tuning::kOtherRegisters>();
+    if (warp > kConsumerWarps) {
+      finish(shared, position, warp - kConsumerWarps - 1);
+    } else if (threadIdx.x % kWarpSize == 0) {
+      load(shared, position);
+    }
+  }
+
+  // 3. Shared memory stays until the other blocks have sent their last copies and arrivals.
+  __syncwarp();
+  cluster_sync();
+}
+
+// ---- Host ---------------------------------------------------------------------------------------
+
+// As many clusters as run at the same time, each for many tiles.
+template <class Arguments>
+cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args,
+                                  const DeviceInfo& device, size_t shared_bytes,
+                                  cudaStream_t stream) {
+  const int clusters = std::min(std::max(device.num_sms / kCluster, 1),
+                                args.tiles.num_token_tiles * args.tiles.num_col_tiles);
+  LaunchOptions options{dim3(clusters * kCluster), kGatedThreads};
+  options.shared_bytes = shared_bytes;
+  options.cluster_blocks = kCluster;
+  options.is_early = device.has_early_launch;
+  return launch_kernel(kernel, options, stream, args);
+}
+
+inline TileGrid tile_grid(int64_t num_tokens, int64_t num_cols, int tile_cols) {
+  return {static_cast<int>(ceil_div<int64_t>(num_tokens, int64_t{kTileTokens} * kCluster)),
+          static_cast<int>(ceil_div<int64_t>(num_cols, tile_cols))};
+}
+
+// What the instructions, TMA and the kernels' 32-bit coordinates ask of an operation's shape, its
+// operands and the current device.
+template <class Params>
+bool gated_tiles_supported(const Params& params, std::initializer_list<const void*> pointers,
+                           int tile_cols, size_t shared_bytes) {
+  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
+  if (!is_valid(params.activation)) return false;
+  constexpr int64_t kMaxSize = std::numeric_limits<int>::max() - 1024;
+  const auto fits = [](int64_t size) { return size >= 0 && size <= kMaxSize; };
+  if (!fits(params.num_tokens) || !fits(params.hidden_size) || !fits(params.intermediate_size) ||
+      params.hidden_size == 0 || params.hidden_size % 8 != 0 || params.intermediate_size % 8 != 0 ||
+      !fits(ceil_div<int64_t>(params.num_tokens, kTileTokens) *
+            ceil_div<int64_t>(params.intermediate_size, tile_cols))) {
+    return false;
+  }
+  if (!std::all_of(pointers.begin(), pointers.end(),
+                   [](const void* p) { return is_aligned(p, 16); })) {
+    return false;
+  }
+  DeviceInfo device;
+  return current_device_info(&device) == cudaSuccess && device.has_hopper_code &&
+         static_cast<size_t>(device.shared_bytes_per_block) >= shared_bytes &&
+         tensor_map_encoder() != nullptr;
+}
+
+}  // namespace omni_moe::cuda
