@@ -130,6 +130,21 @@ Gradients expert_backward_outputs(const Tensor& grad_expert_states, const Tensor
 
 // ---- Kernels -----------------------------------------------------------------------------------
 
+namespace {
+
+ExpertShape shape_of(const Tensor& hidden_states, const Tensor& up_weights, const Tensor& indices,
+                     const char* op, std::string_view activation) {
+  return {.num_tokens = hidden_states.size(0),
+          .hidden_size = hidden_states.size(1),
+          .num_experts = up_weights.size(0),
+          .num_experts_per_token = indices.size(1),
+          .dtype = to_dtype(hidden_states),
+          .index_type = to_index_type(indices),
+          .activation = parse_activation(op, activation)};
+}
+
+}  // namespace
+
 void run_experts(const ExpertOperands& operands, std::string_view activation,
                  const OptionalTensor& addend, const std::tuple<Tensor, Tensor>& outputs) {
   const auto& [expert_states, pre_activations] = outputs;
@@ -143,23 +158,16 @@ void run_experts(const ExpertOperands& operands, std::string_view activation,
     if (save_for_backward) pre_activations.zero_();
     return;
   }
-  launch(ExpertForwardParams{.hidden_states = hidden.const_data_ptr(),
-                             .up_weights = up.const_data_ptr(),
-                             .down_weights = down.const_data_ptr(),
-                             .routing_weights = routing.const_data_ptr(),
-                             .indices = ids.const_data_ptr(),
-                             .addend = addend ? more.const_data_ptr() : nullptr,
-                             .expert_states = expert_states.mutable_data_ptr(),
-                             .scores =
-                                 save_for_backward ? pre_activations.mutable_data_ptr() : nullptr,
-                             .num_tokens = hidden.size(0),
-                             .hidden_size = hidden.size(1),
-                             .num_experts = up.size(0),
-                             .num_experts_per_token = ids.size(1),
-                             .dtype = to_dtype(hidden),
-                             .index_type = to_index_type(ids),
-                             .activation = parse_activation(operands.op, activation)},
-         hidden.device());
+  ExpertForwardParams params{shape_of(hidden, up, ids, operands.op, activation)};
+  params.hidden_states = hidden.const_data_ptr();
+  params.up_weights = up.const_data_ptr();
+  params.down_weights = down.const_data_ptr();
+  params.routing_weights = routing.const_data_ptr();
+  params.indices = ids.const_data_ptr();
+  if (addend) params.addend = more.const_data_ptr();
+  params.expert_states = expert_states.mutable_data_ptr();
+  if (save_for_backward) params.pre_activations = pre_activations.mutable_data_ptr();
+  launch(params, hidden.device());
 }
 
 namespace {
@@ -194,30 +202,20 @@ Gradients expert_backward_kernel(const Tensor& grad_expert_states, const Tensor&
     grad_routing.zero_();
     return outputs;
   }
-  const auto data_if = [&](size_t i, const Tensor& gradient) {
-    return output_mask[i] ? gradient.mutable_data_ptr() : nullptr;
-  };
-  launch(
-      ExpertBackwardParams{.grad_expert_states = grad.const_data_ptr(),
-                           .hidden_states = hidden.const_data_ptr(),
-                           .up_weights = up.const_data_ptr(),
-                           .down_weights = down.const_data_ptr(),
-                           .routing_weights = routing.const_data_ptr(),
-                           .indices = ids.const_data_ptr(),
-                           .pre_activations = saved.const_data_ptr(),
-                           .addend = addend ? more.const_data_ptr() : nullptr,
-                           .grad_hidden_states = data_if(0, grad_hidden),
-                           .grad_up_weights = data_if(1, grad_up),
-                           .grad_down_weights = data_if(2, grad_down),
-                           .grad_routing_weights = data_if(3, grad_routing),
-                           .num_tokens = hidden.size(0),
-                           .hidden_size = hidden.size(1),
-                           .num_experts = up.size(0),
-                           .num_experts_per_token = ids.size(1),
-                           .dtype = to_dtype(hidden),
-                           .index_type = to_index_type(ids),
-                           .activation = parse_activation(omni_expert_backward.name, activation)},
-      hidden.device());
+  ExpertBackwardParams params{shape_of(hidden, up, ids, omni_expert_backward.name, activation)};
+  params.grad_expert_states = grad.const_data_ptr();
+  params.hidden_states = hidden.const_data_ptr();
+  params.up_weights = up.const_data_ptr();
+  params.down_weights = down.const_data_ptr();
+  params.routing_weights = routing.const_data_ptr();
+  params.indices = ids.const_data_ptr();
+  params.pre_activations = saved.const_data_ptr();
+  if (addend) params.addend = more.const_data_ptr();
+  if (output_mask[0]) params.grad_hidden_states = grad_hidden.mutable_data_ptr();
+  if (output_mask[1]) params.grad_up_weights = grad_up.mutable_data_ptr();
+  if (output_mask[2]) params.grad_down_weights = grad_down.mutable_data_ptr();
+  if (output_mask[3]) params.grad_routing_weights = grad_routing.mutable_data_ptr();
+  launch(params, hidden.device());
   return outputs;
 }
 

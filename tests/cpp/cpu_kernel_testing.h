@@ -24,8 +24,7 @@ inline void PrintTo(const KernelTable& table, std::ostream* out) { *out << table
 inline constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
                                     DType::kFloat64};
 
-// ---- storage
-// -------------------------------------------------------------------------------------
+// ---- storage ------------------------------------------------------------------------------------
 
 // n elements of a storage type, read and written as double; NaN at first.
 class Buffer {
@@ -87,8 +86,7 @@ struct Indices {
   }
 };
 
-// ---- comparison
-// ----------------------------------------------------------------------------------
+// ---- comparison ---------------------------------------------------------------------------------
 
 // One rounding to the dtype on top of the accumulator's own error, which grows with the size of the
 // terms and the root of their number.
@@ -120,8 +118,7 @@ inline void expect_close(DType dtype, const Buffer& got, const std::vector<doubl
   }
 }
 
-// ---- executors
-// -----------------------------------------------------------------------------------
+// ---- executors ----------------------------------------------------------------------------------
 
 // Cuts each range in three uneven parts, run by two threads; the kernels must not care. If the body
 // throws on both threads, the caller gets the exception of its own.

@@ -6,8 +6,7 @@
 
 #include "cpu_kernel_testing.h"
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 // This program's own operator new counts what has not been deleted, and fails where a test asks.
 namespace {
@@ -35,8 +34,7 @@ void operator delete[](void* memory, size_t /*bytes*/) noexcept { operator delet
 namespace omni_moe::cpu {
 namespace {
 
-// ---- oracles
-// -------------------------------------------------------------------------------------
+// ---- oracles ------------------------------------------------------------------------------------
 
 long double activate(Activation activation, long double x) {
   const long double inner = sqrtl(2 / acosl(-1)) * (x + 0.044715L * x * x * x);
@@ -70,22 +68,21 @@ enum class Pattern { kRandom, kIdle, kOne, kDuplicates };
 constexpr Pattern kPatterns[] = {Pattern::kRandom, Pattern::kIdle, Pattern::kOne,
                                  Pattern::kDuplicates};
 
-struct ExpertShape {
+struct Sizes {
   int64_t num_tokens, hidden_size, num_experts, k;
 };
-constexpr ExpertShape kExpertShapes[] = {{0, 8, 4, 3},      {1, 1, 1, 1},      {37, 8, 16, 0},
-                                         {37, 100, 36, 3},  {9, 1000, 20, 16}, {199, 24, 300, 5},
-                                         {13, 1024, 8, 33}, {37, 33, 12, 144}};
+constexpr Sizes kExpertShapes[] = {{0, 8, 4, 3},      {1, 1, 1, 1},      {37, 8, 16, 0},
+                                   {37, 100, 36, 3},  {9, 1000, 20, 16}, {199, 24, 300, 5},
+                                   {13, 1024, 8, 33}, {37, 33, 12, 144}};
 
 struct ExpertCase {
-  ExpertShape shape;
+  Sizes shape;
   DType dtype;
   Activation activation;
   Buffer hidden, up, down, routing, grad;
   Indices indices;
 
-  ExpertCase(Random& random, const ExpertShape& s, DType dtype, Activation activation,
-             Pattern pattern)
+  ExpertCase(Random& random, const Sizes& s, DType dtype, Activation activation, Pattern pattern)
       : shape(s),
         dtype(dtype),
         activation(activation),
@@ -161,8 +158,12 @@ ExpertGradients expert_backward_oracle(const ExpertCase& c) {
   return grads;
 }
 
-// ---- experts
-// -------------------------------------------------------------------------------------
+// ---- experts ------------------------------------------------------------------------------------
+
+ExpertShape shape_of(const ExpertCase& c, IndexType type) {
+  return {c.shape.num_tokens, c.shape.hidden_size, c.shape.num_experts, c.shape.k, c.dtype, type,
+          c.activation};
+}
 
 // Expert states, then pre_activations.
 std::pair<Buffer, Buffer> run_forward(const KernelTable& table, ExpertCase& c, IndexType type,
@@ -171,12 +172,15 @@ std::pair<Buffer, Buffer> run_forward(const KernelTable& table, ExpertCase& c, I
   Buffer out(c.dtype, s.num_tokens * s.hidden_size);
   const auto accumulation_dtype = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   Buffer pre_activations(accumulation_dtype, s.num_tokens * s.k);
-  table.expert_forward(
-      {c.hidden.data(), c.up.data(), c.down.data(), c.routing.data(), c.indices.data(type),
-       /*addend=*/nullptr, out.data(), pre_activations.data(), s.num_tokens, s.hidden_size,
-       s.num_experts, s.k, c.dtype, type, c.activation,
-       /*workspace=*/nullptr},
-      executor);
+  ExpertForwardParams params{shape_of(c, type)};
+  params.hidden_states = c.hidden.data();
+  params.up_weights = c.up.data();
+  params.down_weights = c.down.data();
+  params.routing_weights = c.routing.data();
+  params.indices = c.indices.data(type);
+  params.expert_states = out.data();
+  params.pre_activations = pre_activations.data();
+  table.expert_forward(params, executor);
   return {std::move(out), std::move(pre_activations)};
 }
 
@@ -191,26 +195,18 @@ std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexT
     grads.emplace_back(c.dtype, size);
   }
   const auto data = [&](int i) { return wanted >> i & 1 ? grads[i].data() : nullptr; };
-  ExpertBackwardParams params = {c.grad.data(),
-                                 c.hidden.data(),
-                                 c.up.data(),
-                                 c.down.data(),
-                                 c.routing.data(),
-                                 c.indices.data(type),
-                                 pre_activations.data(),
-                                 /*addend=*/nullptr,
-                                 data(0),
-                                 data(1),
-                                 data(2),
-                                 data(3),
-                                 s.num_tokens,
-                                 s.hidden_size,
-                                 s.num_experts,
-                                 s.k,
-                                 c.dtype,
-                                 type,
-                                 c.activation,
-                                 /*workspace=*/nullptr};
+  ExpertBackwardParams params{shape_of(c, type)};
+  params.grad_expert_states = c.grad.data();
+  params.hidden_states = c.hidden.data();
+  params.up_weights = c.up.data();
+  params.down_weights = c.down.data();
+  params.routing_weights = c.routing.data();
+  params.indices = c.indices.data(type);
+  params.pre_activations = pre_activations.data();
+  params.grad_hidden_states = data(0);
+  params.grad_up_weights = data(1);
+  params.grad_down_weights = data(2);
+  params.grad_routing_weights = data(3);
   // Bytes of the workspace as doubles, for the alignment; NaN and a guard, as in the outputs.
   const size_t bytes = expert_backward_workspace_size(params);
   Buffer workspace(DType::kFloat64, (bytes + 7) / 8);
@@ -239,7 +235,7 @@ void check_experts(const KernelTable& table, ExpertCase& c, const Executor& seri
 }
 
 TEST_P(CpuKernels, ExpertShapes) {
-  for (const ExpertShape& shape : kExpertShapes) {
+  for (const Sizes& shape : kExpertShapes) {
     for (const DType dtype : kDTypes) {
       SCOPED_TRACE(testing::Message() << "T " << shape.num_tokens << ", H " << shape.hidden_size
                                       << ", dtype " << int(dtype));
@@ -273,8 +269,7 @@ TEST_P(CpuKernels, ExpertGradientsNotWantedAreNotWritten) {
   }
 }
 
-// ---- exceptions
-// ----------------------------------------------------------------------------------
+// ---- exceptions ---------------------------------------------------------------------------------
 
 // Runs bodies on another executor; from its call number `first_failure` on, they get no memory.
 class ShortMemoryExecutor final : public Executor {
@@ -323,8 +318,7 @@ TEST_P(CpuKernels, ExceptionsOfTheBodyReachTheCaller) {
   }
 }
 
-// ---- gated activation
-// ----------------------------------------------------------------------------
+// ---- gated activation ---------------------------------------------------------------------------
 
 TEST_P(CpuKernels, GatedActivation) {
   // gate and up are the halves of rows of 2I + 3 elements; so are the gradients.
@@ -411,8 +405,7 @@ TEST_P(CpuKernels, GatedActivationInPlace) {
   EXPECT_EQ(grad, activated);
 }
 
-// ---- schedule, index check
-// -----------------------------------------------------------------------
+// ---- schedule, index check ----------------------------------------------------------------------
 
 TEST(Schedule, GroupsPairsByExpertInOrder) {
   Random random;
