@@ -19,9 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import eager
 from benchmarks.cases import Case
 from benchmarks.problems import Problem
-from omni_moe import reference
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _layer_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
         torch.randn(shape["tokens"], shape[side], device=device, generator=generator)
         for side in ("rows", "cols")
     )
-    ids = reference.eager_router(logits_x, logits_y, shape["k"])[1]
+    ids = eager.router(logits_x, logits_y, shape["k"])[1]
     expert_case = replace(case, op="expert")
     expert = expert_floors(expert_case, ids, problem.grad_output.element_size(), ceilings)
     projections = 2 * shape["tokens"] * shape["hidden"] * (shape["rows"] + shape["cols"])

@@ -1,7 +1,7 @@
 """The implementations: for each op and name, how to call it on a problem.
 
 A builder returns a `Workload`, or raises `NotApplicable` with the reason. Names:
-`omni_moe` (this library), `eager` (stock PyTorch operators, `omni_moe.reference.eager_*`),
+`omni_moe` (this library), `eager` (stock PyTorch operators, `eager.py`),
 `compile` (torch.compile of those), `dense_masked` (all experts by matrix products, masked),
 `gemms_only` (the bare matrix products of the MLP: a floor, not the function), `upstream_triton`
 (the paper's published kernels), `hf_doge` (DogeCDMoE of Hugging Face Transformers, whose router
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import upstream
+from benchmarks import eager, upstream
 from benchmarks.problems import Problem
 from benchmarks.upstream import NotApplicable
-from omni_moe import ops, reference
+from omni_moe import ops
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def _expert_omni_moe(problem: Problem) -> Callable:
 
 def _expert_eager(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices_long")
-    return lambda: reference.eager_expert(*args)
+    return lambda: eager.expert(*args)
 
 
 def _expert_compile(problem: Problem) -> Callable:
-    args, function = _expert_args(problem, "indices_long"), _compiled(reference.eager_expert)
+    args, function = _expert_args(problem, "indices_long"), _compiled(eager.expert)
     return lambda: function(*args)
 
 
@@ -119,11 +119,11 @@ def _router_omni_moe(problem: Problem) -> Callable:
 
 
 def _router_eager(problem: Problem) -> Callable:
-    return _router(problem, reference.eager_router)
+    return _router(problem, eager.router)
 
 
 def _router_compile(problem: Problem) -> Callable:
-    return _router(problem, _compiled(reference.eager_router))
+    return _router(problem, _compiled(eager.router))
 
 
 def _router_upstream(problem: Problem) -> Callable:
@@ -143,11 +143,11 @@ def _mlp_omni_moe(problem: Problem) -> Callable:
 
 
 def _mlp_eager(problem: Problem) -> Callable:
-    return _mlp(problem, reference.eager_mlp)
+    return _mlp(problem, eager.mlp)
 
 
 def _mlp_compile(problem: Problem) -> Callable:
-    return _mlp(problem, _compiled(reference.eager_mlp))
+    return _mlp(problem, _compiled(eager.mlp))
 
 
 def _mlp_gemms_only(problem: Problem) -> Workload:
@@ -177,11 +177,11 @@ def _layer_omni_moe(problem: Problem) -> Callable:
 
 def _layer_eager(problem: Problem) -> Callable:
     x = problem.tensors["hidden_states"]
-    return lambda: reference.eager_omni_moe(problem.module, x)
+    return lambda: eager.layer(problem.module, x)
 
 
 def _layer_compile(problem: Problem) -> Callable:
-    x, function = problem.tensors["hidden_states"], _compiled(reference.eager_omni_moe)
+    x, function = problem.tensors["hidden_states"], _compiled(eager.layer)
     return lambda: function(problem.module, x)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import eager
 from benchmarks.cases import Case
 from omni_moe import OmniMoE, OmniMoEConfig, reference
 
@@ -61,7 +62,7 @@ def _make_expert(
         logits = torch.randn(
             2, num_tokens, shape["rows"], device=device, generator=generator
         )  # fp32, and a square grid
-        routing_weights, indices = reference.eager_router(logits[0], logits[1], k)
+        routing_weights, indices = eager.router(logits[0], logits[1], k)
     else:
         indices = torch.randint(
             shape["experts"], (num_tokens, k), device=device, generator=generator

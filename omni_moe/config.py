@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "identity")
+from omni_moe.activations import ACTIVATION_FUNCTIONS
+
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
 ROUTER_NORMS = ("batch_norm", "none")
 
 # Expert ids are int32.
