@@ -6,7 +6,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -84,7 +84,14 @@ def main(argv: list[str] | None = None) -> int:
             progress.write(f"stopped after {args.stop_after:g} s, before {_title(case)}")
             break
         progress.set_description(f"{case.op} {case.pass_name}")
-        failures += _run_case(case, device, args, record, ceilings, progress.write)
+        failures += _run_case(
+            case,
+            device,
+            args=args,
+            record=record,
+            ceilings=ceilings,
+            write=progress.write,
+        )
         record.save()
     print(f"{record.path}: {len(record.rows)} rows")
     if not args.no_report:
@@ -109,7 +116,15 @@ def _impls_of(case: Case, args: argparse.Namespace) -> list[str]:
     return [impl for impl in peers.names(case.op) if impl in chosen]
 
 
-def _run_case(case, device, args, record, ceilings, write) -> int:
+def _run_case(
+    case: Case,
+    device: torch.device,
+    *,
+    args: argparse.Namespace,
+    record: results.Record,
+    ceilings: floors.Ceilings | None,
+    write: Callable[[str], None],
+) -> int:
     """Measures one case; returns 1 if this library failed, and raises if the GPU is lost."""
     torch.compiler.reset()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

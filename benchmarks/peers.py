@@ -69,39 +69,47 @@ def _compiled(function: Callable) -> Callable:
 # ---- expert -------------------------------------------------------------------------------------
 
 
-def _expert_args(problem: Problem, indices: str) -> list[Tensor]:
-    names = ("hidden_states", "up_weights", "down_weights", "routing_weights", indices)
-    return [problem.tensors[name] for name in names]
+def _expert_args(problem: Problem, indices: str) -> dict[str, Tensor]:
+    """By the names, and in the order, of the arguments of `omni_moe.ops.omni_expert`."""
+    names = ("hidden_states", "up_weights", "down_weights", "routing_weights")
+    return {name: problem.tensors[name] for name in names} | {"indices": problem.tensors[indices]}
 
 
 def _expert_omni_moe(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices")
-    return lambda: ops.omni_expert(*args)
+    return lambda: ops.omni_expert(**args)
 
 
 def _expert_eager(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices_long")
-    return lambda: eager.expert(*args)
+    return lambda: eager.expert(**args)
 
 
 def _expert_compile(problem: Problem) -> Callable:
     args, function = _expert_args(problem, "indices_long"), _compiled(eager.expert)
-    return lambda: function(*args)
+    return lambda: function(**args)
 
 
-def _dense_masked(hidden: Tensor, up: Tensor, down: Tensor, routing: Tensor, ids: Tensor) -> Tensor:
-    mask = routing.new_zeros(hidden.shape[0], up.shape[0]).scatter_add(1, ids, routing)
-    return (F.silu(hidden @ up.t()) * mask) @ down
+def _dense_masked(
+    hidden_states: Tensor,
+    up_weights: Tensor,
+    down_weights: Tensor,
+    routing_weights: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    mask = routing_weights.new_zeros(len(hidden_states), len(up_weights))
+    mask = mask.scatter_add(1, indices, routing_weights)
+    return (F.silu(hidden_states @ up_weights.t()) * mask) @ down_weights
 
 
 def _expert_dense_masked(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices_long")
-    return lambda: _dense_masked(*args)
+    return lambda: _dense_masked(**args)
 
 
 def _expert_upstream(problem: Problem) -> Callable:
     function = upstream.expert(problem.case)
-    args = _expert_args(problem, "indices")
+    args = list(_expert_args(problem, "indices").values())  # which autograd takes by position only
     return lambda: function(*args)
 
 

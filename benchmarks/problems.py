@@ -213,7 +213,7 @@ def _expert_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor
         for name, pick in picks.items()
     ]
     expected = _with_grads(
-        problem, reference.omni_expert(*leaves, ids), leaves, problem.grad_output[tokens]
+        problem, reference.omni_expert(*leaves, indices=ids), leaves, problem.grad_output[tokens]
     )
     # The sampled tokens are all that reach the sampled experts, not all that reach `rows`.
     positions = torch.searchsorted(rows, experts)
@@ -255,10 +255,10 @@ def _layer_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor,
     rows = rows.long()
     expert_states = reference.omni_expert(
         x,
-        module.up_embed.weight[rows].double(),
-        module.down_embed.weight[rows].double(),
-        routing_weights,
-        ids,
+        up_weights=module.up_embed.weight[rows].double(),
+        down_weights=module.down_embed.weight[rows].double(),
+        routing_weights=routing_weights,
+        indices=ids,
     )
     shared = [p.weight.double() for p in (module.gate_proj, module.up_proj, module.down_proj)]
     return [(results[0][::step], expert_states + reference.omni_mlp(x, *shared))]

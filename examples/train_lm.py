@@ -261,7 +261,12 @@ class StopSignals:
 
 
 def train(
-    args: argparse.Namespace, checkpoint: Checkpoint, first_step: int, text: Tensor, curve: Tensor
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    *,
+    first_step: int,
+    text: Tensor,
+    curve: Tensor,
 ) -> int | None:
     """Runs the remaining steps. Returns the signal that stopped it early, if one did."""
     learners = checkpoint.learners
@@ -317,7 +322,11 @@ def report(args: argparse.Namespace, learners: dict[str, Learner], bits: dict[st
     print("unevenness per layer (KL):", ", ".join(f"{load.unevenness:.2f}" for load in loads))
 
     sample = omni_model.generate(
-        args.prompt.encode(), args.sample_bytes, args.seq_len, SAMPLE_TEMPERATURE, args.seed
+        args.prompt.encode(),
+        num_bytes=args.sample_bytes,
+        window=args.seq_len,
+        temperature=SAMPLE_TEMPERATURE,
+        seed=args.seed,
     )
     metrics["sample"] = sample.decode(errors="replace")
     print(f"\nsample from the OmniMoE model\n{metrics['sample']}\n")
@@ -350,7 +359,9 @@ def main() -> int:
     settings["data"] = digest(train_text)
     checkpoint = Checkpoint(args.out / "checkpoint.pt", settings, learners)
     first_step = checkpoint.load() if args.resume else 0
-    stop_signal = train(args, checkpoint, first_step, train_text, curve_windows)
+    stop_signal = train(
+        args, checkpoint, first_step=first_step, text=train_text, curve=curve_windows
+    )
     if stop_signal is not None:
         return 128 + stop_signal
 

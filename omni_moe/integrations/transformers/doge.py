@@ -47,11 +47,11 @@ class OmniDogeCDMoE(DogeCDMoE):
         scores, indices = omni_router(*router_logits, self.num_keys, self.top_k)
         expert_states = flash_expert(
             tokens,
-            self.down_embed.weight,
-            self.up_embed.weight,
-            indices,
-            scores.softmax(-1),
-            activation_name(self.act_fn),
+            down_weights=self.down_embed.weight,
+            up_weights=self.up_embed.weight,
+            indices=indices,
+            routing_weights=scores.softmax(-1),
+            activation=activation_name(self.act_fn),
         )
         # Called as modules: Doge may have biases here, and adapters work.
         shared_states = self.down_proj(self.act_fn(self.gate_proj(tokens)) * self.up_proj(tokens))
