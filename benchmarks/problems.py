@@ -80,7 +80,7 @@ def _make_expert(
         "routing_weights": routing_weights.to(draw.options["dtype"]).requires_grad_(
             draw.requires_grad
         ),
-        # Each side gets the type that its own router makes.
+        # Each implementation gets the index type that its own router makes.
         "indices": indices.int(),
         "indices_long": indices,
     }
@@ -117,7 +117,7 @@ def _make_layer(
 ) -> Problem:
     shape, draw = case.shape, _Draw(case, device, generator)
     tensors = {"hidden_states": draw.normal(shape["tokens"], shape["hidden"])}
-    # Not that of `base`: its MLP would be found in L2.
+    # A module of its own: within a graph, the call before leaves the MLP of `base` in L2.
     module = _make_module(case, device).to(draw.options["dtype"])
     module.requires_grad_(draw.requires_grad)
     return Problem(case, tensors, draw.grad(shape["tokens"], shape["hidden"]), module)
@@ -188,7 +188,7 @@ def _sample(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _sampled_experts(indices: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
-    """Some experts and all the tokens that chose one of them, at most as the oracle can hold."""
+    """Some experts and all tokens that chose one of them, as many as the oracle's arrays hold."""
     num_tokens, k = indices.shape
     most_tokens = max(1, ORACLE_ELEMENTS // (k * hidden_size))
     step = max(1, num_tokens // 16)
@@ -215,7 +215,7 @@ def _expert_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor
     expected = _with_grads(
         problem, reference.omni_expert(*leaves, indices=ids), leaves, problem.grad_output[tokens]
     )
-    # The sampled tokens are all that reach the sampled experts, not all that reach `rows`.
+    # Only the sampled experts have all of their tokens in the sample, and so whole gradients.
     positions = torch.searchsorted(rows, experts)
     pairs = [(results[0][tokens], expected[0])]
     for name, got, want in zip(picks, results[1:], expected[1:], strict=False):

@@ -5,9 +5,9 @@
 
 Both models see the same batches of the Python standard library's own sources, under the same
 optimiser settings: AdamW; one learning rate for matrices, with weight decay, and one for embeddings
-(bytes and experts) and the output head, without. The dense model's MLP is as wide as makes its
-active parameters per token equal. Ctrl-C saves a checkpoint and stops; a resumed run continues
-exactly, since the order of the batches is the only randomness after initialisation.
+(bytes and experts) and the output head, without. The dense model's MLP is so wide that both models
+have the same number of active parameters per token. Ctrl-C saves a checkpoint and stops; a resumed
+run continues exactly, since the order of the batches is the only randomness after initialisation.
 
 Written to --out: checkpoint.pt, metrics.json, loss.png, expert_usage.png.
 """

@@ -10,7 +10,7 @@ ROUTER_NORMS = ("batch_norm", "none")
 
 # Expert ids are int32.
 MAX_EXPERTS = 2**31 - 1
-# A grid R x C costs the router (R + C) * H; past C = 16 R that is more than twice a square's.
+# The router's cost grows with R + C: past C = 16 R it is more than twice that of a square grid.
 MAX_GRID_ASPECT = 16
 
 

@@ -48,7 +48,7 @@ class OmniMoE(nn.Module):
 
     With `config.track_expert_load` each forward adds its choices to a counter on the device,
     without synchronising; `expert_load()` reads it. A forward that activation checkpointing
-    recomputes does not count again, unless the layer itself is compiled within.
+    repeats is not counted again, unless it is that of a layer which is compiled by itself.
 
     With `config.router_aux_loss_coef` or `router_z_loss_coef` each forward in training mode with
     gradients enabled leaves the weighted sum of these losses, over its own tokens, in `aux_loss`, a
@@ -58,7 +58,7 @@ class OmniMoE(nn.Module):
     """
 
     aux_loss: Tensor | None = None
-    # The last forward in training mode was without gradients, and so without `aux_loss`.
+    # The last forward was in training mode, but without gradients, so that it left no `aux_loss`.
     _aux_loss_is_missing: bool = False
 
     def __init__(self, config: OmniMoEConfig) -> None:
@@ -124,7 +124,7 @@ class OmniMoE(nn.Module):
         """(T, R) and (T, C): the logits of the grid's rows and columns."""
         noise = self.config.router_jitter_noise
         if self.training and noise > 0:
-            # In fp32: bf16 has four numbers from 0.99 to 1.01.
+            # Drawn in fp32, since bf16 has only four numbers from 0.99 to 1.01.
             factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
             tokens = (tokens * factors).to(tokens.dtype)
         modules = self._modules
@@ -153,7 +153,8 @@ class OmniMoE(nn.Module):
             losses.append(config.router_aux_loss_coef * balance)
         if config.router_z_loss_coef > 0:
             losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
-        if not is_recomputing:  # whose graph would keep the activations of all layers
+        # The loss of a recomputed forward would keep its graph, and with it the activations.
+        if not is_recomputing:
             self.aux_loss = sum(losses)
 
     def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class OmniMoE(nn.Module):
         )
 
     def _table(self, embedding: nn.Module, device: torch.device) -> Tensor:
-        """(E, H): the rows of `up_embed` or `down_embed`; a copy if the module must be called."""
+        """(E, H): the weight of `up_embed` or `down_embed`, a copy if it has to be called."""
         weight = plain_weight(embedding, nn.Embedding)
         if weight is not None:
             return weight
