@@ -127,7 +127,7 @@ class OmniMoE(nn.Module):
             # Drawn in fp32, since bf16 has only four numbers from 0.99 to 1.01.
             factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
             tokens = (tokens * factors).to(tokens.dtype)
-        modules = self._modules
+        modules = self._modules  # from which they come several times as fast as from `self`
         gate_x, gate_y = modules["router_gate_x"], modules["router_gate_y"]
         norm_x, norm_y = modules["router_norm_x"], modules["router_norm_y"]
         weight_x, weight_y = plain_weight(gate_x, nn.Linear), plain_weight(gate_y, nn.Linear)

@@ -3,7 +3,8 @@
 The fused operators take the weights of several modules and call none of them. That is right for
 modules as PyTorch makes them; one with a hook, an adapter (LoRA), a quantised or computed weight or
 a `forward` of its own has to be called. No module tells when it is changed, so each forward of a
-layer asks anew.
+layer asks anew, about all nine modules in 3 µs: `module.weight` alone would take 1 µs, because
+Python looks for parameters, buffers and submodules only after all other attributes.
 """
 
 import torch
@@ -24,7 +25,7 @@ def plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
     """
     if not _is_unchanged(module, kind):
         return None
-    # `module.weight` finds the same, but takes three times as long as all of this function.
+    # What `module.weight` finds, in the order in which it looks.
     attributes, parameters = module.__dict__, module._parameters
     if "bias" in attributes or parameters.get("bias") is not None:
         return None
