@@ -52,6 +52,12 @@ def make_affine(layer):
     layer.router_norm_x.bias = nn.Parameter(torch.zeros(6, dtype=torch.float64))
 
 
+def keep_outside_of_parameters(module, name, values):
+    """As FSDP1 does where it flattens parameters."""
+    del module._parameters[name]
+    setattr(module, name, values.double())
+
+
 def forget_statistics(layer):
     for name in ("router_norm_x", "router_norm_y"):
         norm = nn.BatchNorm1d(6, affine=False, track_running_stats=False)
@@ -76,6 +82,12 @@ CHANGES = {
     "class": change_class,
     "bias": add_bias,
     "affine norm": make_affine,
+    "bias that is no parameter": lambda layer: keep_outside_of_parameters(
+        layer.gate_proj, "bias", torch.linspace(-1, 1, I)
+    ),
+    "affine norm without parameters": lambda layer: keep_outside_of_parameters(
+        layer.router_norm_x, "weight", torch.linspace(1, 2, 6)
+    ),
     "no running statistics": forget_statistics,
     "average without momentum": average_without_momentum,
     "one norm for both axes": share_the_norm,
