@@ -9,7 +9,7 @@ from omni_moe import _C
 
 @dataclass(frozen=True, kw_only=True)
 class GpuProperties:
-    """What the plan reads of a GPU.
+    """The properties of a GPU that the plan depends on.
 
     num_sms: streaming multiprocessors.
     l2_bytes: size of the L2 cache.
@@ -26,7 +26,7 @@ class GpuProperties:
 
     @classmethod
     def of(cls, device: torch.device | str | int | None = None) -> "GpuProperties":
-        """Those of a CUDA device, by default the current one."""
+        """The properties of a CUDA device, by default the current one."""
         properties = torch.cuda.get_device_properties(device)
         return cls(
             num_sms=properties.multi_processor_count,

@@ -1,29 +1,21 @@
-"""Every function of the library in plain PyTorch: what is right, and what stock operators cost.
+"""Every function of the library in plain PyTorch: the oracle of the tests and of the benchmarks.
 
-The first half is the oracle of the tests: written for clarity, differentiable by autograd, on any
-device and in any floating-point dtype. fp16 and bf16 inputs are computed in fp32 and rounded once,
-at the output; fp64 inputs in fp64. Argument orders are those of the operators in
-`torch.ops.omni_moe`. The second half, `eager_*`, is the baseline of the benchmarks: the same layer
-as one would write it with stock operators, computing in the dtype of the inputs.
+Written for clarity, differentiable by autograd, on any device and in any floating-point dtype. fp16
+and bf16 inputs are computed in fp32 and rounded once, at the output; fp64 inputs in fp64. Argument
+orders are those of the operators in `torch.ops.omni_moe`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni_moe.activations import ACTIVATION_FUNCTIONS
+
 if TYPE_CHECKING:
     from omni_moe.modules.omni_moe import OmniMoE
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "identity": lambda x: x,
-}
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -113,7 +105,7 @@ def omni_expert(
         down_weights: (E, H).
         routing_weights: (T, K).
         indices: (T, K) int32 or int64 in [0, E).
-        activation: a key of `ACTIVATION_FUNCTIONS`.
+        activation: a key of `omni_moe.activations.ACTIVATION_FUNCTIONS`.
 
     Returns:
         expert_states: (T, H) in the dtype of `hidden_states`.
@@ -135,7 +127,12 @@ def flash_expert(
 ) -> Tensor:
     """`omni_expert` under the older naming: `down_weights` scores, `up_weights` projects back."""
     return omni_expert(
-        hidden_states, down_weights, up_weights, routing_weights, indices, activation
+        hidden_states,
+        up_weights=down_weights,
+        down_weights=up_weights,
+        routing_weights=routing_weights,
+        indices=indices,
+        activation=activation,
     )
 
 
@@ -153,7 +150,7 @@ def omni_mlp(
         gate_weight: (I, H).
         up_weight: (I, H).
         down_weight: (H, I).
-        activation: a key of `ACTIVATION_FUNCTIONS`.
+        activation: a key of `omni_moe.activations.ACTIVATION_FUNCTIONS`.
 
     Returns:
         (..., H) in the dtype of `x`.
@@ -222,89 +219,27 @@ def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
     Returns:
         (..., H) in the dtype of `hidden_states`.
     """
-    return _layer(module, hidden_states, omni_softmax_router, omni_expert, omni_mlp)
-
-
-def eager_router(
-    router_logits_x: Tensor,
-    router_logits_y: Tensor,
-    num_experts_per_token: int,
-    norm_topk_prob: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Product-key routing with stock operators: top-K of each axis, then of their K x K sums.
-
-    Shapes as `omni_softmax_router`, but `indices` are int64 and equal sums come in any order.
-    """
-    num_rows, num_cols = router_logits_x.shape[-1], router_logits_y.shape[-1]
-    log_probs_x, log_probs_y = router_logits_x.log_softmax(-1), router_logits_y.log_softmax(-1)
-    best_x, rows = log_probs_x.topk(min(num_experts_per_token, num_rows), dim=-1)
-    best_y, cols = log_probs_y.topk(min(num_experts_per_token, num_cols), dim=-1)
-    sums = (best_x.unsqueeze(-1) + best_y.unsqueeze(-2)).flatten(-2)
-    ids = (rows.unsqueeze(-1) * num_cols + cols.unsqueeze(-2)).flatten(-2)
-    scores, positions = sums.topk(num_experts_per_token, dim=-1)
-    weights = scores.exp()
-    if norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights, ids.gather(-1, positions)
-
-
-def eager_expert(
-    hidden_states: Tensor,
-    up_weights: Tensor,
-    down_weights: Tensor,
-    routing_weights: Tensor,
-    indices: Tensor,
-    activation: str = "silu",
-) -> Tensor:
-    """The expert pass as gather and batched matmul: two (T, K, H) copies. As `omni_expert`."""
-    up = F.embedding(indices, up_weights)
-    down = F.embedding(indices, down_weights)
-    scores = torch.matmul(up, hidden_states.unsqueeze(-1)).squeeze(-1)
-    gates = ACTIVATION_FUNCTIONS[activation](scores) * routing_weights
-    return torch.matmul(gates.unsqueeze(-2), down).squeeze(-2)
-
-
-def eager_mlp(
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    activation: str = "silu",
-) -> Tensor:
-    """The shared MLP as three linear calls and an elementwise product. As `omni_mlp`."""
-    gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
-    return F.linear(ACTIVATION_FUNCTIONS[activation](gate) * up, down_weight)
-
-
-def eager_omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
-    """Forward of an `OmniMoE` layer with stock operators. As `omni_moe`."""
-    return _layer(module, hidden_states, eager_router, eager_expert, eager_mlp)
-
-
-def _layer(
-    module: "OmniMoE", hidden_states: Tensor, router: Callable, expert: Callable, mlp: Callable
-) -> Tensor:
     config = module.config
     tokens = hidden_states.flatten(0, -2)
-    routing_weights, indices = router(
+    routing_weights, indices = omni_softmax_router(
         module.router_norm_x(module.router_gate_x(tokens)),
         module.router_norm_y(module.router_gate_y(tokens)),
         config.num_experts_per_token,
         config.norm_topk_prob,
     )
-    expert_states = expert(
+    expert_states = omni_expert(
         tokens,
-        module.up_embed.weight,
-        module.down_embed.weight,
-        routing_weights,
-        indices,
-        config.hidden_act,
+        up_weights=module.up_embed.weight,
+        down_weights=module.down_embed.weight,
+        routing_weights=routing_weights,
+        indices=indices,
+        activation=config.hidden_act,
     )
-    shared_states = mlp(
+    shared_states = omni_mlp(
         tokens,
-        module.gate_proj.weight,
-        module.up_proj.weight,
-        module.down_proj.weight,
-        config.hidden_act,
+        gate_weight=module.gate_proj.weight,
+        up_weight=module.up_proj.weight,
+        down_weight=module.down_proj.weight,
+        activation=config.hidden_act,
     )
     return (expert_states + shared_states).view_as(hidden_states)

@@ -53,7 +53,7 @@ def arguments(op, device="cpu"):
 
 def call_with(op, device="cpu", **changed):
     given = arguments(op, device) | changed
-    return getattr(ops, op)(*given.values())
+    return getattr(ops, op)(**given)
 
 
 ALL_OPS = (

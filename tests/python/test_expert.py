@@ -20,6 +20,7 @@ from helpers import (
 
 import omni_moe
 from omni_moe import reference
+from omni_moe.activations import ACTIVATION_FUNCTIONS
 
 ops = torch.ops.omni_moe
 GRADIENTS = ("grad_hidden", "grad_up", "grad_down", "grad_routing")
@@ -96,9 +97,18 @@ def test_gradient_of_the_addend_alone(device):
     omni_moe.ops.omni_expert(*inputs, indices, "silu", addend).backward(grad)
     assert_bitwise(addend.grad, grad)
     assert all(tensor.grad is None for tensor in inputs)
-    hidden = inputs[0].detach().requires_grad_()
-    omni_moe.ops.omni_expert(hidden, *inputs[1:], indices, "silu", addend.detach()).backward(grad)
-    assert hidden.grad is not None
+
+
+@on_devices
+def test_a_constant_addend_leaves_the_gradients(device):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 3), device, torch.float32)
+    addend = torch.randn(grad.shape, device=device)
+    _, got = run(
+        lambda *args: omni_moe.ops.omni_expert(*args, indices, "silu", addend), inputs, grad
+    )
+    _, want = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
+    for name, one, other in zip(GRADIENTS, got, want, strict=True):
+        assert_bitwise(one, other, name)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -312,7 +322,7 @@ def test_flash_expert(device, dtype, activation):
     def oracle(hidden, up, down, routing):
         up_rows, down_rows = up[indices.cpu()], down[indices.cpu()]
         scores = (hidden[:, None, :] * up_rows).sum(-1)
-        gates = reference.ACTIVATION_FUNCTIONS[activation](scores) * routing
+        gates = ACTIVATION_FUNCTIONS[activation](scores) * routing
         return (gates[..., None] * down_rows).sum(1)
 
     out, grads = run(flash, (hidden, up, down, routing), grad)
@@ -339,6 +349,9 @@ def test_python_functions(device):
     got = omni_moe.ops.flash_expert(hidden, up, down, indices, routing, activation="gelu")
     assert_bitwise(got, want)
     assert not torch.equal(want, omni_moe.ops.omni_expert(hidden, up, down, routing, indices))
+    got = omni_moe.ops.omni_expert(hidden, up, down, routing, indices, addend=hidden)
+    assert_bitwise(got, ops.omni_expert(hidden, up, down, routing, indices, "silu", hidden)[0])
+    assert not torch.equal(got, omni_moe.ops.omni_expert(hidden, up, down, routing, indices))
 
 
 # ---- past 2^31 elements --------------------------------------------------------------------------
