@@ -46,7 +46,8 @@ __device__ __forceinline__ float activate(float x) {
   return activate_with_derivative<kActivation>(x).value;
 }
 
-// 1 / (1 + e^-x) in four instructions, two of them of the special function unit.
+// 1 / (1 + e^-x) in four instructions, two of them of the special function unit. CUDA's own
+// functions (exp2f, __expf, __fdividef) surround these two with steps that keep denormals.
 __device__ __forceinline__ float fast_sigmoid(float x) {
   constexpr float kMinusLog2E = -1.44269504088896340736f;
   float power, sigmoid;

@@ -157,7 +157,9 @@ __device__ __forceinline__ V load_vec_readonly(const T* pointer) {
   return bits.vec;
 }
 
-// Coherent, for data read once: not kept in L1.
+// A coherent load for data read once, which L1 does not keep. cuda::ptx has this load too, but not
+// as volatile: the compiler then moves the loads of a batch apart, and expert_l2_tiled_dots goes
+// from 528 to as many as 648 instructions.
 template <class V, class T>
 __device__ __forceinline__ V load_vec_streaming(const T* pointer) {
   static_assert(sizeof(V) == 16, "narrower loads are not needed yet");
@@ -185,7 +187,8 @@ __device__ __forceinline__ V load_vec_once(const T* pointer) {
   return bits.vec;
 }
 
-// From shared memory, in one instruction even if the compiler sees narrower uses.
+// Loads from shared memory in one instruction, even if the compiler sees narrower uses, in which
+// case it splits a plain load.
 template <class V>
 __device__ __forceinline__ V load_shared_vec(const void* pointer) {
   static_assert(sizeof(V) == 16, "narrower loads are not needed yet");

@@ -11,6 +11,7 @@
 #include "cuda/common/dispatch.h"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/expert_tuning.h"
 #include "cuda/experts/weight_grad.h"
 
@@ -137,7 +138,7 @@ __device__ __forceinline__ void sum_experts(const WeightGradArgs& args, int64_t 
   const bool is_long = length > args.schedule.part_pairs;
   const unsigned long_segments = __ballot_sync(kFullWarp, is_long);
   if (is_long) length = 0;
-  const uint32_t stream_end = warp_inclusive_scan(length, lane);
+  const uint32_t stream_end = warp_inclusive_scan(length);
   const uint32_t stream_begin = stream_end - length;
   const uint32_t total = __shfl_sync(kFullWarp, stream_end, kWarpSize - 1);
 

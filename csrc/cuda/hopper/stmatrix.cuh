@@ -23,6 +23,7 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// cuda::ptx has no stmatrix.
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragment)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),

@@ -93,9 +93,7 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* ti
   ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, tile);
 }
 
-__device__ __forceinline__ void tma_store_commit() {
-  ptx::cp_async_bulk_commit_group();
-}
+__device__ __forceinline__ void tma_store_commit() { ptx::cp_async_bulk_commit_group(); }
 
 // Waits until all but the last kPending of the thread's bulk groups have read their shared memory.
 template <int kPending>
@@ -109,8 +107,6 @@ __device__ __forceinline__ void tma_store_wait_all() {
 }
 
 // Between ordinary writes of shared memory and the copy engine's or tensor cores' reads of it.
-__device__ __forceinline__ void fence_async_proxy() {
-  ptx::fence_proxy_async(ptx::space_shared);
-}
+__device__ __forceinline__ void fence_async_proxy() { ptx::fence_proxy_async(ptx::space_shared); }
 
 }  // namespace omni_moe::cuda

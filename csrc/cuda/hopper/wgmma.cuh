@@ -1,6 +1,6 @@
-// Warpgroup matrix products (wgmma) of 16-bit operands in shared memory with fp32 accumulators in
-// registers: D[64, N] (+)= A[64, 16] B[16, N], N = 256 or 64, issued by the four warps of a
-// warpgroup. sm_90a.
+// Warpgroup matrix products (wgmma, which cuda::ptx does not have) of 16-bit operands in shared
+// memory with fp32 accumulators in registers: D[64, N] (+)= A[64, 16] B[16, N], N = 256 or 64,
+// issued by the four warps of a warpgroup. sm_90a.
 //
 // Operands are tiles as tma.cuh loads them: rows of 64 elements, 128-byte swizzle. Rows of A run
 // along K. Those of B run along K too, N of them (PTX's K-major, for a matrix Bᵀ in memory), or
@@ -173,7 +173,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters / 4], uint64_t 
 }
 // clang-format on
 
-// Moves registers between the warpgroups of a block: every warp of the warpgroup calls it.
+// These move registers between the warpgroups of a block; every warp of the warpgroup calls them.
+// cuda::ptx has no setmaxnreg.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

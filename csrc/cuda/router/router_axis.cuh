@@ -12,6 +12,7 @@
 
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/router/router_keys.cuh"
 #include "cuda/router/warp_sort.cuh"
 
@@ -27,6 +28,7 @@ struct TopOfAxis {
 template <class T>
 using PackedElement = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
 
+// Neither CUDA nor cuda::ptx has a function for a prefetch into L2.
 template <class T>
 __device__ __forceinline__ void prefetch_axis(const T* logits, int n, int lane) {
   constexpr int kLine = 128 / sizeof(T);
@@ -219,7 +221,7 @@ __device__ __noinline__ uint32_t warp_keep_first_ties(uint32_t above, uint32_t t
   for (int chunk = 0; chunk < kItems / kVec; ++chunk) {
     uint32_t bits = tied & (((1u << kVec) - 1) << (chunk * kVec));
     const int count = __popc(bits);
-    const int inclusive = static_cast<int>(warp_inclusive_scan(count, lane));
+    const int inclusive = static_cast<int>(warp_inclusive_scan(count));
     const int room_here = max(room - (inclusive - count), 0);
     while (__popc(bits) > room_here) bits &= ~(0x80000000u >> __clz(bits));
     keep |= bits;
@@ -235,7 +237,7 @@ __device__ __forceinline__ int warp_compact(const AxisKeys<T, kItems>& axis, uns
                                             PackedElement<T>* compact, Keep keep) {
   const int lane = axis.lane;
   const unsigned spare = kCapacity + lane;
-  const unsigned inclusive = warp_inclusive_scan(kept, lane);
+  const unsigned inclusive = warp_inclusive_scan(kept);
   const int num_kept = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
   unsigned slot = inclusive - kept;
 #pragma unroll

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cub/block/block_scan.cuh>
 #include <type_traits>
 
 #include "cuda/common/check.h"
@@ -37,8 +38,11 @@ constexpr int kBlocksPerSm = 4;  // 64 registers; also how many the workspace se
 // Entries listed before they are sorted: slack above K saves the last probes of the bisection.
 __host__ __device__ constexpr int64_t entry_capacity(int64_t k) { return k + k / 32 + 64; }
 
+using RowScan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+
 // Small per-block state.
 struct BlockScratch {
+  typename RowScan::TempStorage scan;
   float sums[2][kWarps];
   int counts[2][kWarps];
   uint32_t keys[kWarps];
@@ -106,16 +110,12 @@ __device__ __forceinline__ uint32_t block_lower_bound(const SortedGrid& grid, in
 
 // row_begin[thread] = sum of the `count` of the threads before; row_begin[kThreads] = all.
 __device__ __forceinline__ void block_exclusive_scan(int count, BlockScratch& scratch) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int inclusive = static_cast<int>(warp_inclusive_scan(count, lane));
-  __syncthreads();  // earlier readers of both arrays are done
-  if (lane == kWarpSize - 1) scratch.counts[0][warp] = inclusive;
-  __syncthreads();
   int before = 0;
-  for (int w = 0; w < warp; ++w) before += scratch.counts[0][w];
-  scratch.row_begin[threadIdx.x] = before + inclusive - count;
-  if (threadIdx.x == kThreads - 1) scratch.row_begin[kThreads] = before + inclusive;
+  int total = 0;
+  __syncthreads();  // earlier readers of both arrays are done
+  RowScan(scratch.scan).ExclusiveSum(count, before, total);
+  scratch.row_begin[threadIdx.x] = before;
+  if (threadIdx.x == 0) scratch.row_begin[kThreads] = total;
   __syncthreads();
 }
 
