@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_grad_row(void* table, int64_t offset,
   if (table == nullptr) return;
   Vec<T, kVec> packed;
   pack(sum, packed);
-  // Not read again here: leave L2 to the rows that are gathered.
+  // Nothing here reads these again, so that L2 stays free for the rows that are gathered.
   store_vec_streaming(static_cast<T*>(table) + offset, packed);
 }
 
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
 }
 
-// Few enough experts per warp that short segments give it about kTargetPairs pairs.
+// So few experts per warp that short segments give it about kTargetPairs pairs.
 int experts_per_warp(int64_t num_pairs, int64_t num_experts) {
   const int64_t wanted =
       int64_t{WeightGradTuning::kTargetPairs} * num_experts / std::max<int64_t>(num_pairs, 1);

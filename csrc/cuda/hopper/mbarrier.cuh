@@ -19,8 +19,8 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
   ptx::mbarrier_init(barrier, arrivals);
 }
 
-// After the last init, in the thread that made them: the copy engine and the other blocks of the
-// cluster see initialised barriers.
+// Lets the copy engine and the other blocks of the cluster see the barriers that this thread has
+// initialised; to be called after the last one.
 __device__ __forceinline__ void mbarrier_init_fence() {
   ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
   ptx::fence_proxy_async(ptx::space_shared);
@@ -56,7 +56,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
   }
 }
 
-// Every thread of every block of the cluster has come here, and sees what the others wrote before.
+// Returns once every thread of every block of the cluster has called it; each then sees what the
+// others wrote before.
 __device__ __forceinline__ void cluster_sync() {
   ptx::barrier_cluster_arrive(ptx::sem_release);
   ptx::barrier_cluster_wait(ptx::sem_acquire);
