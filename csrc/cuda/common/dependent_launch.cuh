@@ -1,8 +1,8 @@
-// Launches, and the order of memory between kernels that overlap (sm_90 and later: programmatic
-// dependent launch).
+// Launches, and the order of memory between kernels that overlap, which on sm_90 and later
+// programmatic dependent launch allows.
 //
 // A kernel that is launched early may start before the kernel in front of it has ended, which hides
-// the launch: 1.5 to 2 µs where kernels are short. What keeps the numbers right:
+// the launch: that saves 1.5 to 2 µs where kernels are short. Three rules keep the numbers right:
 //
 // 1. In a kernel launched early at least one thread waits before the grid ends, and every thread
 //    waits before it reads what earlier kernels wrote or writes what they use. Then "this grid has
@@ -49,16 +49,16 @@
 
 namespace omni_moe::cuda {
 
-// In kernels launched early, by every thread that reads what earlier kernels wrote, or writes what
-// they read: returns when those have ended.
+// Returns when the earlier kernels have ended. In a kernel launched early, every thread calls this
+// that reads what earlier kernels wrote or writes what they read.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// In kernels that are followed by such a one, anywhere: its blocks may start as soon as
-// all blocks of this kernel have called this or ended, and fill what those leave free.
+// Lets the blocks of the next kernel start, if it is launched early, as soon as all blocks of this
+// one have called this or ended; they take the room that those leave free.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();

@@ -14,7 +14,7 @@ struct DeviceInfo {
   int compute_capability = 80;     // 10 * major + minor
   int shared_bytes_per_sm = 0;     // what one SM shares among its blocks
   int shared_bytes_per_block = 0;  // the opt-in limit of one block
-  // Of the code that runs on the device, which may be compiled from PTX of an older architecture:
+  // What the code can do that runs on the device; it may be compiled from PTX of an older one.
   bool has_early_launch = false;  // it can wait for the kernel before (dependent_launch.cuh)
   bool has_hopper_code = false;   // kernels of sm_90a do not trap (hopper/wgmma.cuh)
 };

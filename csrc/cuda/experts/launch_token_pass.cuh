@@ -1,4 +1,4 @@
-// A token pass by its plan.
+// Launches a token pass by its plan.
 #pragma once
 
 #include "cuda/common/check.h"

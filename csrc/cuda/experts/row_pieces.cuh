@@ -1,7 +1,7 @@
-// Rows cut into 16-byte pieces, a lane holding the same columns of every row it meets: what a dot
-// product leaves to add up then lies across lanes, one value per row, and is summed and spread in
-// one butterfly (warp_transpose_sum). Registers hold little but rows in flight. Rows start at
-// multiples of 16 bytes and are a multiple of 16 bytes long.
+// Rows are cut into 16-byte pieces, and a lane holds the same columns of every row it meets. Each
+// lane then has a share of every row's dot product, and one butterfly (warp_transpose_sum) sums the
+// shares and spreads the results. Registers hold little but rows in flight. Rows start at multiples
+// of 16 bytes and are a multiple of 16 bytes long.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,8 +16,8 @@ namespace omni_moe::cuda {
 
 inline constexpr int kPieceBytes = 16;
 
-// 16 bytes of a row as they lie in memory. Words, not elements: those the compiler would carry
-// through loops one by one.
+// 16 bytes of a row as they lie in memory. The type has words, because the compiler would carry
+// elements through loops one by one.
 using RowPiece = uint4;
 
 // A lane's columns in fp32.
@@ -26,7 +26,7 @@ using PieceValues = float[kVecWidth<T>];
 
 // `base` points at the lane's columns of row 0. Gathered rows find nothing in L1.
 __device__ __forceinline__ RowPiece load_piece(const char* base, int32_t row, int row_bytes) {
-  // 64-bit: E H passes 2^31 at a million rows.
+  // The offset has 64 bits, because E H passes 2^31 at a million rows.
   return load_vec_streaming<RowPiece>(base + static_cast<int64_t>(row) * row_bytes);
 }
 
@@ -101,8 +101,8 @@ __device__ __forceinline__ float warp_transpose_sum(float (&values)[kCount], int
 }
 
 // The expert ids of one token, 32 to a window, one per lane. Past the token's last pair comes its
-// last id again: loads need no guard (one per load costs registers and, worse, copies that wait for
-// it).
+// last id again, so that loads need no guard, which would cost registers and, worse, copies that
+// wait for the load.
 class IdWindow {
  public:
   __device__ __forceinline__ IdWindow(const void* indices, IndexType index_type, int64_t first_pair,
@@ -123,8 +123,8 @@ class IdWindow {
     ids_ = is_valid ? static_cast<int32_t>(id) : 0;
   }
 
-  // Call when all shuffles are done. A check that may leave the kernel earlier costs the compiler
-  // its proof that the warp is together, and every shuffle after it a slow path.
+  // Call when all shuffles are done. After a check that may leave the kernel the compiler can no
+  // longer prove that the warp is together, and gives every later shuffle a slow path.
   __device__ __forceinline__ void check() const {
     check_expert_id(all_valid_ ? 0 : -1, num_experts_);
   }

@@ -1,5 +1,5 @@
-// Second stage of passes that cut a sum over pairs into parts: adds the fp32 partial rows of a
-// token in a fixed order and rounds once. Reads parts * H * 4 bytes per row.
+// The second stage of passes that cut a sum over pairs into parts. It adds the fp32 partial rows of
+// a token in a fixed order and rounds once; it reads parts * H * 4 bytes per row.
 #pragma once
 
 #include "cuda/common/check.h"

@@ -11,6 +11,7 @@
 #include "cuda/common/dispatch.h"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/expert_tuning.h"
 #include "cuda/experts/weight_grad.h"
 
@@ -116,7 +117,7 @@ __device__ __forceinline__ void store_grad_row(void* table, int64_t offset,
   if (table == nullptr) return;
   Vec<T, kVec> packed;
   pack(sum, packed);
-  // Not read again here: leave L2 to the rows that are gathered.
+  // Nothing here reads these again, so that L2 stays free for the rows that are gathered.
   store_vec_streaming(static_cast<T*>(table) + offset, packed);
 }
 
@@ -137,7 +138,7 @@ __device__ __forceinline__ void sum_experts(const WeightGradArgs& args, int64_t 
   const bool is_long = length > args.schedule.part_pairs;
   const unsigned long_segments = __ballot_sync(kFullWarp, is_long);
   if (is_long) length = 0;
-  const uint32_t stream_end = warp_inclusive_scan(length, lane);
+  const uint32_t stream_end = warp_inclusive_scan(length);
   const uint32_t stream_begin = stream_end - length;
   const uint32_t total = __shfl_sync(kFullWarp, stream_end, kWarpSize - 1);
 
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
 }
 
-// Few enough experts per warp that short segments give it about kTargetPairs pairs.
+// So few experts per warp that short segments give it about kTargetPairs pairs.
 int experts_per_warp(int64_t num_pairs, int64_t num_experts) {
   const int64_t wanted =
       int64_t{WeightGradTuning::kTargetPairs} * num_experts / std::max<int64_t>(num_pairs, 1);

@@ -1,7 +1,7 @@
-// From fp32 accumulators of a warp to rows of 16-bit elements in shared memory, four 8x8 matrices
-// at a time: lane l gives the address of row l % 8 of matrix l / 8 and holds, of each matrix,
-// columns 2 (l % 4) + {0, 1} of row l / 4, the layout of the tensor cores' accumulators. sm_90 and
-// later.
+// Stores fp32 accumulators of a warp as rows of 16-bit elements in shared memory, four 8x8 matrices
+// at a time. Lane l gives the address of row l % 8 of matrix l / 8 and holds, of each matrix,
+// columns 2 (l % 4) + {0, 1} of row l / 4, which is the layout of the tensor cores' accumulators.
+// sm_90 and later.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,6 +23,7 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// cuda::ptx has no stmatrix.
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragment)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
@@ -30,8 +31,8 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragm
       : "memory");
 }
 
-// The warp's 16 rows by 64 columns of a wgmma's D -> rows of a swizzled tile. pair(i) packs what is
-// to stand where accumulators i and i + 1 are, i = 0 … 31.
+// Stores the warp's 16 rows by 64 columns of a wgmma's D as rows of a swizzled tile. pair(i) packs
+// the values for the places of accumulators i and i + 1, i = 0 … 31.
 template <class Pair>
 __device__ __forceinline__ void store_rows(char* tile, Pair pair) {
   const int lane = threadIdx.x % 32;

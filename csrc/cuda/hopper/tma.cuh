@@ -1,8 +1,8 @@
-// Tensor memory accelerator: rectangular tiles of a row-major matrix between global and shared
-// memory, one instruction of one thread each. In shared memory a tile row is 128 bytes and the
-// 16-byte piece p of row r lies at piece p ^ (r % 8) (swizzle128), so that eight rows of one column
-// meet no bank twice. Reads past the matrix give zeros, writes past it are dropped. sm_90 and
-// later.
+// The tensor memory accelerator copies rectangular tiles of a row-major matrix between global and
+// shared memory, each by one instruction of one thread. In shared memory a tile row is 128 bytes
+// and the 16-byte piece p of row r lies at piece p ^ (r % 8) (swizzle128), so that eight rows of
+// one column meet no bank twice. Reads past the matrix give zeros, writes past it are dropped.
+// sm_90 and later.
 #pragma once
 
 #include <cuda.h>
@@ -24,13 +24,13 @@ inline constexpr int kSwizzleAlignment = 1024;  // eight rows, the period of the
 
 // ---- Host: descriptors --------------------------------------------------------------------------
 
-// The driver's encoder, found at run time: the library does not link libcuda. Null if there is
-// none.
+// The driver's encoder, or null if there is none. It is found at run time, because the library does
+// not link libcuda.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   using Encoder = decltype(&cuTensorMapEncodeTiled);
   static std::atomic<Encoder> encoder{nullptr};
   if (const Encoder known = encoder.load(std::memory_order_relaxed)) return known;
-  // Asked again after a failure, which may be one of the moment.
+  // A failure may pass, so that the driver is asked again after it.
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
   const cudaError_t status = clear_failure(cudaGetDriverEntryPointByVersion(
@@ -40,10 +40,10 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder.load(std::memory_order_relaxed);
 }
 
-// Needs a current context: in a new thread, one of autograd's, call the runtime for something else
-// that does (cudaFuncSetAttribute) first.
-// matrix is [num_rows, num_cols], dense, 16-byte aligned with rows of a multiple of 16 bytes. A
-// copy moves tile_rows rows of 128 bytes.
+// Describes a matrix [num_rows, num_cols] to TMA: dense, 16-byte aligned, with rows of a multiple
+// of 16 bytes. A copy moves tile_rows rows of 128 bytes. The driver needs a current context, which
+// a new thread (one of autograd's) has only after a call of the runtime such as
+// cudaFuncSetAttribute.
 template <class T>
 cudaError_t encode_tensor_map(const void* matrix, int64_t num_rows, int64_t num_cols, int tile_rows,
                               CUtensorMap* map) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ int swizzle128(int row, int piece) {
   return row * kSwizzleRowBytes + ((piece ^ (row & 7)) << 4);
 }
 
-// The tile whose first element is (row, col); its bytes complete on `barrier`.
+// Loads the tile whose first element is (row, col); its bytes complete on `barrier`.
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, void* tile, uint64_t* barrier,
                                          int row, int col) {
   const int32_t at[] = {col, row};
@@ -93,9 +93,7 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* ti
   ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, tile);
 }
 
-__device__ __forceinline__ void tma_store_commit() {
-  ptx::cp_async_bulk_commit_group();
-}
+__device__ __forceinline__ void tma_store_commit() { ptx::cp_async_bulk_commit_group(); }
 
 // Waits until all but the last kPending of the thread's bulk groups have read their shared memory.
 template <int kPending>
@@ -108,9 +106,8 @@ __device__ __forceinline__ void tma_store_wait_all() {
   ptx::cp_async_bulk_wait_group(ptx::n32_t<0>{});
 }
 
-// Between ordinary writes of shared memory and the copy engine's or tensor cores' reads of it.
-__device__ __forceinline__ void fence_async_proxy() {
-  ptx::fence_proxy_async(ptx::space_shared);
-}
+// Orders this thread's writes of shared memory before the copy engine's or tensor cores' reads of
+// it.
+__device__ __forceinline__ void fence_async_proxy() { ptx::fence_proxy_async(ptx::space_shared); }
 
 }  // namespace omni_moe::cuda

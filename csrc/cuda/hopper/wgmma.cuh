@@ -1,6 +1,6 @@
-// Warpgroup matrix products (wgmma) of 16-bit operands in shared memory with fp32 accumulators in
-// registers: D[64, N] (+)= A[64, 16] B[16, N], N = 256 or 64, issued by the four warps of a
-// warpgroup. sm_90a.
+// Warpgroup matrix products (wgmma, which cuda::ptx does not have) of 16-bit operands in shared
+// memory with fp32 accumulators in registers: D[64, N] (+)= A[64, 16] B[16, N], N = 256 or 64,
+// issued by the four warps of a warpgroup. sm_90a.
 //
 // Operands are tiles as tma.cuh loads them: rows of 64 elements, 128-byte swizzle. Rows of A run
 // along K. Those of B run along K too, N of them (PTX's K-major, for a matrix Bᵀ in memory), or
@@ -21,8 +21,8 @@
 
 namespace omni_moe::cuda {
 
-// False in kernels compiled for other architectures, which trap: the host launches them only where
-// DeviceInfo::has_hopper_code says so, and a call must not look as if it had worked.
+// False in kernels compiled for other architectures. Those trap, because a call must not look as if
+// it had worked; the host launches them only where DeviceInfo::has_hopper_code says so.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 inline constexpr bool kHasHopperInstructions = true;
 #else
@@ -37,7 +37,7 @@ inline constexpr int kWgmmaRegisters = kWgmmaRows * kWgmmaCols / 128;
 // Which way the rows of an operand's tiles run.
 enum class WgmmaMajor { kDepth, kCols };
 
-// What wgmma needs to know of an operand, in units of 16 bytes: where it starts (bits 0 to 13), two
+// Tells wgmma about an operand, in units of 16 bytes: where it starts (bits 0 to 13), two
 // distances, leading (bits 16 to 29) and stride (bits 32 to 45), 128-byte swizzle (bits 62 and 63:
 // 1). `tile` must be aligned to 1024 bytes.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int leading_bytes,
@@ -173,7 +173,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters / 4], uint64_t 
 }
 // clang-format on
 
-// Moves registers between the warpgroups of a block: every warp of the warpgroup calls it.
+// These move registers between the warpgroups of a block; every warp of the warpgroup calls them.
+// cuda::ptx has no setmaxnreg.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

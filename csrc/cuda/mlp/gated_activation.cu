@@ -1,9 +1,9 @@
 // The elementwise half of the shared MLP: activated = act(gate) * up, and its gradients
 //   grad_gate = grad * up * act'(gate),  grad_up = grad * act(gate).
 //
-// Bound by memory: forward reads 2 T I elements and writes T I, backward reads 3 T I and writes
-// 2 T I (3 T I with `activated` again). 16 bytes a thread and operand where every pointer and row
-// stride allows, else one element.
+// Memory is the bound: the forward reads 2 T I elements and writes T I, the backward reads 3 T I
+// and writes 2 T I, or 3 T I with `activated` again. A thread handles 16 bytes of each operand
+// where every pointer and row stride allows it, else one element.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -39,7 +39,7 @@ __device__ __forceinline__ void for_each_vector(int64_t num_rows, int64_t num_co
   }
 }
 
-// Plain loads, not __ldg: an output may be the same memory as grad_activated.
+// A plain load and not __ldg, because an output may be the same memory as grad_activated.
 template <class V, class T>
 __device__ __forceinline__ V load_mutable(const T* pointer) {
   return *reinterpret_cast<const V*>(pointer);
@@ -101,7 +101,7 @@ struct LaunchShape {
   dim3 block;
 };
 
-// A block is as wide as a row needs, the rest of its threads take further rows.
+// A block is as wide as a row needs; the rest of its threads take further rows.
 LaunchShape launch_shape(int64_t num_rows, int64_t num_cols, int vec) {
   const int64_t vectors = ceil_div<int64_t>(num_cols, vec);
   unsigned width = kThreads;
@@ -112,7 +112,7 @@ LaunchShape launch_shape(int64_t num_rows, int64_t num_cols, int vec) {
           dim3(width, height)};
 }
 
-// Dense operands are one long row: no remainder per row.
+// Treats dense operands as one long row, which leaves no remainder per row.
 template <class Params>
 void merge_rows_if_dense(Params& params, std::initializer_list<int64_t*> strides) {
   const int64_t cols = params.intermediate_size;

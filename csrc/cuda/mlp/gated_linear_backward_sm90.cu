@@ -3,12 +3,12 @@
 //   grad_gate = grad_activated * up * act'(gate),  grad_up = grad_activated * act(gate)
 // and, where the down weight's gradient wants it, activated = act(gate) * up again.
 //
-// 2 T H I FLOP and, besides the operands, 2 T I elements read and 2 or 3 T I written: tensor cores
-// and memory have about the same to do, so that they must work at the same time: three warps take a
-// tile through the activation while the next one is multiplied. H200, T4096 H1024 I4096, bf16: 77
-// µs (the products alone 45, the 160 MB alone 38; the two in two kernels 93). The stages and the
-// epilogue share the way from L2 to the SMs, 430 MB in all. 84 µs with gate and up of the next tile
-// prefetched to L2.
+// The work is 2 T H I FLOP and, besides the operands, 2 T I elements read and 2 or 3 T I written.
+// Tensor cores and memory have about the same to do, so that they must work at the same time: three
+// warps take a tile through the activation while the next one is multiplied. On an H200, T4096
+// H1024 I4096 in bf16 takes 77 µs, where the products alone take 45, the 160 MB alone 38, and two
+// kernels one after the other 93. The stages and the epilogue share the way from L2 to the SMs, 430
+// MB in all; prefetching gate and up of the next tile into L2 made it 84 µs.
 //
 // A block computes tiles of 128 tokens by 256 columns. One warp keeps a ring of 64-deep stages
 // filled by TMA; two warpgroups multiply, 64 tokens each. A row of down_weight runs along the
@@ -41,17 +41,17 @@ namespace {
 
 constexpr int kTileCols = kWgmmaCols;
 constexpr int kGradBytes = kTileTokens * kSwizzleRowBytes;  // of grad_output in one stage
-// Of down_weight in one stage, a panel of 64 columns.
+// A stage has panels of 64 columns of down_weight.
 constexpr int kPanelCols = kSwizzleRowBytes / 2;
 constexpr int kPanelBytes = kStageDepth * kSwizzleRowBytes;
 constexpr int kPanels = kTileCols / kPanelCols;
 constexpr int kStageBytes = kGradBytes + kPanels * kPanelBytes;
 
-// What a lane has of a row in the epilogue.
+// Columns of a row that a lane has in the epilogue.
 constexpr int kLaneCols = kVecWidth<__half>;
 static_assert(kWarpSize * kLaneCols == kTileCols);
-// Of a row of grad_activated in shared memory: 16 bytes more than its elements, so that eight rows
-// of one column meet no bank twice.
+// Bytes of a row of grad_activated in shared memory: 16 more than its elements take, so that eight
+// rows of one column meet no bank twice.
 constexpr int kStashRowBytes = kTileCols * 2 + 16;
 
 struct Sm90Tuning {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void load_tiles(const GatedLinearBackwardArguments& a
       const int depth = k * kStageDepth;
       uint64_t* full = &shared.full[stage];
       mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
-      // Another block's multicast may have come already: it counts once these are expected.
+      // Another block's multicast may have come already; it counts once these bytes are expected.
       mbarrier_arrive_expect(full, kStageBytes);
       tma_load(args.grad_output, shared.grad_output[stage], full, token, depth);
 #pragma unroll
@@ -163,7 +163,7 @@ struct RowEpilogue {
     return static_cast<int64_t>(row) * args.intermediate_size + col;
   }
 
-  // Lanes that have nothing to do take something that exists and is not used.
+  // Lanes that have nothing to do load something that exists and do not use it.
   __device__ __forceinline__ Batch load(const WarpPlace& at) const {
     const int col = min(at.col + lane * kLaneCols, args.intermediate_size - kLaneCols);
     Batch loaded;
@@ -227,8 +227,8 @@ struct RowEpilogue {
   }
 };
 
-// One epilogue warp: every third of the consumer warps' results, counted through all tiles of the
-// block but the last, so that three warps have the same to do.
+// The work of one epilogue warp: every third of the consumer warps' results, counted through all
+// tiles of the block but the last, so that the three warps have the same to do.
 template <class T, Activation kActivation, class Tuning>
 __device__ __forceinline__ void differentiate_tiles(const GatedLinearBackwardArguments& args,
                                                     SharedStorage<Tuning>& shared,

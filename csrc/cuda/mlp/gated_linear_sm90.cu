@@ -2,12 +2,12 @@
 //   activated = act(x gate_weightᵀ) * (x up_weightᵀ)
 // and, where the backward wants them, the two products.
 //
-// 4 T I H FLOP, bound by the tensor cores. A block computes tiles of 128 tokens by 128 columns of
-// both products: the rows of the two weights lie one behind the other in shared memory, so that one
-// m64n256k16 wgmma makes 128 gate columns and the same 128 up columns, and a thread holds both
-// factors of each of its outputs in registers. One warp keeps a ring of 64-deep stages filled by
-// TMA; two warpgroups multiply, 64 tokens each. Blocks stay for many tiles, and the ring fills for
-// the next tile while the last one is activated and stored.
+// The tensor cores are the bound, with 4 T I H FLOP. A block computes tiles of 128 tokens by 128
+// columns of both products: the rows of the two weights lie one behind the other in shared memory,
+// so that one m64n256k16 wgmma makes 128 gate columns and the same 128 up columns, and a thread
+// holds both factors of each of its outputs in registers. One warp keeps a ring of 64-deep stages
+// filled by TMA; two warpgroups multiply, 64 tokens each. Blocks stay for many tiles, and the ring
+// fills for the next tile while the last one is activated and stored.
 //
 // The two blocks of a cluster take neighbouring tokens. Each loads its own rows of x and one of the
 // two weight tiles, which TMA writes to both: 32 KB from L2 per stage and block instead of 48, for
@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_output(const CUtensorMap& map, char (*halv
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (lane == 0) tma_store_wait_read<1>();  // the store before last was from here
+    if (lane == 0) tma_store_wait_read<1>();  // the store before last read this half
     __syncwarp();
     store_rows(halves[half], [&](int i) {
       return pack_pair(value(half * 32 + i), value(half * 32 + i + 1), T());
@@ -105,7 +105,7 @@ __device__ __forceinline__ void load_tiles(const GatedLinearArguments& args,
     for (int k = 0; k < args.num_stages_per_tile; ++k, ring.advance()) {
       const int stage = ring.stage;
       mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
-      // The other block's multicast may have come already: it counts once these are expected.
+      // The other block's multicast may have come already; it counts once these bytes are expected.
       mbarrier_arrive_expect(&shared.full[stage], 3 * kTileBytes);
       uint64_t* full = &shared.full[stage];
       const int depth = k * kStageDepth;

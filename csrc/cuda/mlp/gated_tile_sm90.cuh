@@ -29,11 +29,12 @@ inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumers = kTileTokens / kWgmmaRows;  // warpgroups
 inline constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpSize;
 inline constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
-// With the loading warp one warpgroup. There is no room for more: wgmma with 128 accumulators wants
-// at least 154 registers at launch, and a quarter of an SM has them for three warps.
+// Together with the loading warp these are one warpgroup. There is no room for more: wgmma with 128
+// accumulators wants at least 154 registers at launch, which a quarter of an SM has for three
+// warps.
 inline constexpr int kEpilogueWarps = kWarpgroupWarps - 1;
 inline constexpr int kGatedThreads = (1 + kConsumers) * kWarpgroupThreads;
-// Of a thread, at launch; Tuning says what consumers and the others have then.
+// Registers of a thread at launch; Tuning says how many consumers and the other warps have later.
 inline constexpr int kLaunchRegisters = 168;
 
 // Rows of D that one warp has in its registers.
@@ -75,14 +76,14 @@ struct ClusterPosition {
   }
 };
 
-// Every warp of a warpgroup.
+// Every warp of a warpgroup calls this.
 template <int kRegisters>
 __device__ __forceinline__ void set_registers() {
   if constexpr (kRegisters > kLaunchRegisters) take_registers<kRegisters>();
   if constexpr (kRegisters < kLaunchRegisters) give_registers<kRegisters>();
 }
 
-// The multiplying warps' side of the ring, for the stages of one tile after the other.
+// The multiplying warps' side of the ring, through the stages of one tile after the other.
 template <class T, WgmmaMajor kMajorB, int kTileRowsB, class Tuning, class Shared>
 class TileMainloop {
  public:
@@ -111,10 +112,10 @@ class TileMainloop {
   RingCursor<Tuning::kStages> ring_;
 };
 
-// The whole of a block: load(shared, position) in one thread, multiply(shared, position, consumer)
-// in the warpgroups `consumer`, finish(shared, position, epilogue) in kEpilogueWarps warps.
-// Shared has barriers full[kStages], for copies into a stage, and empty[kStages], for the consumer
-// warps of the cluster that have read it; init(shared) makes others.
+// Runs a block: load(shared, position) in one thread, multiply(shared, position, consumer) in the
+// consumer warpgroups, and finish(shared, position, epilogue) in kEpilogueWarps warps. Shared has
+// barriers full[kStages], for copies into a stage, and empty[kStages], for the consumer warps of
+// the cluster that have read it; init(shared) initialises further ones.
 template <class Shared, class Tuning, class Init, class Load, class Multiply, class Finish>
 __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply multiply,
                                                 Finish finish) {
@@ -128,7 +129,7 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
   const ClusterPosition position{static_cast<int>(blockIdx.x) / kCluster,
                                  static_cast<int>(gridDim.x) / kCluster,
                                  static_cast<int>(blockIdx.x) % kCluster};
-  // The same in all lanes, and known to be.
+  // The shuffle tells the compiler that the number is the same in all lanes.
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
 
   // 1. Barriers of all blocks stand before one copies to another.
@@ -164,7 +165,7 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
 
 // ---- Host ---------------------------------------------------------------------------------------
 
-// As many clusters as run at the same time, each for many tiles.
+// Launches as many clusters as run at the same time, each for many tiles.
 template <class Arguments>
 cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args,
                                   const DeviceInfo& device, size_t shared_bytes,

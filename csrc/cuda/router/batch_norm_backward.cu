@@ -2,8 +2,8 @@
 //   grad_logits = inv_std (g - mean(g) - n mean(g n)), n = normed, means over the tokens of a
 //   batch; grad_logits = inv_std g where the forward used running statistics.
 //
-// Bytes moved: 2 T (R + C) elements in, T (R + C) out; what the registers do not hold is read
-// twice.
+// The kernel moves 2 T (R + C) elements in and T (R + C) out; what the registers do not hold is
+// read twice.
 #include <cuda_runtime.h>
 
 #include <cstdint>

@@ -50,8 +50,8 @@ struct Moments {
   float m2;  // Σ (x - mean)²
 };
 
-// Merges moments in the order of the calls, relative to the first mean. What cancels is at most
-// (values merged) / (values behind the first mean) times the result.
+// Merges moments in the order of the calls, as sums relative to the first mean. These lose at most
+// the digits of a number that is (values merged) / (values behind the first mean) times the result.
 class MomentsMerger {
  public:
   __device__ void add(float count, float mean, float m2) {
@@ -63,7 +63,7 @@ class MomentsMerger {
     squares_ += weighted * distance;
     m2_ += m2;
   }
-  // Chan's formula with the same columns of the lane `offset` further.
+  // Merges the same columns of the lane `offset` further by Chan's formula.
   template <int kVec>
   __device__ static __forceinline__ void add_lane(int offset, float& count, float (&mean)[kVec],
                                                   float (&m2)[kVec]) {
@@ -92,7 +92,7 @@ class MomentsMerger {
   float m2_ = 0.0f;
 };
 
-// Two sums of one column, with the interface of the above.
+// Two sums of one column. SumsMerger has the interface of MomentsMerger.
 struct Sums {
   float count;
   float first;
@@ -125,7 +125,7 @@ class SumsMerger {
 // Partials of the block's columns, one of each column per warp.
 using WarpPartials = float[kWarps][3][kPanelColumns];
 
-// -> of column threadIdx.x % kPanelColumns, for every thread.
+// Gives every thread the merged partials of column threadIdx.x % kPanelColumns.
 template <class Merger>
 __device__ __forceinline__ auto merge_warps(const WarpPartials& partials) {
   const int column = threadIdx.x % kPanelColumns;
@@ -203,7 +203,7 @@ struct ThreadRows {
                     : Vec<T, kVec>{};
     }
   }
-  // After this the compiler does not keep what it has unpacked of `rows`: twice the registers.
+  // Keeps the compiler from holding the unpacked values of `rows`, which take twice the registers.
   template <int kRows>
   __device__ static __forceinline__ void keep_packed(Vec<T, kVec> (&rows)[kRows]) {
     if constexpr (sizeof(T) * kVec == 16) {
@@ -217,7 +217,8 @@ struct ThreadRows {
   __device__ int64_t at(int i) const { return row + int64_t{i} * Threads::kSlots; }
 };
 
-// Over the block's threads, of both numbers of every column of its own, those of rows.count rows.
+// Merges two numbers of each of a thread's columns, taken over its rows.count rows, over all
+// threads of the block.
 template <class Merger, class T, int kVec>
 __device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows,
                                               WarpPartials& partials, float (&first)[kVec],
@@ -239,8 +240,8 @@ __device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows,
   return merge_warps<Merger>(partials);
 }
 
-// The same over all parts: writes this block's to the workspace, waits for the grid, and merges
-// those of the panel's columns. Blocks without a panel (in_use false) wait too.
+// Merges the blocks' partials over all parts: writes this block's to the workspace, waits for the
+// grid, and merges those of the panel's columns. Blocks without a panel (in_use false) wait too.
 template <class Merger, class Partial>
 __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, bool in_use,
                                            const Partial& own, WarpPartials& warp_partials,
@@ -272,7 +273,7 @@ __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, b
 
 // ---- Running statistics -------------------------------------------------------------------------
 
-// Running statistics of an axis: of T or fp32.
+// Running statistics of an axis, stored in T or fp32.
 template <class T>
 struct RunningStatistics {
   BatchNormBuffers buffers;

@@ -22,7 +22,7 @@ using namespace batch_norm;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
-// Moments of the first `count` of the rows in registers, column by column; zeros for none.
+// Moments of the first `count` of the rows in registers, column by column; no rows give zeros.
 template <class T, int kVec, int kRows>
 __device__ __forceinline__ void chunk_moments(Vec<T, kVec> (&rows)[kRows], int count,
                                               float (&mean)[kVec], float (&m2)[kVec]) {
@@ -57,7 +57,7 @@ template <class T, int kVec, int kRows>
 __device__ __forceinline__ void thread_moments(const ThreadRows<T, kVec>& rows, const T* logits,
                                                int64_t stride, Vec<T, kVec> (&held)[kRows],
                                                float (&mean)[kVec], float (&m2)[kVec]) {
-  constexpr int kMore = kRows / 2;  // beside those held: kRows would spill
+  constexpr int kMore = kRows / 2;  // kRows beside those held would spill
   chunk_moments(held, min(rows.count, kRows), mean, m2);
 #pragma unroll 1
   for (int done = kRows; done < rows.count; done += kMore) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       normalise(more, first);
     }
 
-    // 4. The buffers, last: nothing waits for what is read of them.
+    // 4. Update the buffers last, because nothing waits for what is read of them.
     if (kTraining && owns_column && tile.part == 0 && params.num_tokens > 0) {
       const auto momentum = static_cast<float>(params.momentum);
       running.update(running.buffers.running_mean, axis_column, momentum, statistics.mean);

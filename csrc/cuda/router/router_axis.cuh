@@ -1,8 +1,8 @@
 // One axis of one token in the registers of a warp: its best logits, sorted, and its log-sum-exp.
 //
-// The threshold is bisected on integer keys, a count over the registers per probe, starting from a
-// bound that the maxima of buckets of keys give; what passes is compacted through shared memory and
-// sorted across the lanes.
+// The threshold is bisected on integer keys. The search starts from a bound that the maxima of
+// buckets of keys give, and each probe counts over the registers. The keys that pass are compacted
+// through shared memory and sorted across the lanes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,7 @@
 
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/router/router_keys.cuh"
 #include "cuda/router/warp_sort.cuh"
 
@@ -27,6 +28,7 @@ struct TopOfAxis {
 template <class T>
 using PackedElement = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
 
+// Neither CUDA nor cuda::ptx has a function for a prefetch into L2.
 template <class T>
 __device__ __forceinline__ void prefetch_axis(const T* logits, int n, int lane) {
   constexpr int kLine = 128 / sizeof(T);
@@ -83,7 +85,7 @@ struct AxisKeys {
       uint32_t* chunk_keys = keys + chunk * kVec;
       if constexpr (kDistinct) {
         static_assert(kVec % 2 == 0);
-        // The position begins at a multiple of kVec: minus i is xor i.
+        // The position begins at a multiple of kVec, so that subtracting i is an exclusive or.
         const uint32_t last = Element::kMaxPosition - position(chunk * kVec);
         uint32_t words[kVec / 2];
         __builtin_memcpy(words, &vec, sizeof(words));
@@ -159,9 +161,9 @@ struct AxisKeys {
   }
 };
 
-// A lower bound of the k-th largest key: the k-th largest maximum of kBuckets buckets per lane is
-// one, and near enough that the count over all keys rarely needs more than a probe or two. 1 where
-// fewer than k buckets hold a key.
+// A lower bound of the k-th largest key: the k-th largest maximum of kBuckets buckets per lane. It
+// is so near that the search over all keys rarely needs more than a probe or two. Where fewer than
+// k buckets hold a key the bound is 1.
 template <int kBuckets, class T, int kItems>
 __device__ __forceinline__ uint32_t kth_key_lower_bound(const AxisKeys<T, kItems>& axis, int k,
                                                         uint32_t max_key, uint32_t* scratch) {
@@ -175,7 +177,7 @@ __device__ __forceinline__ uint32_t kth_key_lower_bound(const AxisKeys<T, kItems
     for (int i = 1; i < kBucketSize; ++i) {
       bucket_max[bucket] = max(bucket_max[bucket], axis.keys[bucket * kBucketSize + i]);
     }
-    // Buckets without a key wrap to the top.
+    // The 0 of a bucket without a key wraps to the largest number.
     min_of_max = min(min_of_max, bucket_max[bucket] - 1);
   }
   if constexpr (kBuckets == 1) {
@@ -207,8 +209,8 @@ __device__ __forceinline__ uint32_t kth_key_lower_bound(const AxisKeys<T, kItems
   return bisect_threshold(low, max_key, k, k + k / 8, count_low, count);
 }
 
-// Items to keep where more equal the threshold than fit: those above it, and the first ties in
-// order of position up to k in all. Bit i of each mask is item i.
+// Says which items to keep where more of them equal the threshold than fit: those above it and, up
+// to k in all, the first ties in order of position. Bit i of each mask is item i.
 template <class T, int kItems>
 __device__ __noinline__ uint32_t warp_keep_first_ties(uint32_t above, uint32_t tied, int k,
                                                       int lane) {
@@ -219,7 +221,7 @@ __device__ __noinline__ uint32_t warp_keep_first_ties(uint32_t above, uint32_t t
   for (int chunk = 0; chunk < kItems / kVec; ++chunk) {
     uint32_t bits = tied & (((1u << kVec) - 1) << (chunk * kVec));
     const int count = __popc(bits);
-    const int inclusive = static_cast<int>(warp_inclusive_scan(count, lane));
+    const int inclusive = static_cast<int>(warp_inclusive_scan(count));
     const int room_here = max(room - (inclusive - count), 0);
     while (__popc(bits) > room_here) bits &= ~(0x80000000u >> __clz(bits));
     keep |= bits;
@@ -235,7 +237,7 @@ __device__ __forceinline__ int warp_compact(const AxisKeys<T, kItems>& axis, uns
                                             PackedElement<T>* compact, Keep keep) {
   const int lane = axis.lane;
   const unsigned spare = kCapacity + lane;
-  const unsigned inclusive = warp_inclusive_scan(kept, lane);
+  const unsigned inclusive = warp_inclusive_scan(kept);
   const int num_kept = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
   unsigned slot = inclusive - kept;
 #pragma unroll
@@ -253,7 +255,7 @@ __device__ __forceinline__ int warp_compact(const AxisKeys<T, kItems>& axis, uns
   return num_kept;
 }
 
-// Writes the best `k` or more of the axis (as many as it returns) to `top`, sorted.
+// Writes at least the best `k` of the axis to `top`, sorted, and returns how many.
 template <class T, int kItems, int kCapacity>
 __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, int k,
                                              uint32_t max_key, TopOfAxis<kCapacity>& top,
@@ -280,7 +282,7 @@ __device__ __forceinline__ int warp_sort_top(const AxisKeys<T, kItems>& axis, in
     kept = axis.lane_count([&](int i) { return axis.keys[i] >= low; });
   }
 
-  // Of equal fp32 logits at the threshold, the first in position; then a mask says what to keep.
+  // Of fp32 logits that equal the threshold the first in position are kept, by a mask of items.
   uint32_t kept_items = 0;
   if constexpr (!AxisKeys<T, kItems>::kDistinct) {
     kept_items = axis.mask([&](int i) { return axis.keys[i] >= low; });

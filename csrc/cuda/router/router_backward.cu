@@ -34,7 +34,7 @@ constexpr int64_t kMaxWorkspace = int64_t{64} << 20;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
-// sums[slot] += value for the lanes with slot >= 0, lanes of one slot in lane order.
+// Does sums[slot] += value for the lanes with slot >= 0; lanes of one slot add in lane order.
 __device__ __forceinline__ void warp_add_in_order(float* sums, int slot, float value) {
   const int lane = threadIdx.x % kWarpSize;
   const unsigned peers = __match_any_sync(kFullWarp, slot);
@@ -59,7 +59,7 @@ struct TokenGroup {
     else
       __syncthreads();
   }
-  // Calls in flight between two sync() need rows of their own.
+  // Reductions between two calls of sync() need a row of the scratch each.
   __device__ float sum(float value, int row) const {
     return block_sum<kWarps>(value, scratch + row * kWarps);
   }
@@ -104,7 +104,7 @@ __device__ __forceinline__ SoftmaxOfAxis group_softmax(const TokenGroup<kWarps>&
     any_nan |= logit != logit;
     softmax.max = fmaxf(softmax.max, logit);
   });
-  // fmaxf passes NaN over; +inf makes the token undefined just as well.
+  // fmaxf ignores NaN, but the +inf put in its place makes the token undefined just as well.
   softmax.max = group.max(any_nan ? INFINITY : softmax.max, row);
   float sum = 0.0f;
   group_for_each(group, logits, n, [&](int, float logit) { sum += expf(logit - softmax.max); });
@@ -112,8 +112,8 @@ __device__ __forceinline__ SoftmaxOfAxis group_softmax(const TokenGroup<kWarps>&
   return softmax;
 }
 
-// grad[i] = the sums[i] of all warps, less factor * softmax(logits)[i]; logits may be null where
-// factor is not subtracted.
+// grad[i] = the sums[i] of all warps, less factor * softmax(logits)[i], or less nothing where
+// logits is null.
 template <int kWarps, class T>
 __device__ __forceinline__ void group_write_gradient(const TokenGroup<kWarps>& group,
                                                      const float* sums, int num_sums,
@@ -179,7 +179,8 @@ struct ChosenPairs {
     const int row = static_cast<int>(static_cast<unsigned>(id) / static_cast<unsigned>(num_cols));
     return {row, id - row * num_cols, to_float(grad_weights[i])};
   }
-  // Less the largest sum, axis by axis: a sum of large logits has lost digits.
+  // The sum relative to the largest one, taken axis by axis, since a sum of large logits has lost
+  // digits.
   __device__ float relative_sum(const Pair& pair) const {
     return (to_float(logits_x[pair.row]) - max_x) + (to_float(logits_y[pair.col]) - max_y);
   }

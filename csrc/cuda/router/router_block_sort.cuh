@@ -41,7 +41,7 @@ __device__ __forceinline__ void block_sort_chunks(int n, Key* out, int first_war
   }
 }
 
-// out = `in` with each two neighbouring runs of `width` merged. Each thread finds by bisection
+// Merges each two neighbouring runs of `width` of `in` into `out`. Each thread finds by bisection
 // where its stretch of the output begins in both runs, then merges serially. Keys are distinct.
 template <class Key>
 __device__ __forceinline__ void block_merge_runs(const Key* in, Key* out, int n, int width,
@@ -73,7 +73,8 @@ __device__ __forceinline__ void block_merge_runs(const Key* in, Key* out, int n,
   }
 }
 
-// Sorted chunks of entries[0] -> one sorted list; returns which of the two buffers holds it.
+// Merges the sorted chunks of `from` into one sorted list; returns which of the two buffers holds
+// it.
 __device__ __forceinline__ const uint64_t* block_merge_chunks(uint64_t* from, uint64_t* to, int n) {
   for (int width = kChunk; width < n; width *= 2) {
     __syncthreads();

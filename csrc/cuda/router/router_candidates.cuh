@@ -56,11 +56,11 @@ __device__ constexpr RankPairs kRankPairs = make_rank_pairs();
 
 // ---- Selection ----------------------------------------------------------------------------------
 
-// What the ranks alone tell about the k-th sum.
+// What the ranks alone say about the k-th sum.
 template <int kCapacity>
 struct Border {
-  uint32_t lower_bound;                     // the k-th sum's key is no smaller
-  uint32_t outside[kCapacity / kWarpSize];  // keys one rank past the candidates of a row, 0: none
+  uint32_t lower_bound;                     // the k-th sum's key is at least this
+  uint32_t outside[kCapacity / kWarpSize];  // keys one rank past the candidates of a row, or 0
 };
 
 template <int kCapacity>
@@ -75,10 +75,10 @@ __device__ __forceinline__ Border<kCapacity> warp_border(const TopOfAxis<kCapaci
     border.outside[i] = 0;
     if (rank > num_x) continue;
     const float value = x.value[rank - 1];
-    // 1-based rank of this row's last candidate; the approximate quotient lies far from the
-    // next integer.
+    // The 1-based rank of this row's last candidate. An approximate quotient will do: the half
+    // keeps it far from the next integer.
     const int last = static_cast<int>(__fdividef(k + 0.5f, static_cast<float>(rank)));
-    // The corner of any rectangle of k or more ranks bounds the k-th sum.
+    // The corner of any rectangle of k or more ranks is a lower bound of the k-th sum.
     const int corner = last * rank < k ? last + 1 : last;
     if (corner <= num_y) bound = max(bound, ordered_key(value + y.value[corner - 1]));
     if (last < num_y && rank <= k + 1) border.outside[i] = ordered_key(value + y.value[last]);

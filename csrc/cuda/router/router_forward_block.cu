@@ -1,11 +1,11 @@
 // Cartesian-product router, forward, for any shape: one block per token.
 //
-// Both axes are sorted; the threshold of the K best sums x[row] + y[col] is bisected on their
-// integer keys, one probe counting along the staircase of the two sorted axes (a binary search over
-// y per row of x), until between K and a little more pairs pass it. Those are listed and sorted.
-// Work per token: O((R + C) log + probes * R log C + K log K), never R * C. Counting looks at every
-// row, so sums that round to the same fp32 value are all seen; where more than fit equal the K-th
-// sum, the pairs above it are sorted and the ties follow by ascending id.
+// Both axes are sorted. The threshold of the K best sums x[row] + y[col] is bisected on their
+// integer keys until between K and a little more pairs pass it; each probe counts along the
+// staircase of the two sorted axes, by a binary search over y per row of x. The pairs that pass are
+// listed and sorted. Work per token: O((R + C) log + probes * R log C + K log K), never R * C.
+// Counting looks at every row, so sums that round to the same fp32 value are all seen; where more
+// than fit equal the K-th sum, the pairs above it are sorted and the ties follow by ascending id.
 //
 // Lists live in shared memory where they fit, else in the workspace, one slice per resident block.
 // Bytes moved: T (R + C) logits in, T K (weight, id) out.
@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cub/block/block_scan.cuh>
 #include <type_traits>
 
 #include "cuda/common/check.h"
@@ -32,13 +33,17 @@ namespace {
 using namespace router_block;
 
 constexpr int64_t kMaxWorkspace = int64_t{256} << 20;
-constexpr int kBlocksPerSm = 4;  // 64 registers; also how many the workspace serves
+constexpr int kBlocksPerSm = 4;  // at 64 registers; the workspace serves as many
 
-// Entries listed before they are sorted: slack above K saves the last probes of the bisection.
+// How many entries are listed before they are sorted. Slack above K saves the last probes of the
+// bisection.
 __host__ __device__ constexpr int64_t entry_capacity(int64_t k) { return k + k / 32 + 64; }
+
+using RowScan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
 
 // Small per-block state.
 struct BlockScratch {
+  typename RowScan::TempStorage scan;
   float sums[2][kWarps];
   int counts[2][kWarps];
   uint32_t keys[kWarps];
@@ -106,16 +111,12 @@ __device__ __forceinline__ uint32_t block_lower_bound(const SortedGrid& grid, in
 
 // row_begin[thread] = sum of the `count` of the threads before; row_begin[kThreads] = all.
 __device__ __forceinline__ void block_exclusive_scan(int count, BlockScratch& scratch) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int inclusive = static_cast<int>(warp_inclusive_scan(count, lane));
-  __syncthreads();  // earlier readers of both arrays are done
-  if (lane == kWarpSize - 1) scratch.counts[0][warp] = inclusive;
-  __syncthreads();
   int before = 0;
-  for (int w = 0; w < warp; ++w) before += scratch.counts[0][w];
-  scratch.row_begin[threadIdx.x] = before + inclusive - count;
-  if (threadIdx.x == kThreads - 1) scratch.row_begin[kThreads] = before + inclusive;
+  int total = 0;
+  __syncthreads();  // earlier readers of both arrays are done
+  RowScan(scratch.scan).ExclusiveSum(count, before, total);
+  scratch.row_begin[threadIdx.x] = before;
+  if (threadIdx.x == 0) scratch.row_begin[kThreads] = total;
   __syncthreads();
 }
 
@@ -150,7 +151,7 @@ struct BlockRouter {
     Key* to = axes_other;
     for (int width = kChunk; width < max(num_rows, num_cols); width *= 2) {
       __syncthreads();
-      // From opposite ends, as short lists leave threads idle.
+      // The threads take the two lists from opposite ends, because short lists leave threads idle.
       block_merge_runs(from, to, num_rows, width, thread);
       block_merge_runs(from + num_rows, to + num_rows, num_cols, width, kThreads - 1 - thread);
       Key* merged = to;
@@ -169,7 +170,8 @@ struct BlockRouter {
     grid = SortedGrid{values, y, num_rows, num_cols, !both_infinities};
   }
 
-  // 2. The threshold; `tied` when more pairs than fit equal the K-th sum, whose key it then is.
+  // 2. Returns the threshold. Where more pairs than fit equal the K-th sum, `tied` is set and the
+  // threshold is the key of that sum.
   __device__ uint32_t find_threshold(bool& tied) {
     const uint32_t bound = block_lower_bound(grid, k, scratch.keys);
     const uint32_t top = grid.monotone ? ordered_key(grid.x[0] + grid.y[0]) : kKeyOfNaN;
@@ -256,7 +258,7 @@ struct BlockRouter {
           slot += __popc(mask);
         }
       }
-      // Saturate: ties of a whole grid and K may pass 2^31 together.
+      // The count saturates, because ties of a whole grid and K together may pass 2^31.
       filled = scratch.row_begin[kThreads] >= k - filled ? k : filled + scratch.row_begin[kThreads];
     }
   }

@@ -51,8 +51,8 @@ __device__ __forceinline__ uint32_t id_of_entry(uint64_t entry) {
 
 // An axis element holds a logit and its position; 0 stands for no element.
 
-// Of T in Packed. Equal logits rank by ascending position. (-0 ranks below +0 where Packed is 32
-// bits; any order that is consistent with the sums serves.)
+// A logit of T in Packed. Equal logits rank by ascending position. (-0 ranks below +0 where Packed
+// has 32 bits; any order that is consistent with the sums will do.)
 template <class T, class Packed>
 struct AxisElement {
   static_assert(sizeof(Packed) == 8);
@@ -73,7 +73,7 @@ struct AxisElement<T, uint32_t> {
     __builtin_memcpy(&bits, &logit, sizeof(bits));
     return key_of_upper_half(static_cast<uint32_t>(bits) << 16) | (kMaxPosition - position);
   }
-  // The upper half of the packed element, of the logit's bits in the upper half.
+  // The upper half of the packed element; `upper` has the logit's bits in its upper half.
   __device__ static uint32_t key_of_upper_half(uint32_t upper) {
     const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(upper) >> 31);
     const uint32_t key = upper ^ ((sign & 0x7fff0000u) | 0x80000000u);
@@ -97,8 +97,8 @@ struct AxisElement<T, uint32_t> {
   }
 };
 
-// inf + -inf = NaN sorts first though its terms do not: the one case in which sums do not descend
-// along a sorted axis. `max` is the greatest logit of an axis (NaN greatest).
+// Sums descend along a sorted axis but for one case: inf + -inf = NaN sorts first, though its terms
+// do not. `max` is the greatest logit of an axis (NaN greatest).
 __device__ __forceinline__ bool may_exceed_finite(float max) { return !(max < INFINITY); }
 
 // ---- Thresholds ---------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ struct Block {
   static constexpr int kThreads = (kConsumerWarps + 1) * kWarpSize;  // the last warp loads
   static constexpr int kStageBytes = (kTokenTiles + kPanels) * kTileBytes;
   static constexpr int kStages = std::min(16, 200 * 1024 / kStageBytes);
-  // Of the batch's moments a warp merges two columns in each of kColumnPairs threads, many times
-  // over.
+  // Pairs of columns whose moments over the batch one warp merges; 32 / kColumnPairs lanes share
+  // each.
   static constexpr int kColumnPairs = kPanelCols / 2 / (kTokenTiles * kTileWarps);
 };
 

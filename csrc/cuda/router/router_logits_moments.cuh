@@ -16,7 +16,8 @@ __device__ __forceinline__ int rows_within(int num_tokens, int first, int rows) 
   return min(max(num_tokens - first, 0), rows);
 }
 
-// The threads that hold a panel's columns.
+// Synchronises the threads that hold a panel's columns, by a barrier of their own: CUDA's functions
+// have only barriers of the block, a tile of a warp, or in memory.
 template <class B>
 __device__ __forceinline__ void sync_panel(int panel) {
   asm volatile("bar.sync %0, %1;" ::"r"(panel + 1), "n"(B::kTokenTiles * kTileThreads) : "memory");

@@ -5,7 +5,7 @@
 // A warpgroup makes 64 tokens by 64 columns and keeps them in registers while the grid agrees on
 // the statistics: the products never reach memory. So the grid must fit on the device at once (a
 // cooperative launch); larger problems take a matrix product and batch_norm_forward.cu. What counts
-// here is latency: 2 T (R + C) H FLOP and T (H + R + C) elements are 2 to 6 µs of work.
+// here is latency, since 2 T (R + C) H FLOP and T (H + R + C) elements are 2 to 6 µs of work.
 //
 // The two blocks of a cluster take neighbouring tokens and share their tiles of the gates: each
 // loads half of them, which TMA writes to both. (Larger clusters would read less of L2, but do not

@@ -8,6 +8,7 @@
 
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/router/router_axis.cuh"
 #include "cuda/router/router_keys.cuh"
 #include "cuda/router/warp_sort.cuh"
@@ -98,7 +99,7 @@ __device__ __noinline__ bool warp_fill_ties_from_tops(WarpStorage<kCapacity>& st
       end = count_reaching(x.value[i], key);
       begin = count_reaching(x.value[i], key + 1);
     }
-    const int inclusive = static_cast<int>(warp_inclusive_scan(end - begin, lane));
+    const int inclusive = static_cast<int>(warp_inclusive_scan(end - begin));
     int slot = filled + inclusive - (end - begin);
     filled += __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
     if (filled > kCapacity) return false;
