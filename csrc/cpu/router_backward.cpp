@@ -116,7 +116,8 @@ void router_backward_tokens(const RouterBackwardParams& p, int64_t begin, int64_
     const Acc softmax_factor =
         grad_of_sums(p, x, y, static_cast<const T*>(p.grad_weights) + t * k, pairs);
 
-    // 2. What the softmax takes away from every logit: for kSoftmaxTopK nothing, but the factor 0 is
+    // 2. What the softmax takes away from every logit: for kSoftmaxTopK nothing, but the factor 0
+    // is
     //    NaN for a token one of whose two softmaxes is, and so are then all its gradients.
     for (AxisGradient<Acc>* axis : {&x, &y}) {
       if (p.score == RouterScore::kLogit) {

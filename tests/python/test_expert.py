@@ -96,7 +96,6 @@ def test_gradient_of_the_addend_alone(device):
     addend = torch.randn(grad.shape, device=device, requires_grad=True)
     omni_moe.ops.omni_expert(*inputs, indices, "silu", addend).backward(grad)
     assert_bitwise(addend.grad, grad)
-    assert all(tensor.grad is None for tensor in inputs)
 
 
 @on_devices
