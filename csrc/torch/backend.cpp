@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <optional>
+
 #include "omni_moe/cpu.h"
 
 #if OMNI_MOE_WITH_CUDA
@@ -35,29 +37,33 @@ void check_launch(cudaError_t status) {
   TORCH_CHECK(status == cudaSuccess, "omni_moe: CUDA launch failed: ", cudaGetErrorString(status));
 }
 
-template <typename Params>
-cudaError_t enqueue(const Params& params, at::Device device,
-                    cudaError_t (*kernel)(const Params&, cudaStream_t)) {
-  const c10::cuda::CUDAGuard guard(device);
-  return kernel(params, c10::cuda::getCurrentCUDAStream(device.index()));
+template <typename Params, typename Plan>
+cudaError_t enqueue(Params params, const Plan& plan, at::Device device,
+                    cudaError_t (*kernel)(const Params&, const Plan&, cudaStream_t)) {
+  at::Tensor workspace;
+  if (plan.workspace_bytes > 0) {
+    // Goes back to the caching allocator on return and is reused in stream order.
+    workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)},
+                          at::TensorOptions().device(device).dtype(at::kByte));
+    if constexpr (requires { params.workspace; }) params.workspace = workspace.mutable_data_ptr();
+  }
+  return kernel(params, plan, c10::cuda::getCurrentCUDAStream(device.index()));
 }
 
-template <typename Params>
-cudaError_t enqueue(Params params, at::Device device,
-                    cudaError_t (*kernel)(const Params&, cudaStream_t),
-                    size_t (*workspace_size)(const Params&)) {
+template <typename Params, typename Plan>
+void launch_cuda(const Params& params, at::Device device, Plan (*make_plan)(const Params&),
+                 cudaError_t (*kernel)(const Params&, const Plan&, cudaStream_t)) {
   const c10::cuda::CUDAGuard guard(device);
-  const auto bytes = static_cast<int64_t>(workspace_size(params));
-  // Goes back to the caching allocator on return and is reused in stream order.
-  const at::Tensor workspace =
-      at::empty({bytes}, at::TensorOptions().device(device).dtype(at::kByte));
-  params.workspace = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
-  return enqueue(params, device, kernel);
+  check_launch(enqueue(params, make_plan(params), device, kernel));
 }
 
-template <typename Params, typename... Functions>
-void launch_cuda(const Params& params, at::Device device, Functions... functions) {
-  check_launch(enqueue(params, device, functions...));
+template <typename Params, typename Plan>
+void launch_cuda(const Params& params, at::Device device,
+                 std::optional<Plan> (*make_plan)(const Params&),
+                 cudaError_t (*kernel)(const Params&, const Plan&, cudaStream_t)) {
+  const c10::cuda::CUDAGuard guard(device);
+  const std::optional<Plan> plan = make_plan(params);
+  check_launch(plan ? enqueue(params, *plan, device, kernel) : cudaErrorNotSupported);
 }
 #endif
 
@@ -67,7 +73,7 @@ void launch(RouterForwardParams params, at::Device device) {
   if (device.is_cpu()) return cpu::router_forward(params, AtExecutor());
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    return launch_cuda(params, device, cuda::router_forward, cuda::router_forward_workspace_size);
+    return launch_cuda(params, device, cuda::plan_router_forward, cuda::router_forward);
   }
 #endif
   no_backend(device);
@@ -77,7 +83,7 @@ void launch(RouterBackwardParams params, at::Device device) {
   if (device.is_cpu()) return cpu::router_backward(params, AtExecutor());
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    return launch_cuda(params, device, cuda::router_backward, cuda::router_backward_workspace_size);
+    return launch_cuda(params, device, cuda::plan_router_backward, cuda::router_backward);
   }
 #endif
   no_backend(device);
@@ -87,7 +93,7 @@ void launch(ExpertForwardParams params, at::Device device) {
   if (device.is_cpu()) return cpu::expert_forward(params, AtExecutor());
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    return launch_cuda(params, device, cuda::expert_forward, cuda::expert_forward_workspace_size);
+    return launch_cuda(params, device, cuda::plan_expert_forward, cuda::expert_forward);
   }
 #endif
   no_backend(device);
@@ -102,7 +108,7 @@ void launch(ExpertBackwardParams params, at::Device device) {
   }
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    return launch_cuda(params, device, cuda::expert_backward, cuda::expert_backward_workspace_size);
+    return launch_cuda(params, device, cuda::plan_expert_backward, cuda::expert_backward);
   }
 #endif
   no_backend(device);
@@ -111,7 +117,10 @@ void launch(ExpertBackwardParams params, at::Device device) {
 void launch(GatedActivationForwardParams params, at::Device device) {
   if (device.is_cpu()) return cpu::gated_activation_forward(params, AtExecutor());
 #if OMNI_MOE_WITH_CUDA
-  if (device.is_cuda()) return launch_cuda(params, device, cuda::gated_activation_forward);
+  if (device.is_cuda()) {
+    return launch_cuda(params, device, cuda::plan_gated_activation_forward,
+                       cuda::gated_activation_forward);
+  }
 #endif
   no_backend(device);
 }
@@ -119,7 +128,10 @@ void launch(GatedActivationForwardParams params, at::Device device) {
 void launch(GatedActivationBackwardParams params, at::Device device) {
   if (device.is_cpu()) return cpu::gated_activation_backward(params, AtExecutor());
 #if OMNI_MOE_WITH_CUDA
-  if (device.is_cuda()) return launch_cuda(params, device, cuda::gated_activation_backward);
+  if (device.is_cuda()) {
+    return launch_cuda(params, device, cuda::plan_gated_activation_backward,
+                       cuda::gated_activation_backward);
+  }
 #endif
   no_backend(device);
 }
@@ -128,8 +140,7 @@ void launch(BatchNormForwardParams params, at::Device device) {
   if (device.is_cpu()) return cpu::batch_norm_forward(params, AtExecutor());
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    return launch_cuda(params, device, cuda::batch_norm_forward,
-                       cuda::batch_norm_forward_workspace_size);
+    return launch_cuda(params, device, cuda::plan_batch_norm_forward, cuda::batch_norm_forward);
   }
 #endif
   no_backend(device);
@@ -139,8 +150,7 @@ void launch(BatchNormBackwardParams params, at::Device device) {
   if (device.is_cpu()) return cpu::batch_norm_backward(params, AtExecutor());
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    return launch_cuda(params, device, cuda::batch_norm_backward,
-                       cuda::batch_norm_backward_workspace_size);
+    return launch_cuda(params, device, cuda::plan_batch_norm_backward, cuda::batch_norm_backward);
   }
 #endif
   no_backend(device);
@@ -151,7 +161,7 @@ bool supports([[maybe_unused]] const GatedLinearForwardParams& params,
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(device);
-    return cuda::gated_linear_forward_supported(params);
+    return cuda::plan_gated_linear_forward(params).has_value();
   }
 #endif
   return false;
@@ -159,7 +169,8 @@ bool supports([[maybe_unused]] const GatedLinearForwardParams& params,
 
 void launch([[maybe_unused]] GatedLinearForwardParams params, at::Device device) {
 #if OMNI_MOE_WITH_CUDA
-  if (device.is_cuda()) return launch_cuda(params, device, cuda::gated_linear_forward);
+  if (device.is_cuda())
+    return launch_cuda(params, device, cuda::plan_gated_linear_forward, cuda::gated_linear_forward);
 #endif
   no_backend(device);
 }
@@ -169,7 +180,7 @@ bool supports([[maybe_unused]] const GatedLinearBackwardParams& params,
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(device);
-    return cuda::gated_linear_backward_supported(params);
+    return cuda::plan_gated_linear_backward(params).has_value();
   }
 #endif
   return false;
@@ -177,7 +188,9 @@ bool supports([[maybe_unused]] const GatedLinearBackwardParams& params,
 
 void launch([[maybe_unused]] GatedLinearBackwardParams params, at::Device device) {
 #if OMNI_MOE_WITH_CUDA
-  if (device.is_cuda()) return launch_cuda(params, device, cuda::gated_linear_backward);
+  if (device.is_cuda())
+    return launch_cuda(params, device, cuda::plan_gated_linear_backward,
+                       cuda::gated_linear_backward);
 #endif
   no_backend(device);
 }
@@ -187,7 +200,7 @@ bool supports([[maybe_unused]] const RouterLogitsForwardParams& params,
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(device);
-    return cuda::router_logits_forward_supported(params);
+    return cuda::plan_router_logits_forward(params).has_value();
   }
 #endif
   return false;
@@ -196,8 +209,10 @@ bool supports([[maybe_unused]] const RouterLogitsForwardParams& params,
 bool try_launch([[maybe_unused]] const RouterLogitsForwardParams& params, at::Device device) {
 #if OMNI_MOE_WITH_CUDA
   if (device.is_cuda()) {
-    const cudaError_t status = enqueue(params, device, cuda::router_logits_forward,
-                                       cuda::router_logits_forward_workspace_size);
+    const c10::cuda::CUDAGuard guard(device);
+    const auto plan = cuda::plan_router_logits_forward(params);
+    if (!plan) return false;
+    const cudaError_t status = enqueue(params, *plan, device, cuda::router_logits_forward);
     if (status == cudaErrorNotSupported) return false;
     check_launch(status);
     return true;
@@ -208,8 +223,8 @@ bool try_launch([[maybe_unused]] const RouterLogitsForwardParams& params, at::De
 
 #if OMNI_MOE_WITH_CUDA
 bool set_early_launch(bool allowed) { return cuda::set_early_launch(allowed); }
-bool has_early_launch() { return cuda::has_early_launch(); }
-bool has_hopper_kernels() { return cuda::has_hopper_kernels(); }
+bool has_early_launch() { return cuda::current_device().has_early_launch; }
+bool has_hopper_kernels() { return cuda::current_device().has_hopper_kernels; }
 #else
 bool set_early_launch(bool) { return false; }
 bool has_early_launch() { return false; }

@@ -161,9 +161,10 @@ Outputs run(const Case& c, const Inputs& in) {
       y.pointers(),  s.num_tokens,       s.num_rows,      s.num_cols,     s.stride(),
       c.type.dtype,  c.stats_type.dtype, c.training,      kMomentum,      kEps,
       nullptr};
-  const DeviceBuffer forward_workspace(cuda::batch_norm_forward_workspace_size(forward));
+  const auto forward_plan = cuda::plan_batch_norm_forward(forward);
+  const DeviceBuffer forward_workspace(forward_plan.workspace_bytes);
   forward.workspace = forward_workspace.data();
-  EXPECT_EQ(cudaSuccess, cuda::batch_norm_forward(forward, nullptr)) << c.name();
+  EXPECT_EQ(cudaSuccess, cuda::batch_norm_forward(forward, forward_plan, nullptr)) << c.name();
   EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize()) << c.name();
 
   const DeviceBuffer grad_x(encode(c.type, columns_of(in.grad, s.width(), 0, s.num_rows)));
@@ -173,9 +174,10 @@ Outputs run(const Case& c, const Inputs& in) {
                                    normed_y.data(), inv_std.data(), grad_logits.data(),
                                    s.num_tokens,    s.num_rows,     s.num_cols,
                                    c.type.dtype,    c.training,     nullptr};
-  const DeviceBuffer backward_workspace(cuda::batch_norm_backward_workspace_size(backward));
+  const auto backward_plan = cuda::plan_batch_norm_backward(backward);
+  const DeviceBuffer backward_workspace(backward_plan.workspace_bytes);
   backward.workspace = backward_workspace.data();
-  EXPECT_EQ(cudaSuccess, cuda::batch_norm_backward(backward, nullptr)) << c.name();
+  EXPECT_EQ(cudaSuccess, cuda::batch_norm_backward(backward, backward_plan, nullptr)) << c.name();
   EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize()) << c.name();
   forward_workspace.read();  // its guard
   backward_workspace.read();
@@ -345,9 +347,10 @@ TEST_F(CudaBatchNorm, WithoutBuffers) {
   BatchNormForwardParams params{
       logits.data(), x.data(),   y.data(),          nullptr,   {},   {},     37, 8, 16, 24,
       type.dtype,    type.dtype, /*training=*/true, kMomentum, kEps, nullptr};
-  const DeviceBuffer workspace(cuda::batch_norm_forward_workspace_size(params));
+  const auto plan = cuda::plan_batch_norm_forward(params);
+  const DeviceBuffer workspace(plan.workspace_bytes);
   params.workspace = workspace.data();
-  ASSERT_EQ(cudaSuccess, cuda::batch_norm_forward(params, nullptr));
+  ASSERT_EQ(cudaSuccess, cuda::batch_norm_forward(params, plan, nullptr));
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   const auto got = side_by_side(decode(type, x.read()), decode(type, y.read()), 8, 16, 37);
   EXPECT_EQ(run(c, in).normed, got);
@@ -356,13 +359,16 @@ TEST_F(CudaBatchNorm, WithoutBuffers) {
 TEST_F(CudaBatchNorm, RefusesWhatItHasNoKernelFor) {
   BatchNormForwardParams params{};
   params.dtype = params.stats_dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_forward(params, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), nullptr));
   params.dtype = DType::kFloat32;
   params.stats_dtype = DType::kFloat16;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_forward(params, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), nullptr));
   BatchNormBackwardParams backward{};
   backward.dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_backward(backward, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_backward(backward, cuda::plan_batch_norm_backward(backward), nullptr));
 }
 
 // A grid barrier needs the whole grid on the device: launches that overlap must not wait for each
@@ -385,9 +391,9 @@ TEST_F(CudaBatchNorm, ConcurrentStreams) {
   BatchNormForwardParams params{logits.data(), nullptr,   nullptr, nullptr, {},         {},
                                 4096,          256,       256,     512,     type.dtype, type.dtype,
                                 true,          kMomentum, kEps,    nullptr};
+  const auto plan = cuda::plan_batch_norm_forward(params);
   for (int i = 0; i < kStreams; ++i) {
-    workspaces.push_back(
-        std::make_unique<DeviceBuffer>(cuda::batch_norm_forward_workspace_size(params)));
+    workspaces.push_back(std::make_unique<DeviceBuffer>(plan.workspace_bytes));
   }
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   for (int turn = 0; turn < 20 * kStreams; ++turn) {
@@ -395,7 +401,7 @@ TEST_F(CudaBatchNorm, ConcurrentStreams) {
     params.normed_x = outputs[2 * i]->data();
     params.normed_y = outputs[2 * i + 1]->data();
     params.workspace = workspaces[i]->data();
-    ASSERT_EQ(cudaSuccess, cuda::batch_norm_forward(params, streams[i]));
+    ASSERT_EQ(cudaSuccess, cuda::batch_norm_forward(params, plan, streams[i]));
   }
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   for (int i = 1; i < kStreams; ++i) {

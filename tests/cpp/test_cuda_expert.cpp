@@ -17,7 +17,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/experts/planned_passes.h"
+#include "cuda/experts/expert_plan.h"
+#include "cuda/experts/schedule.h"
 #include "device_poison.h"
 #include "omni_moe/cuda.h"
 
@@ -367,22 +368,24 @@ void check(const std::vector<std::pair<const char*, Tensor*>>& outputs, size_t w
 
 void check_forward(Problem& problem) {
   ExpertForwardParams params = problem.forward_params();
+  const cuda::ExpertForwardPlan plan = cuda::plan_expert_forward(params);
   check({{"expert_states", &problem.out}, {"pre_activations", &problem.pre_activations}},
-        cuda::expert_forward_workspace_size(params), [&](void* workspace) {
+        plan.workspace_bytes, [&](void* workspace) {
           params.workspace = workspace;
-          return cuda::expert_forward(params, nullptr);
+          return cuda::expert_forward(params, plan, nullptr);
         });
 }
 
 void check_backward(Problem& problem) {
   ExpertBackwardParams params = problem.backward_params();
+  const cuda::ExpertBackwardPlan plan = cuda::plan_expert_backward(params);
   check({{"grad_hidden", &problem.grad_hidden},
          {"grad_up", &problem.grad_up},
          {"grad_down", &problem.grad_down},
          {"grad_routing", &problem.grad_routing}},
-        cuda::expert_backward_workspace_size(params), [&](void* workspace) {
+        plan.workspace_bytes, [&](void* workspace) {
           params.workspace = workspace;
-          return cuda::expert_backward(params, nullptr);
+          return cuda::expert_backward(params, plan, nullptr);
         });
 }
 
@@ -411,8 +414,7 @@ TEST_P(CudaExpert, Backward) {
 template <class Params>
 std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params& params) {
   using cuda::TokenPassStrategy;
-  cuda::ExpertDeviceInfo device;
-  EXPECT_EQ(cuda::current_expert_device_info(&device), cudaSuccess);
+  const cuda::DeviceInfo device = cuda::current_device();
   const cuda::TokenPassShape shape = cuda::token_pass_shape(params);
   std::vector<std::pair<std::string, cuda::TokenPassPlan>> plans;
   const auto add = [&](const char* name, TokenPassStrategy strategy, auto&& change) {
@@ -434,10 +436,12 @@ std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params
 TEST_P(CudaExpert, ForwardOfEveryStrategy) {
   Problem problem(GetParam());
   ExpertForwardParams params = problem.forward_params();
-  for (const auto& [name, plan] : every_plan(params)) {
+  for (const auto& [name, token_pass] : every_plan(params)) {
     SCOPED_TRACE(name);
+    const cuda::ExpertForwardPlan plan =
+        cuda::plan_expert_forward(params, cuda::current_device(), token_pass);
     check({{"expert_states", &problem.out}, {"pre_activations", &problem.pre_activations}},
-          cuda::expert_forward_workspace_size(params, plan), [&, &plan = plan](void* workspace) {
+          plan.workspace_bytes, [&](void* workspace) {
             params.workspace = workspace;
             return cuda::expert_forward(params, plan, nullptr);
           });
@@ -447,13 +451,17 @@ TEST_P(CudaExpert, ForwardOfEveryStrategy) {
 TEST_P(CudaExpert, BackwardOfEveryStrategy) {
   Problem problem(GetParam());
   ExpertBackwardParams params = problem.backward_params();
-  for (const auto& [name, plan] : every_plan(params)) {
+  for (const auto& [name, token_pass] : every_plan(params)) {
     SCOPED_TRACE(name);
+    const cuda::ExpertBackwardPlan plan = cuda::plan_expert_backward(
+        params, cuda::current_device(), token_pass,
+        cuda::sort_storage_bytes(
+            {params.num_tokens * params.num_experts_per_token, params.num_experts}));
     check({{"grad_hidden", &problem.grad_hidden},
            {"grad_up", &problem.grad_up},
            {"grad_down", &problem.grad_down},
            {"grad_routing", &problem.grad_routing}},
-          cuda::expert_backward_workspace_size(params, plan), [&, &plan = plan](void* workspace) {
+          plan.workspace_bytes, [&](void* workspace) {
             params.workspace = workspace;
             return cuda::expert_backward(params, plan, nullptr);
           });
@@ -464,7 +472,6 @@ TEST_P(CudaExpert, BackwardOfEveryStrategy) {
 TEST_P(CudaExpert, BackwardOfEachGradientAlone) {
   Problem problem(GetParam());
   const ExpertBackwardParams all = problem.backward_params();
-  const size_t workspace_bytes = cuda::expert_backward_workspace_size(all);
   const struct {
     const char* name;
     Tensor* tensor;
@@ -479,9 +486,10 @@ TEST_P(CudaExpert, BackwardOfEachGradientAlone) {
     for (const auto& other : outputs) {
       if (other.field != wanted.field) params.*other.field = nullptr;
     }
-    check({{wanted.name, wanted.tensor}}, workspace_bytes, [&](void* workspace) {
+    const cuda::ExpertBackwardPlan plan = cuda::plan_expert_backward(params);
+    check({{wanted.name, wanted.tensor}}, plan.workspace_bytes, [&](void* workspace) {
       params.workspace = workspace;
-      return cuda::expert_backward(params, nullptr);
+      return cuda::expert_backward(params, plan, nullptr);
     });
   }
 }
@@ -548,17 +556,21 @@ TEST(CudaExpertErrors, RejectsWhatHasNoKernel) {
   ExpertForwardParams forward{};
   forward.hidden_size = 8;
   forward.dtype = DType::kFloat64;
-  EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_forward(forward, cuda::plan_expert_forward(forward), nullptr),
+            cudaErrorInvalidValue);
   forward.hidden_size = 0;
   forward.dtype = DType::kBFloat16;
-  EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_forward(forward, cuda::plan_expert_forward(forward), nullptr),
+            cudaErrorInvalidValue);
   ExpertBackwardParams backward{};
   backward.dtype = DType::kBFloat16;
-  EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_backward(backward, cuda::plan_expert_backward(backward), nullptr),
+            cudaErrorInvalidValue);
   backward.hidden_size = 8;
   backward.num_tokens = int64_t{1} << 30;
   backward.num_experts_per_token = 4;  // 2^32 pairs
-  EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_backward(backward, cuda::plan_expert_backward(backward), nullptr),
+            cudaErrorInvalidValue);
 }
 
 }  // namespace

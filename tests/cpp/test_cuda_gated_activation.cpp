@@ -102,7 +102,9 @@ void check_gated(const GatedOperands& op, Activation activation) {
   const GatedActivationForwardParams forward{
       input->data(), op.up_of(input->data()), activated.data(), op.num_tokens, op.size, op.stride(),
       op.stride(),   op.type.dtype,           activation};
-  ASSERT_EQ(cudaSuccess, cuda::gated_activation_forward(forward, nullptr)) << name;
+  ASSERT_EQ(cudaSuccess, cuda::gated_activation_forward(
+                             forward, cuda::plan_gated_activation_forward(forward), nullptr))
+      << name;
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize()) << name;
   const auto got = decode(op.type, activated.read());
   for (int64_t i = 0; i < count && !testing::Test::HasFailure(); ++i) {
@@ -127,7 +129,9 @@ void check_gated(const GatedOperands& op, Activation activation) {
                                                op.stride(),
                                                op.type.dtype,
                                                activation};
-  ASSERT_EQ(cudaSuccess, cuda::gated_activation_backward(backward, nullptr)) << name;
+  ASSERT_EQ(cudaSuccess, cuda::gated_activation_backward(
+                             backward, cuda::plan_gated_activation_backward(backward), nullptr))
+      << name;
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize()) << name;
   const auto both = decode(op.type, grads.read());
   const auto again = decode(op.type, grad.read());
@@ -174,7 +178,8 @@ TEST_F(CudaGatedActivation, MoreRowsThanTheGrid) {
                                             2,
                                             type.dtype,
                                             Activation::kIdentity};
-  ASSERT_EQ(cudaSuccess, cuda::gated_activation_forward(params, nullptr));
+  ASSERT_EQ(cudaSuccess, cuda::gated_activation_forward(
+                             params, cuda::plan_gated_activation_forward(params), nullptr));
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   const auto got = decode(type, out.read());
   const float half = 0.74609375f;  // 0x3f3f

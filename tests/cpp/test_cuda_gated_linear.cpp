@@ -42,8 +42,8 @@ class GatedLinearSupport : public ::testing::Test {
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
       GTEST_SKIP() << "no CUDA device";
     }
-    if (!cuda::has_hopper_kernels()) GTEST_SKIP() << "no kernel for this device";
-    ASSERT_TRUE(cuda::gated_linear_forward_supported(params_of({128, 64, 128})));
+    if (!cuda::current_device().has_hopper_kernels) GTEST_SKIP() << "no kernel for this device";
+    ASSERT_TRUE(cuda::plan_gated_linear_forward(params_of({128, 64, 128})).has_value());
   }
 };
 
@@ -88,8 +88,9 @@ TEST_P(GatedLinear, MatchesOracle) {
   p.gate = c.products ? gate.data() : nullptr;
   p.up = c.products ? up.data() : nullptr;
 
-  ASSERT_TRUE(cuda::gated_linear_forward_supported(p));
-  CHECK_CUDA(cuda::gated_linear_forward(p, nullptr));
+  const auto plan = cuda::plan_gated_linear_forward(p);
+  ASSERT_TRUE(plan.has_value());
+  CHECK_CUDA(cuda::gated_linear_forward(p, *plan, nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
   const Matrix got_activated = activated.download(), got_gate = gate.download(),
                got_up = up.download();
@@ -153,7 +154,7 @@ TEST_P(GatedLinear, MatchesOracle) {
 
   // 3. Again, bit for bit.
   for (DeviceMatrix* output : {&activated, &gate, &up}) output->poison();
-  CHECK_CUDA(cuda::gated_linear_forward(p, nullptr));
+  CHECK_CUDA(cuda::gated_linear_forward(p, *cuda::plan_gated_linear_forward(p), nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
   EXPECT_TRUE(got_activated == activated.download());
   EXPECT_TRUE(got_gate == gate.download());
@@ -193,7 +194,7 @@ TEST_F(GatedLinearSupport, SaysWhatItDoesNotSupport) {
   const auto supported = [&](auto change) {
     GatedLinearForwardParams p = params_of({128, 64, 128});
     change(p);
-    return cuda::gated_linear_forward_supported(p);
+    return cuda::plan_gated_linear_forward(p).has_value();
   };
   using P = GatedLinearForwardParams;
   EXPECT_TRUE(supported([](P&) {}));
@@ -204,13 +205,14 @@ TEST_F(GatedLinearSupport, SaysWhatItDoesNotSupport) {
   EXPECT_FALSE(supported([](P& p) { p.dtype = DType::kFloat32; }));
   EXPECT_FALSE(supported([](P& p) { p.x = reinterpret_cast<void*>(0x1008); }));
   EXPECT_FALSE(supported([](P& p) { p.gate = reinterpret_cast<void*>(0x1002); }));
-  GatedLinearForwardParams p = params_of({128, 100, 128});
-  EXPECT_EQ(cuda::gated_linear_forward(p, nullptr), cudaErrorNotSupported);
 }
 
 TEST_F(GatedLinearSupport, NothingToDo) {
-  EXPECT_EQ(cuda::gated_linear_forward(params_of({0, 64, 128}), nullptr), cudaSuccess);
-  EXPECT_EQ(cuda::gated_linear_forward(params_of({128, 64, 0}), nullptr), cudaSuccess);
+  for (const auto& empty : {params_of({0, 64, 128}), params_of({128, 64, 0})}) {
+    const auto plan = cuda::plan_gated_linear_forward(empty);
+    ASSERT_TRUE(plan.has_value());
+    EXPECT_EQ(cuda::gated_linear_forward(empty, *plan, nullptr), cudaSuccess);
+  }
 }
 
 }  // namespace

@@ -116,8 +116,9 @@ void run(const Case& c, const Inputs& in, const Places& places, Outputs* out) {
   p.grad_gate = to_grad_gate.data();
   p.grad_up = to_grad_up.data();
   p.activated = c.activated ? to_activated.data() : nullptr;
-  ASSERT_TRUE(cuda::gated_linear_backward_supported(p));
-  CHECK_CUDA(cuda::gated_linear_backward(p, nullptr));
+  const auto plan = cuda::plan_gated_linear_backward(p);
+  ASSERT_TRUE(plan.has_value());
+  CHECK_CUDA(cuda::gated_linear_backward(p, *plan, nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
   *out = {to_grad_gate.download(), to_grad_up.download(), to_activated.download()};
   // What is no output stays as it was.
@@ -137,8 +138,8 @@ class GatedLinearBackwardSupport : public ::testing::Test {
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
       GTEST_SKIP() << "no CUDA device";
     }
-    if (!cuda::has_hopper_kernels()) GTEST_SKIP() << "no kernel for this device";
-    ASSERT_TRUE(cuda::gated_linear_backward_supported(params_of({128, 64, 128})));
+    if (!cuda::current_device().has_hopper_kernels) GTEST_SKIP() << "no kernel for this device";
+    ASSERT_TRUE(cuda::plan_gated_linear_backward(params_of({128, 64, 128})).has_value());
   }
 };
 
@@ -361,7 +362,7 @@ TEST_F(GatedLinearBackwardSupport, SaysWhatItDoesNotSupport) {
   const auto supported = [&](auto change) {
     GatedLinearBackwardParams p = params_of({128, 64, 128});
     change(p);
-    return cuda::gated_linear_backward_supported(p);
+    return cuda::plan_gated_linear_backward(p).has_value();
   };
   using P = GatedLinearBackwardParams;
   EXPECT_TRUE(supported([](P&) {}));
@@ -372,13 +373,14 @@ TEST_F(GatedLinearBackwardSupport, SaysWhatItDoesNotSupport) {
   EXPECT_FALSE(supported([](P& p) { p.dtype = DType::kFloat32; }));
   EXPECT_FALSE(supported([](P& p) { p.grad_output = reinterpret_cast<void*>(0x1008); }));
   EXPECT_FALSE(supported([](P& p) { p.grad_up = reinterpret_cast<void*>(0x1002); }));
-  GatedLinearBackwardParams p = params_of({128, 100, 128});
-  EXPECT_EQ(cuda::gated_linear_backward(p, nullptr), cudaErrorNotSupported);
 }
 
 TEST_F(GatedLinearBackwardSupport, NothingToDo) {
-  EXPECT_EQ(cuda::gated_linear_backward(params_of({0, 64, 128}), nullptr), cudaSuccess);
-  EXPECT_EQ(cuda::gated_linear_backward(params_of({128, 64, 0}), nullptr), cudaSuccess);
+  for (const auto& empty : {params_of({0, 64, 128}), params_of({128, 64, 0})}) {
+    const auto plan = cuda::plan_gated_linear_backward(empty);
+    ASSERT_TRUE(plan.has_value());
+    EXPECT_EQ(cuda::gated_linear_backward(empty, *plan, nullptr), cudaSuccess);
+  }
 }
 
 }  // namespace

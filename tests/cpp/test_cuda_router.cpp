@@ -93,9 +93,10 @@ Routed route(const Case& c, unsigned seed = 1) {
       x.data(),     y.data(),   weights.data(), static_cast<int32_t*>(indices.data()),
       c.num_tokens, c.num_rows, c.num_cols,     c.k,
       c.type.dtype, c.score,    nullptr};
-  const DeviceBuffer workspace(cuda::router_forward_workspace_size(params));
+  const auto plan = cuda::plan_router_forward(params);
+  const DeviceBuffer workspace(plan.workspace_bytes);
   params.workspace = workspace.data();
-  EXPECT_EQ(cudaSuccess, cuda::router_forward(params, nullptr)) << c.name();
+  EXPECT_EQ(cudaSuccess, cuda::router_forward(params, plan, nullptr)) << c.name();
   EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize()) << c.name();
   workspace.read();
   routed.weights = weights.read();
@@ -271,11 +272,13 @@ TEST_F(CudaRouter, Float64HasNoKernel) {
   RouterForwardParams forward{};
   forward.num_tokens = forward.num_rows = forward.num_cols = forward.num_experts_per_token = 1;
   forward.dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::router_forward(forward, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::router_forward(forward, cuda::plan_router_forward(forward), nullptr));
   RouterBackwardParams backward{};
   backward.num_tokens = backward.num_rows = backward.num_cols = 1;
   backward.dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::router_backward(backward, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::router_backward(backward, cuda::plan_router_backward(backward), nullptr));
 }
 
 // ---- backward ----
@@ -360,9 +363,10 @@ Gradients route_backward(const Case& c, const Routed& routed, const std::vector<
                               c.type.dtype,
                               c.score,
                               nullptr};
-  const DeviceBuffer workspace(cuda::router_backward_workspace_size(params));
+  const auto plan = cuda::plan_router_backward(params);
+  const DeviceBuffer workspace(plan.workspace_bytes);
   params.workspace = workspace.data();
-  EXPECT_EQ(cudaSuccess, cuda::router_backward(params, nullptr)) << c.name();
+  EXPECT_EQ(cudaSuccess, cuda::router_backward(params, plan, nullptr)) << c.name();
   EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize()) << c.name();
   workspace.read();
   return {grad_x.read(), grad_y.read()};

@@ -26,7 +26,7 @@ struct ExpertForwardParams {
   DType dtype;
   IndexType index_type;
   Activation activation;
-  void* workspace;  // CUDA: expert_forward_workspace_size(params) bytes; CPU: unused
+  void* workspace;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // With s of the forward and g = grad[t] · down[i] for each pair (t, k), i = idx[t,k]:
@@ -53,7 +53,7 @@ struct ExpertBackwardParams {
   DType dtype;
   IndexType index_type;
   Activation activation;
-  void* workspace;  // expert_backward_workspace_size(params) bytes
+  void* workspace;  // CUDA: plan.workspace_bytes bytes; CPU: expert_backward_workspace_size(params)
 };
 
 }  // namespace omni_moe
