@@ -25,14 +25,16 @@ pybind11::dict build_info() {
 // The strategy of a token pass and the numbers that it uses.
 pybind11::dict expert_plan(int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
                            int64_t num_experts_per_token, size_t element_size, int num_sms,
-                           int compute_capability, int shared_bytes_per_sm,
+                           int /*compute_capability*/, int /*shared_bytes_per_sm*/,
                            int shared_bytes_per_block, int l2_bytes) {
   using omni_moe::cuda::TokenPassStrategy;
   const bool rows_are_aligned = hidden_size * element_size % 16 == 0;
   const omni_moe::cuda::TokenPassShape shape{
       num_tokens, hidden_size, num_experts, num_experts_per_token, element_size, rows_are_aligned};
-  const omni_moe::cuda::ExpertDeviceInfo device{
-      {num_sms, compute_capability, shared_bytes_per_sm, shared_bytes_per_block}, l2_bytes};
+  omni_moe::cuda::DeviceInfo device;
+  device.num_sms = num_sms;
+  device.l2_bytes = l2_bytes;
+  device.shared_bytes_per_block = shared_bytes_per_block;
   const auto plan = plan_token_pass(shape, device);
   pybind11::dict facts;
   facts["strategy"] = name(plan.strategy);
