@@ -101,6 +101,14 @@ constexpr OptionalCudaKernel<GatedLinearBackwardParams, cuda::GatedLinearBackwar
 
 // ---- How they are run --------------------------------------------------------------------------
 
+[[noreturn]] void no_kernels(at::Device device) {
+  TORCH_CHECK(false, "omni_moe has no kernels for device ", device,
+              device.is_cuda() && !OMNI_MOE_WITH_CUDA
+                  ? ": it was built without CUDA. Reinstall with nvcc on PATH, a CUDA build of "
+                    "torch, and OMNI_MOE_CUDA=ON"
+                  : "");
+}
+
 class AtExecutor final : public cpu::Executor {
  public:
   void parallel_for(int64_t begin, int64_t end, int64_t grain,
@@ -167,10 +175,7 @@ bool try_launch(Params params, at::Device device) {
 
 template <typename Params>
 void launch(Params params, at::Device device) {
-  TORCH_CHECK(try_launch(params, device), "omni_moe has no kernels for device ", device,
-              device.is_cuda() ? ": it was built without CUDA. Reinstall with nvcc on PATH, a CUDA "
-                                 "build of torch, and OMNI_MOE_CUDA=ON"
-                               : "");
+  if (!try_launch(params, device)) no_kernels(device);
 }
 
 template void launch(RouterForwardParams, at::Device);
@@ -186,13 +191,14 @@ template bool try_launch(GatedLinearBackwardParams, at::Device);
 template bool try_launch(RouterLogitsForwardParams, at::Device);
 
 #if OMNI_MOE_WITH_CUDA
+cuda::DeviceInfo device_info(at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  return cuda::current_device();
+}
 bool set_early_launch(bool allowed) { return cuda::set_early_launch(allowed); }
-bool has_early_launch() { return cuda::current_device().has_early_launch; }
-bool has_hopper_kernels() { return cuda::current_device().has_hopper_kernels; }
 #else
+cuda::DeviceInfo device_info(at::Device device) { no_kernels(device); }
 bool set_early_launch(bool) { return false; }
-bool has_early_launch() { return false; }
-bool has_hopper_kernels() { return false; }
 #endif
 
 }  // namespace omni_moe::torch_api
