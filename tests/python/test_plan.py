@@ -122,8 +122,10 @@ def test_mlp(changed, has_kernel):
     assert plans["gated_activation_forward"]["uses_vectors"]
 
 
-@pytest.mark.parametrize("gpu", [A100, H200, GpuProperties(num_sms=1, l2_bytes=0,
-                                                           shared_bytes_per_block=48 * 2**10)])  # fmt: skip
+TINY = GpuProperties(num_sms=1, l2_bytes=0, shared_bytes_per_block=48 * 2**10)
+
+
+@pytest.mark.parametrize("gpu", [A100, H200, TINY], ids=["A100", "H200", "tiny"])
 def test_every_size_has_plans(gpu):
     for num_tokens, k, size in product((0, 1, 37, 4096), (0, 1, 16, 2000), (0, 8, 100, 1000)):
         expert_plans(num_tokens, size, 4096, k, gpu=gpu)
@@ -151,9 +153,9 @@ def test_errors():
         expert_plans(4, 8, -1, 2)
     with pytest.raises(ValueError, match="expected float32, float16 or bfloat16, but got float64"):
         expert_plans(4, 8, 16, 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="expected op to be one of omni_router, .*got 'softmax'"):
+    with pytest.raises(ValueError, match=r"expected op to be one of omni_router, .*got 'softmax'"):
         plan("softmax", gpu=H200)
-    with pytest.raises(ValueError, match="for omni_mlp the sizes num_tokens, .*got num_tokens$"):
+    with pytest.raises(ValueError, match=r"for omni_mlp the sizes num_tokens, .*got num_tokens$"):
         plan("omni_mlp", num_tokens=4, gpu=H200)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA device"):
