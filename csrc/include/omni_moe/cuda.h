@@ -11,8 +11,8 @@
 
 namespace omni_moe::cuda {
 
-// Describes the current device and the code of this library that runs on it. Without a device the
-// defaults come back: plans can be made, and their launches return the error.
+// Describes the current device and the code of this library that runs on it; the defaults where
+// there is no device.
 DeviceInfo current_device();
 
 // Plans for the current device.

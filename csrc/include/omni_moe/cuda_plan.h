@@ -16,12 +16,13 @@
 
 namespace omni_moe::cuda {
 
-// What plans read of a device. The defaults stand for one that is not known.
+// What plans read of a device. The defaults stand for one that is not known: plans can be made for
+// it, and their launches say what is wrong.
 struct DeviceInfo {
   int num_sms = 1;
   int l2_bytes = 0;
-  int shared_bytes_per_block = 0;       // the opt-in limit of one block
-  bool has_cooperative_launch = false;  // a grid can wait for itself
+  int shared_bytes_per_block = 0;      // the opt-in limit of one block
+  bool has_cooperative_launch = true;  // a grid can wait for itself
   // What the code can do that runs on the device; it may be compiled from PTX of an older one.
   bool has_early_launch = false;    // kernels can wait for the kernel in front of them
   bool has_hopper_kernels = false;  // kernels of sm_90a do not trap, and the driver knows TMA
