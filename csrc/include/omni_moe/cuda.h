@@ -36,14 +36,6 @@ inline ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params) 
   return plan_expert_forward(params, current_device());
 }
 ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params);
-inline GatedActivationForwardPlan plan_gated_activation_forward(
-    const GatedActivationForwardParams& params) {
-  return plan_gated_activation_forward(params, current_device());
-}
-inline GatedActivationBackwardPlan plan_gated_activation_backward(
-    const GatedActivationBackwardParams& params) {
-  return plan_gated_activation_backward(params, current_device());
-}
 inline std::optional<GatedLinearForwardPlan> plan_gated_linear_forward(
     const GatedLinearForwardParams& params) {
   return plan_gated_linear_forward(params, current_device());

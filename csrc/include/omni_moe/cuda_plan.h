@@ -166,10 +166,11 @@ struct GatedLinearPlan {
 using GatedLinearForwardPlan = GatedLinearPlan;
 using GatedLinearBackwardPlan = GatedLinearPlan;
 
-GatedActivationForwardPlan plan_gated_activation_forward(const GatedActivationForwardParams& params,
-                                                         const DeviceInfo& device);
+// The same on every device.
+GatedActivationForwardPlan plan_gated_activation_forward(
+    const GatedActivationForwardParams& params);
 GatedActivationBackwardPlan plan_gated_activation_backward(
-    const GatedActivationBackwardParams& params, const DeviceInfo& device);
+    const GatedActivationBackwardParams& params);
 
 // Null where there is no kernel for these operands on the device. There is one on Hopper, in a
 // build for sm_90a, for 16-bit elements, H and I multiples of 8, and 16-byte aligned pointers.
