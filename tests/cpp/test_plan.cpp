@@ -276,11 +276,11 @@ TEST(Plan, GatedActivationVectors) {
   params.intermediate_size = params.gate_stride = params.up_stride = 100;
   params.dtype = DType::kBFloat16;
   // One long row of 1600 elements has vectors, rows of 100 do not.
-  EXPECT_TRUE(plan_gated_activation_forward(params, h200()).is_one_row);
-  EXPECT_TRUE(plan_gated_activation_forward(params, h200()).uses_vectors);
+  EXPECT_TRUE(plan_gated_activation_forward(params).is_one_row);
+  EXPECT_TRUE(plan_gated_activation_forward(params).uses_vectors);
   params.gate_stride = params.up_stride = 200;
-  EXPECT_FALSE(plan_gated_activation_forward(params, h200()).is_one_row);
-  EXPECT_FALSE(plan_gated_activation_forward(params, h200()).uses_vectors);
+  EXPECT_FALSE(plan_gated_activation_forward(params).is_one_row);
+  EXPECT_FALSE(plan_gated_activation_forward(params).uses_vectors);
 }
 
 }  // namespace

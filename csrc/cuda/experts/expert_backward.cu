@@ -64,7 +64,9 @@ ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params) {
 
 cudaError_t expert_backward(const ExpertBackwardParams& params, const ExpertBackwardPlan& plan,
                             cudaStream_t stream) {
-  if (!is_supported(params) || !supports(plan.token_pass.strategy, token_pass_shape(params))) {
+  const bool is_planned = plan.schedule.part_pairs > 0;
+  if (!is_supported(params) || !is_planned ||
+      !supports(plan.token_pass.strategy, token_pass_shape(params))) {
     return cudaErrorInvalidValue;
   }
   const BackwardWorkspace workspace = cut_workspace(params, plan);

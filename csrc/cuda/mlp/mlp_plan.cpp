@@ -72,14 +72,14 @@ std::optional<GatedLinearPlan> plan_gated_linear(const Params& params, const Dev
 
 }  // namespace
 
-GatedActivationForwardPlan plan_gated_activation_forward(const GatedActivationForwardParams& params,
-                                                         const DeviceInfo&) {
+GatedActivationForwardPlan plan_gated_activation_forward(
+    const GatedActivationForwardParams& params) {
   return plan_gated_activation(params, {params.gate, params.up, params.activated},
                                {params.gate_stride, params.up_stride});
 }
 
 GatedActivationBackwardPlan plan_gated_activation_backward(
-    const GatedActivationBackwardParams& params, const DeviceInfo&) {
+    const GatedActivationBackwardParams& params) {
   return plan_gated_activation(
       params,
       {params.grad_activated, params.gate, params.up, params.grad_gate, params.grad_up,

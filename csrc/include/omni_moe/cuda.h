@@ -11,8 +11,8 @@
 
 namespace omni_moe::cuda {
 
-// Describes the current device and the code of this library that runs on it. Without a device the
-// defaults come back: plans can be made, and their launches return the error.
+// Describes the current device and the code of this library that runs on it; the defaults where
+// there is no device.
 DeviceInfo current_device();
 
 // Plans for the current device.
@@ -36,14 +36,6 @@ inline ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params) 
   return plan_expert_forward(params, current_device());
 }
 ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params);
-inline GatedActivationForwardPlan plan_gated_activation_forward(
-    const GatedActivationForwardParams& params) {
-  return plan_gated_activation_forward(params, current_device());
-}
-inline GatedActivationBackwardPlan plan_gated_activation_backward(
-    const GatedActivationBackwardParams& params) {
-  return plan_gated_activation_backward(params, current_device());
-}
 inline std::optional<GatedLinearForwardPlan> plan_gated_linear_forward(
     const GatedLinearForwardParams& params) {
   return plan_gated_linear_forward(params, current_device());

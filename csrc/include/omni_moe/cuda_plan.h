@@ -16,12 +16,13 @@
 
 namespace omni_moe::cuda {
 
-// What plans read of a device. The defaults stand for one that is not known.
+// What plans read of a device. The defaults stand for one that is not known: plans can be made for
+// it, and their launches say what is wrong.
 struct DeviceInfo {
   int num_sms = 1;
   int l2_bytes = 0;
-  int shared_bytes_per_block = 0;       // the opt-in limit of one block
-  bool has_cooperative_launch = false;  // a grid can wait for itself
+  int shared_bytes_per_block = 0;      // the opt-in limit of one block
+  bool has_cooperative_launch = true;  // a grid can wait for itself
   // What the code can do that runs on the device; it may be compiled from PTX of an older one.
   bool has_early_launch = false;    // kernels can wait for the kernel in front of them
   bool has_hopper_kernels = false;  // kernels of sm_90a do not trap, and the driver knows TMA
@@ -165,10 +166,11 @@ struct GatedLinearPlan {
 using GatedLinearForwardPlan = GatedLinearPlan;
 using GatedLinearBackwardPlan = GatedLinearPlan;
 
-GatedActivationForwardPlan plan_gated_activation_forward(const GatedActivationForwardParams& params,
-                                                         const DeviceInfo& device);
+// The same on every device.
+GatedActivationForwardPlan plan_gated_activation_forward(
+    const GatedActivationForwardParams& params);
 GatedActivationBackwardPlan plan_gated_activation_backward(
-    const GatedActivationBackwardParams& params, const DeviceInfo& device);
+    const GatedActivationBackwardParams& params);
 
 // Null where there is no kernel for these operands on the device. There is one on Hopper, in a
 // build for sm_90a, for 16-bit elements, H and I multiples of 8, and 16-byte aligned pointers.
