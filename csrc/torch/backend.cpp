@@ -139,7 +139,8 @@ bool try_launch_on_cpu(Params params) {
   if constexpr (kernel.run == nullptr) {
     return false;
   } else {
-    const size_t bytes = kernel.workspace_size ? kernel.workspace_size(params) : 0;
+    size_t bytes = 0;
+    if constexpr (kernel.workspace_size != nullptr) bytes = kernel.workspace_size(params);
     const at::Tensor workspace = provide_workspace(params, bytes, at::kCPU);
     kernel.run(params, AtExecutor());
     return true;

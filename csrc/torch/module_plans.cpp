@@ -230,9 +230,9 @@ py::dict plan_mlp(int64_t num_tokens, int64_t hidden_size, int64_t intermediate_
   py::dict plans;
   plans["gated_linear_forward"] = facts_of(plan_gated_linear_forward(forward, device));
   plans["gated_linear_backward"] = facts_of(plan_gated_linear_backward(backward, device));
-  plans["gated_activation_forward"] = facts_of(plan_gated_activation_forward(activation, device));
+  plans["gated_activation_forward"] = facts_of(plan_gated_activation_forward(activation));
   plans["gated_activation_backward"] =
-      facts_of(plan_gated_activation_backward(activation_backward, device));
+      facts_of(plan_gated_activation_backward(activation_backward));
   return plans;
 }
 
