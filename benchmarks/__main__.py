@@ -6,7 +6,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from benchmarks.timing import EventTimer, Timer, Timing, make_timer, measure
 OURS = "omni_moe"
 # Calls inside one CUDA graph, each with inputs of its own.
 GRAPH_CALLS = 16
-# Aim for each case and implementation: a CPU is disturbed more, a GPU's time costs more.
+# Seconds to spend on each case and implementation: more on a CPU, where more disturbs the timing.
 SECONDS = {"cpu": 2.0, "cuda": 0.4}
 REPETITIONS = (5, 300)  # at least, at most
 
@@ -84,7 +84,14 @@ def main(argv: list[str] | None = None) -> int:
             progress.write(f"stopped after {args.stop_after:g} s, before {_title(case)}")
             break
         progress.set_description(f"{case.op} {case.pass_name}")
-        failures += _run_case(case, device, args, record, ceilings, progress.write)
+        failures += _run_case(
+            case,
+            device,
+            args=args,
+            record=record,
+            ceilings=ceilings,
+            write=progress.write,
+        )
         record.save()
     print(f"{record.path}: {len(record.rows)} rows")
     if not args.no_report:
@@ -109,7 +116,15 @@ def _impls_of(case: Case, args: argparse.Namespace) -> list[str]:
     return [impl for impl in peers.names(case.op) if impl in chosen]
 
 
-def _run_case(case, device, args, record, ceilings, write) -> int:
+def _run_case(
+    case: Case,
+    device: torch.device,
+    *,
+    args: argparse.Namespace,
+    record: results.Record,
+    ceilings: floors.Ceilings | None,
+    write: Callable[[str], None],
+) -> int:
     """Measures one case; returns 1 if this library failed, and raises if the GPU is lost."""
     torch.compiler.reset()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -156,7 +171,7 @@ def _prepare(impl: str, problems: list[Problem], timer: Timer, device: torch.dev
     """
     workloads = [peers.build(impl, problem) for problem in problems]
     first = workloads[0]
-    first.run()  # what a kernel leaves in its outputs while it is being tuned is no result
+    first.run()  # while a kernel is being tuned, its outputs hold no results
     rel_err = relative_error(problems[0], first.run()) if first.has_oracle else None
     memory = peak_memory(first.run, device)
     facts = {
@@ -182,7 +197,7 @@ def _time_limit(seconds: int) -> Iterator[None]:
 
 
 def _free(device: torch.device, allocated_before: int) -> None:
-    """Hands memory back. Collects garbage only where cycles hold some: with a compiler loaded a
+    """Hands memory back. Collects garbage only where cycles hold memory: with a compiler loaded, a
     collection takes longer than many a case.
     """
     if device.type == "cpu":

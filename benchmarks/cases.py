@@ -11,7 +11,7 @@ OPS = ("expert", "router", "mlp", "layer")
 PASSES = ("forward", "forward_backward")
 # Dense products over all experts take seconds there, and the published kernels need a GPU.
 CPU_IMPLS = ("omni_moe", "eager", "compile")
-# Of most GPU cases: compiling one takes longer than measuring all the others.
+# Most GPU cases do without `compile`, which takes longer than all other measurements together.
 GPU_IMPLS = ("omni_moe", "eager", "dense_masked", "gemms_only", "upstream_triton", "hf_doge")
 
 
@@ -89,7 +89,7 @@ def _gpu_cases() -> Iterator[Case]:
     for case in (
         *_gpu_expert(), *_gpu_router(), *_gpu_mlp_and_layer(), *_gpu_decode(), *_gpu_sweep(),
     ):  # fmt: skip
-        # Compiling takes longer than measuring: not where a table only repeats another's shapes.
+        # Tables that only repeat the shapes of others do without `compile`, which takes longest.
         repeats = case.table in ("expert_router_ids", "layer_paper") and not case.quick
         yield replace(case, impls=GPU_IMPLS) if repeats and not case.impls else case
 
@@ -207,7 +207,7 @@ def _gpu_sweep() -> Iterator[Case]:
 
 
 def _both_passes(case: Case) -> Iterator[Case]:
-    """The case and its forward + backward, which only keeps the goal of the expert op."""
+    """A forward, and the same with its backward pass, which has a goal for the expert op only."""
     yield case
     goal_speedup = case.goal_speedup if case.op == "expert" else None
     yield replace(case, pass_name="forward_backward", goal_speedup=goal_speedup)

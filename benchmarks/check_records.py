@@ -2,9 +2,9 @@
 
     python -m benchmarks.check_records [--strict]
 
-A record of another source still stands for the kernels' speed and results if the machine code that
-ran is the one in the built library; host code or the measurement may differ. Exits with 0; with
---strict, with 1 if a record is neither of this source nor of this machine code.
+A record of another source still tells the kernels' speed and results if the built library has the
+same machine code; host code or the way of measuring may differ. The exit status is 0; under
+--strict it is 1 if a record has neither this source nor this machine code.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class State(Enum):
 
 
 def judge(header: dict[str, Any], library: Path) -> tuple[State, str]:
-    """(state, what to add to it) of a record."""
+    """The state of a record, and the details to print behind it."""
     if header["source"] == results.source_hash():
         return State.THIS_SOURCE, ""
     recorded = header.get("machine_code")
@@ -52,7 +52,7 @@ def judge(header: dict[str, Any], library: Path) -> tuple[State, str]:
 
 
 def files_changed_since(path: Path) -> list[str]:
-    """What of the source has changed since the record was committed, as far as git knows.
+    """Source files that git knows to have changed since the record was committed.
 
     The source that was measured can be older than that commit.
     """

@@ -1,4 +1,4 @@
-"""Floors: what no implementation can beat, from bytes and operations over measured ceilings.
+"""Floors: times that no implementation can beat, from its bytes or operations and measured rates.
 
 Expert forward, for T tokens, H, E experts, K per token, b bytes an element:
 - `hbm`: bytes that must cross device memory (each distinct expert's two rows, hidden states in,
@@ -8,8 +8,8 @@ Expert forward, for T tokens, H, E experts, K per token, b bytes an element:
 - `grid_block`: each (token, grid row) pair computes the row's C experts on tensor cores,
   4 (pairs) C H operations, where ids lie on a grid;
 - `dense`: all experts on tensor cores, 4 T E H operations.
-The floor is `hbm` or the cheapest of the other three, whichever is larger. Of a forward + backward
-pass it is `hbm` (weights read in both passes, dense weight gradients written).
+The floor is `hbm` or the cheapest of the other three, whichever is larger. With a backward pass it
+is `hbm` alone: weights are read in both passes and dense weight gradients written.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import eager
 from benchmarks.cases import Case
 from benchmarks.problems import Problem
-from omni_moe import reference
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def expert_floors(
     choice_bytes = num_tokens * k * (element + 4)
     moved = read + 2 * token_bytes + choice_bytes
     if is_train:
-        # Again the rows, grad in, grad of hidden out, grad of routing out, dense gradients out.
+        # Reads the rows again and the output's gradient; writes those of hidden states, routing
+        # weights and, whole, the tables.
         moved += read + 2 * token_bytes + choice_bytes + num_experts * row_bytes
     passes = 3 if is_train else 1  # the backward has twice the products of the forward
     seconds = {
@@ -149,7 +150,7 @@ def _mlp_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
 def _layer_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
     """The sum of the floors of MLP, experts and the router's projections, one after another.
 
-    Ids are those of a router with normal logits, as BatchNorm makes them.
+    The ids are drawn as a router would choose them from normal logits, which BatchNorm makes.
     """
     case = problem.case
     shape, device = case.shape, problem.grad_output.device
@@ -158,7 +159,7 @@ def _layer_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
         torch.randn(shape["tokens"], shape[side], device=device, generator=generator)
         for side in ("rows", "cols")
     )
-    ids = reference.eager_router(logits_x, logits_y, shape["k"])[1]
+    ids = eager.router(logits_x, logits_y, shape["k"])[1]
     expert_case = replace(case, op="expert")
     expert = expert_floors(expert_case, ids, problem.grad_output.element_size(), ceilings)
     projections = 2 * shape["tokens"] * shape["hidden"] * (shape["rows"] + shape["cols"])

@@ -2,8 +2,8 @@
 
     python -m benchmarks.machine_code     where the kernels of sm_90a wait, trigger and read
 
-Two readings of the cubins in libomni_moe.so. `fingerprint` hashes the bytes of each kernel, which
-tells whether a measurement is of the kernels that are built now. `disassemble` gives the
+Reads the cubins in libomni_moe.so in two ways. `fingerprint` hashes the bytes of each kernel, to
+tell whether a measurement was made with the kernels that are built now. `disassemble` gives the
 instructions and the order in which they can run. cuobjdump and nvdisasm come with CUDA or Triton.
 """
 
@@ -63,7 +63,7 @@ def extract_cubins(library: Path, architecture: str) -> Iterator[list[Path]]:
 def architecture_for(capability: tuple[int, int], library: Path) -> str | None:
     """The library's code that runs on a device, e.g. `sm_80` on one of capability 8.6.
 
-    None if the driver compiles the kernels, from PTX: their machine code is not in the library.
+    None if the library has only PTX for it, which the driver compiles.
     """
     major, minor = capability
     names = re.findall(r"\.sm_(\d+)(\d)[a-z]?\.cubin", _cuobjdump(["-lelf"], library))
@@ -141,7 +141,7 @@ def _sections(elf: bytes) -> Iterator[tuple[str, tuple[int, bytes]]]:
 
 # ---- Instructions --------------------------------------------------------------------------------
 
-# What reads or writes global memory, or may: generic addresses and bulk copies count.
+# Instructions that may read or write global memory, by generic addresses and bulk copies too.
 _MEMORY = {
     "LDG", "STG", "LD", "ST", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS", "CCTL", "CCTLT",
     "UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED", "SUST", "SULD", "SUATOM", "SURED",
@@ -203,7 +203,7 @@ class Kernel:
         return function_name(self.mangled)
 
     def before_wait(self, guarded_waits_count: bool = False) -> list[Instruction]:
-        """What a thread can run before it has waited, in the order of addresses.
+        """The instructions that a thread can run before it has waited, in the order of addresses.
 
         Each branch may go either way. `guarded_waits_count`: but for one that jumps over nothing
         but a wait, which counts as the wait.
@@ -223,7 +223,7 @@ class Kernel:
         return self.reachable(has_waited)
 
     def reachable(self, stop: Callable[[int], bool]) -> list[Instruction]:
-        """What can run if threads end where `stop` of the index holds, that place included."""
+        """The instructions that can run if threads end at the first one for which `stop` holds."""
         meeting_points = self._meeting_points()
         found, pending = {0}, [0]
         while pending:
@@ -239,14 +239,14 @@ class Kernel:
         base, target = instruction.base, instruction.target
         if base in ("BRX", "BRXU", "JMX", "JMXU"):
             raise ValueError(f"{self.mangled}: where does this jump to? {instruction}")
-        if base == "BSYNC":  # threads meet, and go on where the BSSY of this barrier said
+        if base == "BSYNC":  # where threads meet, to go on at the target of this barrier's BSSY
             targets = meeting_points[instruction.operands]
             return [index + 1] if index + 1 in targets else sorted(targets)
         result = []
         if base in ("BRA", "JMP", "CALL") and target in self.labels:
             result.append(self.labels[target])
         ends = base in ("EXIT", "RET", "KILL") or instruction.opcode == "BPT.TRAP"
-        # With operands beside the target it is a conditional branch.
+        # A branch with further operands beside the target is conditional.
         jumps = base in ("BRA", "JMP") and instruction.operands == f"`({target})"
         if (instruction.guard or not (ends or jumps)) and index + 1 < len(self.instructions):
             result.append(index + 1)

@@ -37,7 +37,7 @@ def _cuda_peak(call: Callable[[], list[Tensor]], device: torch.device) -> PeakMe
 
 
 def _cpu_peak(call: Callable[[], list[Tensor]]) -> PeakMemory:
-    """From every allocation that passes PyTorch's CPU allocator, workspaces of operators included.
+    """Counts what passes PyTorch's CPU allocator, workspaces of operators included.
 
     Not seen: what a library takes from malloc itself (oneDNN's and MKL's scratch, this library's
     rows of accumulators, a few KB a thread).

@@ -1,7 +1,7 @@
 """The implementations: for each op and name, how to call it on a problem.
 
 A builder returns a `Workload`, or raises `NotApplicable` with the reason. Names:
-`omni_moe` (this library), `eager` (stock PyTorch operators, `omni_moe.reference.eager_*`),
+`omni_moe` (this library), `eager` (stock PyTorch operators, `eager.py`),
 `compile` (torch.compile of those), `dense_masked` (all experts by matrix products, masked),
 `gemms_only` (the bare matrix products of the MLP: a floor, not the function), `upstream_triton`
 (the paper's published kernels), `hf_doge` (DogeCDMoE of Hugging Face Transformers, whose router
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import upstream
+from benchmarks import eager, upstream
 from benchmarks.problems import Problem
 from benchmarks.upstream import NotApplicable
-from omni_moe import ops, reference
+from omni_moe import ops
 
 
 @dataclass(frozen=True)
@@ -69,39 +69,47 @@ def _compiled(function: Callable) -> Callable:
 # ---- expert -------------------------------------------------------------------------------------
 
 
-def _expert_args(problem: Problem, indices: str) -> list[Tensor]:
-    names = ("hidden_states", "up_weights", "down_weights", "routing_weights", indices)
-    return [problem.tensors[name] for name in names]
+def _expert_args(problem: Problem, indices: str) -> dict[str, Tensor]:
+    """By the names, and in the order, of the arguments of `omni_moe.ops.omni_expert`."""
+    names = ("hidden_states", "up_weights", "down_weights", "routing_weights")
+    return {name: problem.tensors[name] for name in names} | {"indices": problem.tensors[indices]}
 
 
 def _expert_omni_moe(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices")
-    return lambda: ops.omni_expert(*args)
+    return lambda: ops.omni_expert(**args)
 
 
 def _expert_eager(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices_long")
-    return lambda: reference.eager_expert(*args)
+    return lambda: eager.expert(**args)
 
 
 def _expert_compile(problem: Problem) -> Callable:
-    args, function = _expert_args(problem, "indices_long"), _compiled(reference.eager_expert)
-    return lambda: function(*args)
+    args, function = _expert_args(problem, "indices_long"), _compiled(eager.expert)
+    return lambda: function(**args)
 
 
-def _dense_masked(hidden: Tensor, up: Tensor, down: Tensor, routing: Tensor, ids: Tensor) -> Tensor:
-    mask = routing.new_zeros(hidden.shape[0], up.shape[0]).scatter_add(1, ids, routing)
-    return (F.silu(hidden @ up.t()) * mask) @ down
+def _dense_masked(
+    hidden_states: Tensor,
+    up_weights: Tensor,
+    down_weights: Tensor,
+    routing_weights: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    mask = routing_weights.new_zeros(len(hidden_states), len(up_weights))
+    mask = mask.scatter_add(1, indices, routing_weights)
+    return (F.silu(hidden_states @ up_weights.t()) * mask) @ down_weights
 
 
 def _expert_dense_masked(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices_long")
-    return lambda: _dense_masked(*args)
+    return lambda: _dense_masked(**args)
 
 
 def _expert_upstream(problem: Problem) -> Callable:
     function = upstream.expert(problem.case)
-    args = _expert_args(problem, "indices")
+    args = list(_expert_args(problem, "indices").values())  # which autograd takes by position only
     return lambda: function(*args)
 
 
@@ -119,11 +127,11 @@ def _router_omni_moe(problem: Problem) -> Callable:
 
 
 def _router_eager(problem: Problem) -> Callable:
-    return _router(problem, reference.eager_router)
+    return _router(problem, eager.router)
 
 
 def _router_compile(problem: Problem) -> Callable:
-    return _router(problem, _compiled(reference.eager_router))
+    return _router(problem, _compiled(eager.router))
 
 
 def _router_upstream(problem: Problem) -> Callable:
@@ -143,11 +151,11 @@ def _mlp_omni_moe(problem: Problem) -> Callable:
 
 
 def _mlp_eager(problem: Problem) -> Callable:
-    return _mlp(problem, reference.eager_mlp)
+    return _mlp(problem, eager.mlp)
 
 
 def _mlp_compile(problem: Problem) -> Callable:
-    return _mlp(problem, _compiled(reference.eager_mlp))
+    return _mlp(problem, _compiled(eager.mlp))
 
 
 def _mlp_gemms_only(problem: Problem) -> Workload:
@@ -177,11 +185,11 @@ def _layer_omni_moe(problem: Problem) -> Callable:
 
 def _layer_eager(problem: Problem) -> Callable:
     x = problem.tensors["hidden_states"]
-    return lambda: reference.eager_omni_moe(problem.module, x)
+    return lambda: eager.layer(problem.module, x)
 
 
 def _layer_compile(problem: Problem) -> Callable:
-    x, function = problem.tensors["hidden_states"], _compiled(reference.eager_omni_moe)
+    x, function = problem.tensors["hidden_states"], _compiled(eager.layer)
     return lambda: function(problem.module, x)
 
 

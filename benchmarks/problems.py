@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import eager
 from benchmarks.cases import Case
 from omni_moe import OmniMoE, OmniMoEConfig, reference
 
@@ -61,7 +62,7 @@ def _make_expert(
         logits = torch.randn(
             2, num_tokens, shape["rows"], device=device, generator=generator
         )  # fp32, and a square grid
-        routing_weights, indices = reference.eager_router(logits[0], logits[1], k)
+        routing_weights, indices = eager.router(logits[0], logits[1], k)
     else:
         indices = torch.randint(
             shape["experts"], (num_tokens, k), device=device, generator=generator
@@ -79,7 +80,7 @@ def _make_expert(
         "routing_weights": routing_weights.to(draw.options["dtype"]).requires_grad_(
             draw.requires_grad
         ),
-        # Each side gets the type that its own router makes.
+        # Each implementation gets the index type that its own router makes.
         "indices": indices.int(),
         "indices_long": indices,
     }
@@ -116,7 +117,7 @@ def _make_layer(
 ) -> Problem:
     shape, draw = case.shape, _Draw(case, device, generator)
     tensors = {"hidden_states": draw.normal(shape["tokens"], shape["hidden"])}
-    # Not that of `base`: its MLP would be found in L2.
+    # A module of its own: within a graph, the call before leaves the MLP of `base` in L2.
     module = _make_module(case, device).to(draw.options["dtype"])
     module.requires_grad_(draw.requires_grad)
     return Problem(case, tensors, draw.grad(shape["tokens"], shape["hidden"]), module)
@@ -187,7 +188,7 @@ def _sample(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _sampled_experts(indices: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
-    """Some experts and all the tokens that chose one of them, at most as the oracle can hold."""
+    """Some experts and all tokens that chose one of them, as many as the oracle's arrays hold."""
     num_tokens, k = indices.shape
     most_tokens = max(1, ORACLE_ELEMENTS // (k * hidden_size))
     step = max(1, num_tokens // 16)
@@ -212,9 +213,9 @@ def _expert_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor
         for name, pick in picks.items()
     ]
     expected = _with_grads(
-        problem, reference.omni_expert(*leaves, ids), leaves, problem.grad_output[tokens]
+        problem, reference.omni_expert(*leaves, indices=ids), leaves, problem.grad_output[tokens]
     )
-    # The sampled tokens are all that reach the sampled experts, not all that reach `rows`.
+    # Only the sampled experts have all of their tokens in the sample, and so whole gradients.
     positions = torch.searchsorted(rows, experts)
     pairs = [(results[0][tokens], expected[0])]
     for name, got, want in zip(picks, results[1:], expected[1:], strict=False):
@@ -254,10 +255,10 @@ def _layer_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor,
     rows = rows.long()
     expert_states = reference.omni_expert(
         x,
-        module.up_embed.weight[rows].double(),
-        module.down_embed.weight[rows].double(),
-        routing_weights,
-        ids,
+        up_weights=module.up_embed.weight[rows].double(),
+        down_weights=module.down_embed.weight[rows].double(),
+        routing_weights=routing_weights,
+        indices=ids,
     )
     shared = [p.weight.double() for p in (module.gate_proj, module.up_proj, module.down_proj)]
     return [(results[0][::step], expert_states + reference.omni_mlp(x, *shared))]

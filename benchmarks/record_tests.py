@@ -24,7 +24,7 @@ from benchmarks import results
 
 
 def run_suites(commands: Mapping[str, list[str]], folder: Path) -> dict[str, dict]:
-    """Runs suites at the same time, each of which writes a JUnit report -> their counts."""
+    """Runs suites side by side, each with a JUnit report, and returns their counts."""
     with ThreadPoolExecutor(max(1, len(commands))) as pool:
         runs = {
             name: pool.submit(run_suite, command, folder / f"{name}.xml")

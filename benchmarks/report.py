@@ -94,7 +94,7 @@ def _machine(record: Record) -> str:
 
 
 def _by_table(record: Record) -> Iterator[tuple[str, list[list[Row]]]]:
-    """(table, cases), a case being its rows, both in the order of `cases_for`."""
+    """Each table with its cases, in the order of `cases_for`; a case is a list of rows."""
     cases = cases_for(record.header["device_type"])
     for table in dict.fromkeys(case.table for case in cases):
         groups = []
@@ -145,7 +145,7 @@ def _case_text(row: Row) -> str:
 
 
 def _shown_sizes(row: Row) -> list[tuple[str, int]]:
-    """E is left out where rows and columns say it."""
+    """E is left out where rows and columns are given, whose product it is."""
     shape = row["shape"]
     return [(n, s) for n, s in shape.items() if n != "experts" or "rows" not in shape]
 

@@ -51,7 +51,7 @@ class Record:
         self.skipped = [r for r in self.skipped if _key(r) != _key(row)]
 
     def skip(self, row: Row) -> None:
-        """Remembers why there is no row, unless there is one from an earlier run."""
+        """Records why a case has no row, unless an earlier run left one."""
         self.skipped = [r for r in self.skipped if _key(r) != _key(row)]
         if all(_key(r) != _key(row) for r in self.rows):
             self.skipped.append(row)
@@ -155,7 +155,7 @@ def is_source(file: Path) -> bool:
 
 
 def machine_code_of(device: torch.device) -> dict[str, Any] | None:
-    """Fingerprint of the kernels that run on a GPU; None where there is none to take.
+    """Fingerprint of the kernels that run on a GPU; None on a CPU, or where there is none to take.
 
     Keys: ``architecture`` of the code, ``kernels`` (name -> hash over its instances).
     """

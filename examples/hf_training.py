@@ -121,8 +121,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 def make_optimizer(model: nn.Module, lr: float, expert_lr: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only.
 
-    A row of the expert tables gets a gradient only when its expert is chosen: they learn at a
-    higher rate, and decay would shrink them in between.
+    A row of the expert tables gets a gradient only when its expert is chosen. So the tables learn
+    at a higher rate, and without decay, which would shrink the rows in between.
     """
     tables = {
         id(table.weight)

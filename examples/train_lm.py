@@ -5,9 +5,9 @@
 
 Both models see the same batches of the Python standard library's own sources, under the same
 optimiser settings: AdamW; one learning rate for matrices, with weight decay, and one for embeddings
-(bytes and experts) and the output head, without. The dense model's MLP is as wide as makes its
-active parameters per token equal. Ctrl-C saves a checkpoint and stops; a resumed run continues
-exactly, since the order of the batches is the only randomness after initialisation.
+(bytes and experts) and the output head, without. The dense model's MLP is so wide that both models
+have the same number of active parameters per token. Ctrl-C saves a checkpoint and stops; a resumed
+run continues exactly, since the order of the batches is the only randomness after initialisation.
 
 Written to --out: checkpoint.pt, metrics.json, loss.png, expert_usage.png.
 """
@@ -261,7 +261,12 @@ class StopSignals:
 
 
 def train(
-    args: argparse.Namespace, checkpoint: Checkpoint, first_step: int, text: Tensor, curve: Tensor
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    *,
+    first_step: int,
+    text: Tensor,
+    curve: Tensor,
 ) -> int | None:
     """Runs the remaining steps. Returns the signal that stopped it early, if one did."""
     learners = checkpoint.learners
@@ -317,7 +322,11 @@ def report(args: argparse.Namespace, learners: dict[str, Learner], bits: dict[st
     print("unevenness per layer (KL):", ", ".join(f"{load.unevenness:.2f}" for load in loads))
 
     sample = omni_model.generate(
-        args.prompt.encode(), args.sample_bytes, args.seq_len, SAMPLE_TEMPERATURE, args.seed
+        args.prompt.encode(),
+        num_bytes=args.sample_bytes,
+        window=args.seq_len,
+        temperature=SAMPLE_TEMPERATURE,
+        seed=args.seed,
     )
     metrics["sample"] = sample.decode(errors="replace")
     print(f"\nsample from the OmniMoE model\n{metrics['sample']}\n")
@@ -350,7 +359,9 @@ def main() -> int:
     settings["data"] = digest(train_text)
     checkpoint = Checkpoint(args.out / "checkpoint.pt", settings, learners)
     first_step = checkpoint.load() if args.resume else 0
-    stop_signal = train(args, checkpoint, first_step, train_text, curve_windows)
+    stop_signal = train(
+        args, checkpoint, first_step=first_step, text=train_text, curve=curve_windows
+    )
     if stop_signal is not None:
         return 128 + stop_signal
 

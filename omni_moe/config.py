@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "identity")
+from omni_moe.activations import ACTIVATION_FUNCTIONS
+
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
 ROUTER_NORMS = ("batch_norm", "none")
 
 # Expert ids are int32.
 MAX_EXPERTS = 2**31 - 1
-# A grid R x C costs the router (R + C) * H; past C = 16 R that is more than twice a square's.
+# The router's cost grows with R + C: past C = 16 R it is more than twice that of a square grid.
 MAX_GRID_ASPECT = 16
 
 

@@ -20,9 +20,9 @@ def load_balancing_loss(
     """`E * sum_e f_e P_e`: 1 for an even load, up to E when all choose the same expert.
 
     Eq. 4-6 of the Switch Transformer (arXiv 2101.03961): f_e is the share of expert e in the T * K
-    choices, P_e the mean of its probability over the tokens. f has no gradient. With all K > 1
-    choices counted, f still sums to 1; Transformers' `load_balancing_loss_func` does not divide by
-    K, so that its coefficient c is K * c here.
+    choices, P_e the mean of its probability over the tokens. f has no gradient, and sums to 1 for
+    any K. Transformers' `load_balancing_loss_func` does not divide by K: what is a coefficient c
+    there is K * c here.
 
     Args:
         router_logits_x: (T, R) logits of the grid's rows, as given to the router; floating point.
@@ -48,7 +48,7 @@ def load_balancing_loss(
         probs_y = _wide(router_logits_y, router_logits_x).softmax(-1)
         prob_sums = probs_x.T @ probs_y  # (R, C)
         num_experts = prob_sums.numel()
-        # int32: T * K choices of one expert, and the native atomic of compiled code.
+        # int32 can hold T * K choices of one expert, and compiled code has an atomic for it.
         counts = torch.zeros(num_experts, dtype=torch.int32, device=indices.device)
         add_expert_counts(counts, indices)
         shares = counts.view_as(prob_sums).to(prob_sums.dtype) / max(indices.numel(), 1)
@@ -82,8 +82,8 @@ def router_z_loss(router_logits_x: Tensor, router_logits_y: Tensor) -> Tensor:
 def add_expert_counts(counts: Tensor, indices: Tensor) -> None:
     """Adds to `counts` (E,), int32 or int64, how often each expert stands in `indices`.
 
-    Integer atomics, whose order does not show; neither waits for the device nor allocates more than
-    one element.
+    Adds with integer atomics, whose order does not change the result. Does not wait for the device
+    and allocates a single element.
 
     Raises:
         ValueError: the indices are no integers.
@@ -110,7 +110,7 @@ def _check_logits(x: Tensor, y: Tensor) -> None:
 
 
 def _without_autocast(logits: Tensor) -> contextlib.AbstractContextManager:
-    if logits.is_meta:  # has none
+    if logits.is_meta:  # a device without autocast
         return contextlib.nullcontext()
     return torch.autocast(logits.device.type, enabled=False)
 

@@ -1,29 +1,21 @@
-"""Every function of the library in plain PyTorch: what is right, and what stock operators cost.
+"""Every function of the library in plain PyTorch: the oracle of the tests and of the benchmarks.
 
-The first half is the oracle of the tests: written for clarity, differentiable by autograd, on any
-device and in any floating-point dtype. fp16 and bf16 inputs are computed in fp32 and rounded once,
-at the output; fp64 inputs in fp64. Argument orders are those of the operators in
-`torch.ops.omni_moe`. The second half, `eager_*`, is the baseline of the benchmarks: the same layer
-as one would write it with stock operators, computing in the dtype of the inputs.
+Written for clarity, differentiable by autograd, on any device and in any floating-point dtype. fp16
+and bf16 inputs are computed in fp32 and rounded once, at the output; fp64 inputs in fp64. Argument
+orders are those of the operators in `torch.ops.omni_moe`.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni_moe.activations import ACTIVATION_FUNCTIONS
+
 if TYPE_CHECKING:
     from omni_moe.modules.omni_moe import OmniMoE
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "identity": lambda x: x,
-}
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -113,7 +105,7 @@ def omni_expert(
         down_weights: (E, H).
         routing_weights: (T, K).
         indices: (T, K) int32 or int64 in [0, E).
-        activation: a key of `ACTIVATION_FUNCTIONS`.
+        activation: a key of `omni_moe.activations.ACTIVATION_FUNCTIONS`.
 
     Returns:
         expert_states: (T, H) in the dtype of `hidden_states`.
@@ -135,7 +127,12 @@ def flash_expert(
 ) -> Tensor:
     """`omni_expert` under the older naming: `down_weights` scores, `up_weights` projects back."""
     return omni_expert(
-        hidden_states, down_weights, up_weights, routing_weights, indices, activation
+        hidden_states,
+        up_weights=down_weights,
+        down_weights=up_weights,
+        routing_weights=routing_weights,
+        indices=indices,
+        activation=activation,
     )
 
 
@@ -153,7 +150,7 @@ def omni_mlp(
         gate_weight: (I, H).
         up_weight: (I, H).
         down_weight: (H, I).
-        activation: a key of `ACTIVATION_FUNCTIONS`.
+        activation: a key of `omni_moe.activations.ACTIVATION_FUNCTIONS`.
 
     Returns:
         (..., H) in the dtype of `x`.
@@ -164,41 +161,38 @@ def omni_mlp(
     return F.linear(activated, _wide(down_weight)).to(x.dtype)
 
 
-def omni_batch_norm(
-    router_logits: Tensor,
-    num_rows: int,
-    running_mean_x: Tensor | None,
-    running_var_x: Tensor | None,
-    num_batches_tracked_x: Tensor | None,
-    running_mean_y: Tensor | None,
-    running_var_y: Tensor | None,
-    num_batches_tracked_y: Tensor | None,
+def omni_router_logits(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    batch_norm_buffers: Sequence[Tensor],
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """BatchNorm without affine parameters of (T, R) and (T, C) logits that lie side by side.
+    """BatchNorm without affine parameters of the logits of two gates.
 
     Args:
-        router_logits: (T, R + C).
-        num_rows: R.
-        running_mean_x, running_var_x: (R,), updated in place if `training`, or None.
-        num_batches_tracked_x: () int64, counted up if `training`, or None.
-        running_mean_y, running_var_y, num_batches_tracked_y: the same for the C columns.
+        hidden_states: (T, H).
+        gate_x: (R, H).
+        gate_y: (C, H).
+        batch_norm_buffers: empty, or running mean (R,), running variance (R,) and the count ()
+            int64 of batches, then the same for the C columns; updated in place if `training`.
         training: use the batch's mean and variance, not the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
 
     Returns:
-        normed_x: (T, R) in the dtype of the logits.
-        normed_y: (T, C).
+        router_logits_x: (T, R) in the dtype of `hidden_states`.
+        router_logits_y: (T, C).
     """
-    logits_x, logits_y = _wide(router_logits).tensor_split([num_rows], dim=1)
+    buffers = list(batch_norm_buffers) or [None] * 6
     normed = []
-    for logits, running_mean, running_var, num_batches_tracked in (
-        (logits_x, running_mean_x, running_var_x, num_batches_tracked_x),
-        (logits_y, running_mean_y, running_var_y, num_batches_tracked_y),
+    for gate, (running_mean, running_var, num_batches_tracked) in (
+        (gate_x, buffers[:3]),
+        (gate_y, buffers[3:]),
     ):
+        logits = F.linear(_wide(hidden_states), _wide(gate))
         if training:
             mean, var = logits.mean(0), logits.var(0, correction=0)
             if num_batches_tracked is not None:
@@ -209,31 +203,8 @@ def omni_batch_norm(
                 running_var.copy_((1 - momentum) * running_var + momentum * unbiased)
         else:
             mean, var = running_mean.to(logits.dtype), running_var.to(logits.dtype)
-        normed.append(((logits - mean) / (var + eps).sqrt()).to(router_logits.dtype))
+        normed.append(((logits - mean) / (var + eps).sqrt()).to(hidden_states.dtype))
     return normed[0], normed[1]
-
-
-def omni_router_logits(
-    hidden_states: Tensor,
-    gate_x: Tensor,
-    gate_y: Tensor,
-    *batch_norm: Any,
-) -> tuple[Tensor, Tensor]:
-    """`omni_batch_norm` of the logits of two gates.
-
-    Args:
-        hidden_states: (T, H).
-        gate_x: (R, H).
-        gate_y: (C, H).
-        batch_norm: the arguments of `omni_batch_norm` behind `num_rows`.
-
-    Returns:
-        router_logits_x: (T, R) in the dtype of `hidden_states`.
-        router_logits_y: (T, C).
-    """
-    logits = F.linear(_wide(hidden_states), torch.cat([_wide(gate_x), _wide(gate_y)]))
-    logits_x, logits_y = omni_batch_norm(logits, len(gate_x), *batch_norm)
-    return logits_x.to(hidden_states.dtype), logits_y.to(hidden_states.dtype)
 
 
 def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
@@ -248,89 +219,27 @@ def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
     Returns:
         (..., H) in the dtype of `hidden_states`.
     """
-    return _layer(module, hidden_states, omni_softmax_router, omni_expert, omni_mlp)
-
-
-def eager_router(
-    router_logits_x: Tensor,
-    router_logits_y: Tensor,
-    num_experts_per_token: int,
-    norm_topk_prob: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Product-key routing with stock operators: top-K of each axis, then of their K x K sums.
-
-    Shapes as `omni_softmax_router`, but `indices` are int64 and equal sums come in any order.
-    """
-    num_rows, num_cols = router_logits_x.shape[-1], router_logits_y.shape[-1]
-    log_probs_x, log_probs_y = router_logits_x.log_softmax(-1), router_logits_y.log_softmax(-1)
-    best_x, rows = log_probs_x.topk(min(num_experts_per_token, num_rows), dim=-1)
-    best_y, cols = log_probs_y.topk(min(num_experts_per_token, num_cols), dim=-1)
-    sums = (best_x.unsqueeze(-1) + best_y.unsqueeze(-2)).flatten(-2)
-    ids = (rows.unsqueeze(-1) * num_cols + cols.unsqueeze(-2)).flatten(-2)
-    scores, positions = sums.topk(num_experts_per_token, dim=-1)
-    weights = scores.exp()
-    if norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights, ids.gather(-1, positions)
-
-
-def eager_expert(
-    hidden_states: Tensor,
-    up_weights: Tensor,
-    down_weights: Tensor,
-    routing_weights: Tensor,
-    indices: Tensor,
-    activation: str = "silu",
-) -> Tensor:
-    """The expert pass as gather and batched matmul: two (T, K, H) copies. As `omni_expert`."""
-    up = F.embedding(indices, up_weights)
-    down = F.embedding(indices, down_weights)
-    scores = torch.matmul(up, hidden_states.unsqueeze(-1)).squeeze(-1)
-    gates = ACTIVATION_FUNCTIONS[activation](scores) * routing_weights
-    return torch.matmul(gates.unsqueeze(-2), down).squeeze(-2)
-
-
-def eager_mlp(
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    activation: str = "silu",
-) -> Tensor:
-    """The shared MLP as three linear calls and an elementwise product. As `omni_mlp`."""
-    gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
-    return F.linear(ACTIVATION_FUNCTIONS[activation](gate) * up, down_weight)
-
-
-def eager_omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
-    """Forward of an `OmniMoE` layer with stock operators. As `omni_moe`."""
-    return _layer(module, hidden_states, eager_router, eager_expert, eager_mlp)
-
-
-def _layer(
-    module: "OmniMoE", hidden_states: Tensor, router: Callable, expert: Callable, mlp: Callable
-) -> Tensor:
     config = module.config
     tokens = hidden_states.flatten(0, -2)
-    routing_weights, indices = router(
+    routing_weights, indices = omni_softmax_router(
         module.router_norm_x(module.router_gate_x(tokens)),
         module.router_norm_y(module.router_gate_y(tokens)),
         config.num_experts_per_token,
         config.norm_topk_prob,
     )
-    expert_states = expert(
+    expert_states = omni_expert(
         tokens,
-        module.up_embed.weight,
-        module.down_embed.weight,
-        routing_weights,
-        indices,
-        config.hidden_act,
+        up_weights=module.up_embed.weight,
+        down_weights=module.down_embed.weight,
+        routing_weights=routing_weights,
+        indices=indices,
+        activation=config.hidden_act,
     )
-    shared_states = mlp(
+    shared_states = omni_mlp(
         tokens,
-        module.gate_proj.weight,
-        module.up_proj.weight,
-        module.down_proj.weight,
-        config.hidden_act,
+        gate_weight=module.gate_proj.weight,
+        up_weight=module.up_proj.weight,
+        down_weight=module.down_proj.weight,
+        activation=config.hidden_act,
     )
     return (expert_states + shared_states).view_as(hidden_states)

@@ -18,7 +18,7 @@ struct ElementOf<double> {
   using type = double;
 };
 
-// f on each lane; for functions that are no hot path in vector form.
+// Applies f to each lane, for functions that no hot path evaluates.
 template <typename V, typename F>
 inline V map_lanes(V v, F f) {
   if constexpr (std::is_arithmetic_v<V>) {

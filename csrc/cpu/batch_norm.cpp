@@ -53,7 +53,7 @@ struct AxisRows {
   T* row(int64_t t) const { return data + t * stride; }
 };
 
-// ---- forward ----
+// ---- Forward ------------------------------------------------------------------------------------
 
 // The moments of `count` values joined to those of `total` values so far: mean and Σ (x - mean)².
 template <typename Acc>
@@ -168,7 +168,7 @@ void forward_axis(const BatchNormForwardParams& p, AxisRows<const T> rows, int64
   if (inv_std_out) std::copy_n(inv_std.begin(), num_columns, inv_std_out);
 }
 
-// ---- backward ----
+// ---- Backward -----------------------------------------------------------------------------------
 
 // Σ g and Σ g n of every column over one part.
 template <typename T>

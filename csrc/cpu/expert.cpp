@@ -2,10 +2,10 @@
 //
 // Forward, token by token: s = x · up[i], out += act(s) * routing * down[i]; each pair reads its
 // two rows once (2·T·K·H elements), the token's row and its fp32 sum stay in L1. Backward, two
-// passes: token by token (dhidden, drouting, and two coefficients a pair, from the scores that the
-// forward saved), then expert by expert
-// over the pairs in schedule order (dup, ddown), each gradient row written exactly once. Every sum
-// runs in one fixed order whatever the number of threads, so results repeat bitwise.
+// passes: token by token (dhidden, drouting, and two coefficients a pair, from the pre-activations
+// that the forward saved), then expert by expert over the pairs in schedule order (dup, ddown),
+// each gradient row written exactly once. Every sum runs in one fixed order whatever the number of
+// threads, so results repeat bitwise.
 #include <algorithm>
 #include <memory>
 
@@ -71,7 +71,7 @@ void expert_forward_tokens(const ExpertForwardParams& p, int64_t begin, int64_t 
   const auto* indices = static_cast<const Index*>(p.indices);
   const auto* addend = static_cast<const T*>(p.addend);
   auto* out = static_cast<T*>(p.expert_states);
-  auto* scores = static_cast<Acc*>(p.scores);
+  auto* pre_activations = static_cast<Acc*>(p.pre_activations);
   const std::unique_ptr<Acc[]> scratch(new Acc[2 * H]);
   Acc* x = scratch.get();
   Acc* sum = x + H;
@@ -85,9 +85,10 @@ void expert_forward_tokens(const ExpertForwardParams& p, int64_t begin, int64_t 
         prefetch_row(down + indices[pair + 1] * H, H);
       }
       const int64_t row = indices[pair] * H;
-      const Acc score = dot(x, up + row, H);
-      if (scores) scores[pair] = score;
-      accumulate(sum, activate(p.activation, score) * load_scalar(routing + pair), down + row, H);
+      const Acc pre_activation = dot(x, up + row, H);
+      if (pre_activations) pre_activations[pair] = pre_activation;
+      accumulate(sum, activate(p.activation, pre_activation) * load_scalar(routing + pair),
+                 down + row, H);
     }
     narrow(sum, out + t * H, H);
   }
@@ -103,7 +104,7 @@ void expert_backward_tokens(const ExpertBackwardParams& p, PairCoefficients<acc_
   const auto* down = static_cast<const T*>(p.down_weights);
   const auto* routing = static_cast<const T*>(p.routing_weights);
   const auto* indices = static_cast<const Index*>(p.indices);
-  const auto* scores = static_cast<const Acc*>(p.scores);
+  const auto* pre_activations = static_cast<const Acc*>(p.pre_activations);
   const auto* addend = static_cast<const T*>(p.addend);
   auto* grad_hidden = static_cast<T*>(p.grad_hidden_states);
   auto* grad_routing = static_cast<T*>(p.grad_routing_weights);
@@ -120,14 +121,15 @@ void expert_backward_tokens(const ExpertBackwardParams& p, PairCoefficients<acc_
         prefetch_row(down + indices[pair + 1] * H, H);
       }
       const int64_t row = indices[pair] * H;
-      const Acc score = scores[pair];
+      const Acc pre_activation = pre_activations[pair];
       const Acc grad_value = dot(dout, down + row, H);  // d loss / d (act(s) * routing)
-      const Acc activated = activate(p.activation, score);
+      const Acc activated = activate(p.activation, pre_activation);
       const Acc weight = load_scalar(routing + pair);
-      const Acc grad_score = activate_backward(p.activation, score, weight * grad_value);
-      coefficients[pair] = {grad_score, weight * activated};
+      const Acc grad_pre_activation =
+          activate_backward(p.activation, pre_activation, weight * grad_value);
+      coefficients[pair] = {grad_pre_activation, weight * activated};
       if (grad_routing) store_scalar(grad_routing + pair, activated * grad_value);
-      if (grad_hidden) accumulate(sum, grad_score, up + row, H);
+      if (grad_hidden) accumulate(sum, grad_pre_activation, up + row, H);
     }
     if (grad_hidden) narrow(sum, grad_hidden + t * H, H);
   }

@@ -22,7 +22,7 @@ namespace {
 template <typename Acc>
 constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
 
-// ---- one axis of one token ----
+// ---- One axis of one token ----------------------------------------------------------------------
 
 template <typename Acc>
 struct Axis {
@@ -87,7 +87,7 @@ struct Axis {
   }
 };
 
-// ---- one token ----
+// ---- One token ----------------------------------------------------------------------------------
 
 // Pairs: the sum of their logits as a key, their id, and their sum less the largest, axis by axis
 // (the difference of two large sums has lost digits that log_softmax keeps).

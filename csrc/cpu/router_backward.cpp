@@ -93,7 +93,7 @@ Acc grad_of_sums(const RouterBackwardParams& p, const AxisGradient<Acc>& x,
   for (int64_t i = 0; i < k; ++i) {
     grad_sums[i] = weights[i] / total_weight * (grad_sums[i] - total_grad / total_weight);
   }
-  return Acc(0);
+  return total_grad * Acc(0);
 }
 
 template <typename T>
@@ -116,8 +116,9 @@ void router_backward_tokens(const RouterBackwardParams& p, int64_t begin, int64_
     const Acc softmax_factor =
         grad_of_sums(p, x, y, static_cast<const T*>(p.grad_weights) + t * k, pairs);
 
-    // 2. What the softmax takes away from every logit: for kSoftmaxTopK nothing, but NaN * 0 keeps
-    //    the NaN of a token whose softmax has one.
+    // 2. What the softmax takes away from every logit: for kSoftmaxTopK nothing, but the factor 0
+    // is
+    //    NaN for a token one of whose two softmaxes is, and so are then all its gradients.
     for (AxisGradient<Acc>* axis : {&x, &y}) {
       if (p.score == RouterScore::kLogit) {
         std::fill(axis->grad.begin(), axis->grad.end(), Acc(0));

@@ -12,7 +12,7 @@
 
 namespace omni_moe::cpu::OMNI_MOE_CPU_CAPABILITY {
 
-// ---- keys ----
+// ---- Keys ---------------------------------------------------------------------------------------
 
 template <typename Acc>
 using Key = std::conditional_t<std::is_same_v<Acc, double>, int64_t, int32_t>;
@@ -46,7 +46,7 @@ inline KeyVec<Acc> load_keys(const Key<Acc>* keys) {
   return load_bits<KeyVec<Acc>>(keys);
 }
 
-// ---- selection ----
+// ---- Selection ----------------------------------------------------------------------------------
 
 // Keeps its working memory from call to call.
 template <typename Acc>

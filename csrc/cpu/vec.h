@@ -85,7 +85,7 @@ inline int64_t whole_vectors(int64_t n) {
   return (n + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
 }
 
-// ---- storage type -> accumulators ----
+// ---- Storage type -> accumulators ---------------------------------------------------------------
 
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
@@ -106,7 +106,7 @@ inline Vec<float> load(const Float16* p) {
 #endif
 }
 
-// ---- accumulators -> storage type, rounded to nearest even ----
+// ---- Accumulators -> storage type, rounded to nearest even --------------------------------------
 
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
@@ -131,7 +131,9 @@ inline void store(Float16* p, Vec<float> v) {
 #endif
 }
 
-// ---- the first `count` lanes only; the others read as zero, or as `rest` ----
+// ---- Partial vectors ----------------------------------------------------------------------------
+
+// Only the first `count` lanes are in memory; the others read as zero, or as `rest`.
 
 template <typename T>
 inline Vec<acc_t<T>> load_partial(const T* p, int64_t count) {
@@ -152,7 +154,7 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// ---- rows, vector by vector ----
+// ---- Rows, vector by vector ---------------------------------------------------------------------
 
 // body(column, lanes): a full vector at a time, then the columns left over.
 template <typename Acc, typename Body>
@@ -171,7 +173,7 @@ inline void store_lanes(T* p, Vec<acc_t<T>> v, int64_t lanes) {
   lanes == kLanes<acc_t<T>> ? store(p, v) : store_partial(p, v, lanes);
 }
 
-// ---- rows of n elements, to and from accumulators ----
+// ---- Rows of n elements, to and from accumulators -----------------------------------------------
 
 template <typename T>
 inline void widen(const T* row, acc_t<T>* out, int64_t n) {
@@ -188,7 +190,7 @@ inline void narrow(const acc_t<T>* row, T* out, int64_t n) {
   if (i < n) store_partial(out + i, load_partial(row + i, n - i), n - i);
 }
 
-// ---- single elements ----
+// ---- Single elements ----------------------------------------------------------------------------
 
 template <typename T>
 inline acc_t<T> load_scalar(const T* p) {
@@ -217,7 +219,7 @@ inline Acc sum_of_lanes(Vec<Acc> v) {
   return lanes[0];
 }
 
-// ---- compaction ----
+// ---- Compaction ---------------------------------------------------------------------------------
 
 // One bit a lane of a comparison's result.
 template <typename Mask>
@@ -315,7 +317,7 @@ inline void append_lanes(E* out, V v, uint32_t bits) {
   }
 }
 
-// ---- dispatch on the storage type ----
+// ---- Dispatch on the storage type ---------------------------------------------------------------
 
 template <typename T>
 struct Type {

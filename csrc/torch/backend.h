@@ -1,40 +1,27 @@
 // Hands a Params struct to the backend of a device: the one place that knows which backends exist.
+// The table of their kernels, one row each, is in backend.cpp.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include "omni_moe/batch_norm.h"
-#include "omni_moe/expert.h"
-#include "omni_moe/mlp.h"
-#include "omni_moe/router.h"
-#include "omni_moe/router_logits.h"
+#include "omni_moe/cuda_plan.h"
 
 namespace omni_moe::torch_api {
 
-// Each allocates the backend's workspace, runs on the current stream (CUDA) or at::parallel_for's
-// threads (CPU), and raises if the launch fails.
-void launch(RouterForwardParams params, at::Device device);
-void launch(RouterBackwardParams params, at::Device device);
-void launch(ExpertForwardParams params, at::Device device);
-void launch(ExpertBackwardParams params, at::Device device);
-void launch(GatedActivationForwardParams params, at::Device device);
-void launch(GatedActivationBackwardParams params, at::Device device);
-void launch(BatchNormForwardParams params, at::Device device);
-void launch(BatchNormBackwardParams params, at::Device device);
+// Runs a kernel on the current stream (CUDA) or on at::parallel_for's threads (CPU), with the
+// workspace that it asks for, and raises if it fails.
+template <typename Params>
+void launch(Params params, at::Device device);
 
-// Not every backend has these: ask first (outputs may still be null then).
-bool supports(const GatedLinearForwardParams& params, at::Device device);
-bool supports(const GatedLinearBackwardParams& params, at::Device device);
-void launch(GatedLinearForwardParams params, at::Device device);
-void launch(GatedLinearBackwardParams params, at::Device device);
-bool supports(const RouterLogitsForwardParams& params, at::Device device);
-// False, and nothing has run, where the launch finds that there is no kernel for it after all: the
-// stream has too few of the device's multiprocessors.
-bool try_launch(const RouterLogitsForwardParams& params, at::Device device);
+// The same where the device's backend has a kernel for these operands. False, and nothing has run:
+// there is none, or the stream has too few of the device's multiprocessors for it.
+template <typename Params>
+bool try_launch(Params params, at::Device device);
+
+// What the plans of CUDA kernels read of a device; raises without CUDA.
+cuda::DeviceInfo device_info(at::Device device);
 
 // As in namespace cuda; false without CUDA.
 bool set_early_launch(bool allowed);
-bool has_early_launch();
-bool has_hopper_kernels();
 
 }  // namespace omni_moe::torch_api

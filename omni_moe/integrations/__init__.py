@@ -1,1 +1,1 @@
-"""OmniMoE inside other libraries. Each subpackage needs the library it is named after."""
+"""OmniMoE inside other libraries. `transformers` needs the library of that name."""

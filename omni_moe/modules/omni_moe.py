@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from omni_moe.activations import ACTIVATION_FUNCTIONS
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
+from omni_moe.modules.plain import plain_batch_norm_buffers, plain_weight
 from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
-from omni_moe.reference import ACTIVATION_FUNCTIONS
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
 
@@ -47,7 +48,7 @@ class OmniMoE(nn.Module):
 
     With `config.track_expert_load` each forward adds its choices to a counter on the device,
     without synchronising; `expert_load()` reads it. A forward that activation checkpointing
-    recomputes does not count again, unless the layer itself is compiled within.
+    repeats is not counted again, unless it is that of a layer which is compiled by itself.
 
     With `config.router_aux_loss_coef` or `router_z_loss_coef` each forward in training mode with
     gradients enabled leaves the weighted sum of these losses, over its own tokens, in `aux_loss`, a
@@ -57,7 +58,7 @@ class OmniMoE(nn.Module):
     """
 
     aux_loss: Tensor | None = None
-    # The last forward in training mode was without gradients, and so without `aux_loss`.
+    # The last forward was in training mode, but without gradients, so that it left no `aux_loss`.
     _aux_loss_is_missing: bool = False
 
     def __init__(self, config: OmniMoEConfig) -> None:
@@ -104,7 +105,8 @@ class OmniMoE(nn.Module):
                 f"hidden_states: expected shape (B, S, H) or (T, H) with H = {config.hidden_size}, "
                 f"got {tuple(hidden_states.shape)}"
             )
-        tokens = hidden_states.flatten(0, -2)
+        is_batch = hidden_states.dim() == 3
+        tokens = hidden_states.flatten(0, 1) if is_batch else hidden_states
 
         logits_x, logits_y = self._router_logits(tokens)
         routing_weights, indices = omni_softmax_router(
@@ -116,52 +118,32 @@ class OmniMoE(nn.Module):
             add_expert_counts(self.expert_counts, indices)
 
         outputs = self._experts_and_mlp(tokens, routing_weights, indices)
-        return outputs.view_as(hidden_states)
+        return outputs.view_as(hidden_states) if is_batch else outputs
 
     def _router_logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(T, R) and (T, C): the logits of the grid's rows and columns."""
         noise = self.config.router_jitter_noise
         if self.training and noise > 0:
-            # In fp32: bf16 has four numbers from 0.99 to 1.01.
+            # Drawn in fp32, since bf16 has only four numbers from 0.99 to 1.01.
             factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
             tokens = (tokens * factors).to(tokens.dtype)
-        if not self._has_plain_router():
-            return (
-                self.router_norm_x(self.router_gate_x(tokens)),
-                self.router_norm_y(self.router_gate_y(tokens)),
+        modules = self._modules  # from which they come several times as fast as from `self`
+        gate_x, gate_y = modules["router_gate_x"], modules["router_gate_y"]
+        norm_x, norm_y = modules["router_norm_x"], modules["router_norm_y"]
+        weight_x, weight_y = plain_weight(gate_x, nn.Linear), plain_weight(gate_y, nn.Linear)
+        buffers = plain_batch_norm_buffers(norm_x, norm_y)
+        is_plain = weight_x is not None and weight_y is not None and buffers is not None
+        if is_plain and weight_x.dtype == weight_y.dtype:
+            return omni_router_logits(
+                tokens,
+                gate_x=weight_x,
+                gate_y=weight_y,
+                batch_norm_buffers=buffers,
+                training=norm_x.training,
+                momentum=norm_x.momentum,
+                eps=norm_x.eps,
             )
-        norm_x, norm_y = self.router_norm_x, self.router_norm_y
-        return omni_router_logits(
-            tokens,
-            self.router_gate_x.weight,
-            self.router_gate_y.weight,
-            norm_x.running_mean,
-            norm_x.running_var,
-            norm_x.num_batches_tracked,
-            norm_y.running_mean,
-            norm_y.running_var,
-            norm_y.num_batches_tracked,
-            norm_x.training,
-            norm_x.momentum,
-            norm_x.eps,
-        )
-
-    def _has_plain_router(self) -> bool:
-        """Whether nothing has been done to gates and norms, such as adapters or SyncBatchNorm."""
-        gates = (self.router_gate_x, self.router_gate_y)
-        norms = (self.router_norm_x, self.router_norm_y)
-        if not all(_is_plain(gate, nn.Linear) for gate in gates):
-            return False
-        if norms[0] is norms[1] or not all(_is_plain(norm, nn.BatchNorm1d) for norm in norms):
-            return False
-        if gates[0].weight.dtype != gates[1].weight.dtype:
-            return False
-        return all(
-            norm.weight is None and norm.momentum is not None and norm.running_mean is not None
-            for norm in norms
-        ) and 1 == len(
-            {(norm.training, norm.momentum, norm.eps, norm.running_mean.dtype) for norm in norms}
-        )
+        return norm_x(gate_x(tokens)), norm_y(gate_y(tokens))
 
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
@@ -179,25 +161,46 @@ class OmniMoE(nn.Module):
             losses.append(config.router_aux_loss_coef * balance)
         if config.router_z_loss_coef > 0:
             losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
-        if not is_recomputing:  # whose graph would keep the activations of all layers
+        # The loss of a recomputed forward would keep its graph, and with it the activations.
+        if not is_recomputing:
             self.aux_loss = sum(losses)
 
     def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
-        tables = [self._table(module, tokens.device) for module in (self.up_embed, self.down_embed)]
-        experts = (*tables, routing_weights, indices)
-        activation = self.config.hidden_act
-        projections = (self.gate_proj, self.up_proj, self.down_proj)
-        if all(_is_plain(projection, nn.Linear) for projection in projections):
-            weights = [projection.weight for projection in projections]
-            return omni_expert_mlp(tokens, *experts, *weights, activation)
+        modules, activation = self._modules, self.config.hidden_act
+        up_embed = self._table(modules["up_embed"], tokens.device)
+        down_embed = self._table(modules["down_embed"], tokens.device)
+        gate_weight = plain_weight(modules["gate_proj"], nn.Linear)
+        up_weight = plain_weight(modules["up_proj"], nn.Linear)
+        down_weight = plain_weight(modules["down_proj"], nn.Linear)
+        if gate_weight is not None and up_weight is not None and down_weight is not None:
+            return omni_expert_mlp(
+                tokens,
+                up_embed=up_embed,
+                down_embed=down_embed,
+                routing_weights=routing_weights,
+                indices=indices,
+                gate_weight=gate_weight,
+                up_weight=up_weight,
+                down_weight=down_weight,
+                activation=activation,
+            )
         gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
         shared_states = self.down_proj(gate * self.up_proj(tokens))
-        return omni_expert(tokens, *experts, activation, addend=shared_states)
+        return omni_expert(
+            tokens,
+            up_weights=up_embed,
+            down_weights=down_embed,
+            routing_weights=routing_weights,
+            indices=indices,
+            activation=activation,
+            addend=shared_states,
+        )
 
     def _table(self, embedding: nn.Module, device: torch.device) -> Tensor:
-        """(E, H): the rows of `up_embed` or `down_embed`; a copy if the module must be called."""
-        if _is_plain(embedding, nn.Embedding):
-            return embedding.weight
+        """(E, H): the weight of `up_embed` or `down_embed`, a copy if it has to be called."""
+        weight = plain_weight(embedding, nn.Embedding)
+        if weight is not None:
+            return weight
         return embedding(torch.arange(self.config.num_experts, device=device))
 
     def expert_load(self) -> ExpertLoad:
@@ -236,51 +239,6 @@ class OmniMoE(nn.Module):
             f"num_experts_per_token={config.num_experts_per_token}, "
             f"hidden_act={config.hidden_act}, norm_topk_prob={config.norm_topk_prob}"
         )
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether to read its tensors does as much as to call it: no adapter around it, no hooks."""
-    has_hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-    return (
-        type(module) is kind
-        and not has_hooks
-        and ("forward" not in module.__dict__ or _is_forward_of_kind(module, kind))
-        and module._parameters.get("bias") is None
-        and _is_ordinary(module.weight)
-    )
-
-
-def _is_forward_of_kind(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the `forward` of this instance is that of its class.
-
-    accelerate's hooks leave it there when they are removed; those that it puts on every module for
-    a `device_map`, without offload, only bring inputs to the device where the weights are.
-    """
-    forward = module.__dict__["forward"]
-    hook = module.__dict__.get("_hf_hook")
-    if (
-        getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
-        and f"{type(hook).__module__}.{type(hook).__name__}" == "accelerate.hooks.AlignDevicesHook"
-        and not hook.offload
-    ):
-        forward = module._old_forward
-    function, instance = (getattr(forward, name, None) for name in ("__func__", "__self__"))
-    return function is kind.forward and instance is module
-
-
-def _is_ordinary(weight: Tensor | None) -> bool:
-    """Whether it is no subclass with functions of its own, as quantised weights are."""
-    kind = type(weight)
-    return (
-        weight is None
-        or kind is Tensor
-        or kind.__torch_function__ is torch._C._disabled_torch_function_impl  # as Parameter's
-    )
 
 
 def _is_recomputing() -> bool:

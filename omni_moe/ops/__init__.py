@@ -6,8 +6,12 @@ tensors and CUDA graphs; shapes, dtypes and devices are checked in C++ before an
 non-contiguous inputs are accepted. "The paper" is arXiv 2602.05711.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# Operators are called as `.default`: the search for an overload would cost 0.5 us a call.
 
 
 def omni_router(
@@ -42,7 +46,9 @@ def omni_router(
                 f"router_logits_{name}: expected shape (T, num_expert_sqrt) = "
                 f"(T, {num_expert_sqrt}), got {tuple(logits.shape)}"
             )
-    return torch.ops.omni_moe.omni_router(router_logits_x, router_logits_y, num_experts_per_token)
+    return torch.ops.omni_moe.omni_router.default(
+        router_logits_x, router_logits_y, num_experts_per_token
+    )
 
 
 def omni_softmax_router(
@@ -72,7 +78,7 @@ def omni_softmax_router(
     Raises:
         ValueError: ranks, row counts, dtypes or devices disagree, or K is out of range.
     """
-    return torch.ops.omni_moe.omni_softmax_router(
+    return torch.ops.omni_moe.omni_softmax_router.default(
         router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob
     )
 
@@ -111,9 +117,10 @@ def omni_expert(
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
-    return torch.ops.omni_moe.omni_expert(
+    expert_states, _ = torch.ops.omni_moe.omni_expert.default(
         hidden_states, up_weights, down_weights, routing_weights, indices, activation, addend
     )
+    return expert_states
 
 
 def flash_expert(
@@ -143,8 +150,13 @@ def flash_expert(
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
-    return torch.ops.omni_moe.flash_expert(
-        hidden_states, down_weights, up_weights, indices, routing_weights, activation
+    return omni_expert(
+        hidden_states,
+        up_weights=down_weights,
+        down_weights=up_weights,
+        routing_weights=routing_weights,
+        indices=indices,
+        activation=activation,
     )
 
 
@@ -154,7 +166,6 @@ def omni_mlp(
     up_weight: Tensor,
     down_weight: Tensor,
     activation: str = "silu",
-    recompute: bool = False,
 ) -> Tensor:
     """The shared dense MLP: `(act(x gate_weight^T) * (x up_weight^T)) down_weight^T`.
 
@@ -166,8 +177,6 @@ def omni_mlp(
         up_weight: (I, H), same dtype.
         down_weight: (H, I), same dtype.
         activation: silu, gelu, gelu_tanh, relu or identity.
-        recompute: keep only the inputs for the backward pass and compute the (T, I) products
-            again there: less memory, more time, the same result.
 
     Returns:
         (..., H) in the dtype of `x`; differentiable.
@@ -175,9 +184,10 @@ def omni_mlp(
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
     """
-    return torch.ops.omni_moe.omni_mlp(
-        x, gate_weight, up_weight, down_weight, activation, recompute
+    output, *_ = torch.ops.omni_moe.omni_mlp.default(
+        x, gate_weight, up_weight, down_weight, activation
     )
+    return output
 
 
 def omni_expert_mlp(
@@ -190,7 +200,6 @@ def omni_expert_mlp(
     up_weight: Tensor,
     down_weight: Tensor,
     activation: str = "silu",
-    recompute: bool = False,
 ) -> Tensor:
     """Atomic experts plus shared MLP of the same tokens: the paper's layer behind its router.
 
@@ -209,7 +218,6 @@ def omni_expert_mlp(
         up_weight: (I, H), same dtype.
         down_weight: (H, I), same dtype.
         activation: silu, gelu, gelu_tanh, relu or identity; of experts and MLP.
-        recompute: as in `omni_mlp`.
 
     Returns:
         (T, H) in the dtype of `hidden_states`; differentiable with respect to all floating-point
@@ -219,7 +227,7 @@ def omni_expert_mlp(
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
-    return torch.ops.omni_moe.omni_expert_mlp(
+    output, *_ = torch.ops.omni_moe.omni_expert_mlp.default(
         hidden_states,
         up_embed,
         down_embed,
@@ -229,102 +237,37 @@ def omni_expert_mlp(
         up_weight,
         down_weight,
         activation,
-        recompute,
     )
-
-
-def omni_batch_norm(
-    router_logits: Tensor,
-    num_rows: int,
-    running_mean_x: Tensor | None,
-    running_var_x: Tensor | None,
-    num_batches_tracked_x: Tensor | None,
-    running_mean_y: Tensor | None,
-    running_var_y: Tensor | None,
-    num_batches_tracked_y: Tensor | None,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """BatchNorm of both axes' router logits in one pass: two `nn.BatchNorm1d(affine=False)`.
-
-    `(logits - mean) / sqrt(var + eps)` for each column, before the paper's Cartesian-product
-    router. In training, mean and (biased) variance are those of the batch, and the buffers are
-    updated in place as by `nn.BatchNorm1d`: `running = (1 - momentum) * running + momentum * batch`
-    with the unbiased variance, and the counter + 1. Otherwise the running statistics normalise and
-    nothing is written. Statistics are taken in fp32 (fp64 for fp64) and outputs rounded once;
-    results are bitwise the same on every run. With T = 0 outputs are empty and only the counters
-    change.
-
-    Args:
-        router_logits: (T, R + C), the logits of the grid's rows, then those of its columns; fp32,
-            fp16, bf16 (fp64 on CPU).
-        num_rows: R.
-        running_mean_x: (R,) fp32 or in the dtype of the logits, contiguous; None: not tracked.
-        running_var_x: (R,), same dtype; None with `running_mean_x`.
-        num_batches_tracked_x: () int64, or None.
-        running_mean_y: (C,), same dtype.
-        running_var_y: (C,), same dtype.
-        num_batches_tracked_y: () int64, or None.
-        training: normalise with the batch's own statistics.
-        momentum: weight of the batch in the running statistics.
-        eps: added to the variance.
-
-    Returns:
-        normed_x: (T, R) in the dtype of the logits, contiguous; differentiable.
-        normed_y: (T, C), the same.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree, `eps` is not positive, there is one token in
-            training (it has no variance), or there are no running statistics outside training.
-    """
-    return torch.ops.omni_moe.omni_batch_norm(
-        router_logits,
-        num_rows,
-        running_mean_x,
-        running_var_x,
-        num_batches_tracked_x,
-        running_mean_y,
-        running_var_y,
-        num_batches_tracked_y,
-        training,
-        momentum,
-        eps,
-    )
+    return output
 
 
 def omni_router_logits(
     hidden_states: Tensor,
     gate_x: Tensor,
     gate_y: Tensor,
-    running_mean_x: Tensor | None,
-    running_var_x: Tensor | None,
-    num_batches_tracked_x: Tensor | None,
-    running_mean_y: Tensor | None,
-    running_var_y: Tensor | None,
-    num_batches_tracked_y: Tensor | None,
+    batch_norm_buffers: Sequence[Tensor],
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """Both gates of the router and the BatchNorm of their logits.
 
-    `omni_batch_norm` of `hidden_states @ cat([gate_x, gate_y]).T`, in one kernel on Hopper GPUs for
-    batches that fit there at once (4096 tokens by 768 logits on an H200), where the products are
-    not rounded before they are normalised. Runs in the autocast dtype. Results are bitwise the
-    same on every run.
+    Two `F.batch_norm(hidden_states @ gate.T, ...)` without affine parameters. One kernel on Hopper
+    GPUs for batches that fit there at once (4096 tokens by 768 logits on an H200), where the
+    products are not rounded before they are normalised. Runs in the autocast dtype. Statistics are
+    taken in fp32 (fp64 for fp64) and outputs rounded once; results are bitwise the same on every
+    run. With T = 0 outputs are empty and only the counters change.
 
     Args:
         hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
         gate_x: (R, H), same dtype.
         gate_y: (C, H), same dtype.
-        running_mean_x: (R,) fp32 or in the dtype of `hidden_states`, contiguous; None: not tracked.
-        running_var_x: (R,), same dtype; None with `running_mean_x`.
-        num_batches_tracked_x: () int64, or None.
-        running_mean_y: (C,), same dtype.
-        running_var_y: (C,), same dtype.
-        num_batches_tracked_y: () int64, or None.
-        training: normalise with the batch's own statistics, and update those given.
+        batch_norm_buffers: what two BatchNorms carry from batch to batch: `running_mean` (R,),
+            `running_var` (R,) and `num_batches_tracked` () int64 of x, then those of y with C
+            columns. Statistics are fp32 or in the dtype of `hidden_states`, all four in the same.
+            Empty: nothing is tracked.
+        training: normalise by the batch's own statistics, and update the buffers in place (they
+            must be contiguous then); else normalise by the running ones, and write nothing.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
 
@@ -334,19 +277,20 @@ def omni_router_logits(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, `eps` is not positive, there is one token in
-            training (it has no variance), or there are no running statistics outside training.
+            training (it has no variance), or there are no buffers outside training.
     """
-    return torch.ops.omni_moe.omni_router_logits(
-        hidden_states,
-        gate_x,
-        gate_y,
-        running_mean_x,
-        running_var_x,
-        num_batches_tracked_x,
-        running_mean_y,
-        running_var_y,
-        num_batches_tracked_y,
-        training,
-        momentum,
-        eps,
+    if training:
+        logits_x, logits_y, _ = torch.ops.omni_moe.omni_router_logits.default(
+            hidden_states, gate_x, gate_y, batch_norm_buffers, momentum, eps
+        )
+        return logits_x, logits_y
+    if len(batch_norm_buffers) != 6:
+        raise ValueError(
+            "omni_router_logits: expected the 6 batch_norm_buffers unless training, but got "
+            f"{len(batch_norm_buffers)}"
+        )
+    mean_x, var_x, _, mean_y, var_y, _ = batch_norm_buffers
+    logits_x, logits_y, _ = torch.ops.omni_moe._omni_router_logits_eval.default(
+        hidden_states, gate_x, gate_y, mean_x, var_x, mean_y, var_y, eps
     )
+    return logits_x, logits_y

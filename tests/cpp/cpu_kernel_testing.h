@@ -7,35 +7,24 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <exception>
-#include <limits>
 #include <ostream>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "kernel_testing.h"
 #include "omni_moe/cpu.h"
 
 namespace omni_moe::cpu {
 
 inline void PrintTo(const KernelTable& table, std::ostream* out) { *out << table.capability; }
 
-inline constexpr double kInf = std::numeric_limits<double>::infinity();
-inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 inline constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
                                     DType::kFloat64};
-inline constexpr Activation kActivations[] = {Activation::kSilu, Activation::kGelu,
-                                              Activation::kGeluTanh, Activation::kRelu,
-                                              Activation::kIdentity};
 
-// ---- storage
-// -------------------------------------------------------------------------------------
-
-inline size_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+// ---- storage ------------------------------------------------------------------------------------
 
 // n elements of a storage type, read and written as double; NaN at first.
 class Buffer {
@@ -49,24 +38,10 @@ class Buffer {
   int64_t size() const { return size_; }
 
   double operator[](int64_t i) const {
-    const unsigned char* p = bytes_.data() + i * size_of(dtype_);
-    if (dtype_ == DType::kFloat64) return read<double>(p);
-    if (dtype_ == DType::kFloat32) return read<float>(p);
-    if (dtype_ == DType::kFloat16) return static_cast<float>(read<_Float16>(p));
-    const uint32_t bits = uint32_t(read<uint16_t>(p)) << 16;
-    return read<float>(reinterpret_cast<const unsigned char*>(&bits));
+    return load_element(dtype_, bytes_.data() + i * size_of(dtype_));
   }
-
   void set(int64_t i, double value) {
-    unsigned char* p = bytes_.data() + i * size_of(dtype_);
-    if (dtype_ == DType::kFloat64) return write(p, value);
-    const auto narrow = static_cast<float>(value);
-    if (dtype_ == DType::kFloat32) return write(p, narrow);
-    if (dtype_ == DType::kFloat16) return write(p, static_cast<_Float16>(narrow));
-    uint32_t bits;
-    std::memcpy(&bits, &narrow, 4);
-    if (narrow == narrow) bits += 0x7fff + (bits >> 16 & 1);
-    write(p, static_cast<uint16_t>(bits >> 16));
+    store_element(dtype_, bytes_.data() + i * size_of(dtype_), value);
   }
 
   bool guard_is_whole() const {
@@ -78,17 +53,6 @@ class Buffer {
  private:
   static constexpr size_t kGuardBytes = 128;
   static constexpr unsigned char kGuard = 0x5a;
-
-  template <typename T>
-  static T read(const unsigned char* p) {
-    T value;
-    std::memcpy(&value, p, sizeof(T));
-    return value;
-  }
-  template <typename T>
-  static void write(unsigned char* p, T value) {
-    std::memcpy(p, &value, sizeof(T));
-  }
 
   DType dtype_;
   std::vector<unsigned char> bytes_;
@@ -122,18 +86,16 @@ struct Indices {
   }
 };
 
-// ---- comparison
-// ----------------------------------------------------------------------------------
+// ---- comparison ---------------------------------------------------------------------------------
 
 // One rounding to the dtype on top of the accumulator's own error, which grows with the size of the
 // terms and the root of their number.
 inline double allowed_error(DType dtype, double want, double scale, int64_t num_terms) {
-  const double accumulator = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
-  const double rounding = dtype == DType::kFloat16    ? 0x1p-11
-                          : dtype == DType::kBFloat16 ? 0x1p-8
-                                                      : accumulator;
+  const double accumulator =
+      unit_roundoff(dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32);
   const double tiny = dtype == DType::kFloat16 ? 0x1p-25 : 0x1p-140;
-  return rounding * std::abs(want) + (8 + std::sqrt(num_terms)) * accumulator * scale + tiny;
+  return unit_roundoff(dtype) * std::abs(want) + (8 + std::sqrt(num_terms)) * accumulator * scale +
+         tiny;
 }
 
 inline void expect_close(DType dtype, const Buffer& got, const std::vector<double>& want,
@@ -156,8 +118,7 @@ inline void expect_close(DType dtype, const Buffer& got, const std::vector<doubl
   }
 }
 
-// ---- executors
-// -----------------------------------------------------------------------------------
+// ---- executors ----------------------------------------------------------------------------------
 
 // Cuts each range in three uneven parts, run by two threads; the kernels must not care. If the body
 // throws on both threads, the caller gets the exception of its own.

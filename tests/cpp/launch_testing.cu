@@ -1,12 +1,12 @@
 // For tests in Python of what launches do, where every op can be met: kernels that let the next one
-// start at once and then take their time (csrc/cuda/common/launch.cuh), and streams on which
-// launches fail. A kernel that reads before it waits finds the old values behind a late one, and if
-// it writes before, the last reader of that memory sees it. Functions return a cudaError_t.
+// start at once and then take their time (csrc/cuda/common/dependent_launch.cuh), and streams on
+// which launches fail. A kernel that reads before it waits finds the old values behind a late one,
+// and if it writes before, the last reader of that memory sees it. Functions return a cudaError_t.
 #include <cuda_runtime.h>
 
 #include <cstddef>
 
-#include "cuda/common/launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 
 namespace {
 

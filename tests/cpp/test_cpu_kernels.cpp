@@ -6,8 +6,7 @@
 
 #include "cpu_kernel_testing.h"
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 // This program's own operator new counts what has not been deleted, and fails where a test asks.
 namespace {
@@ -35,8 +34,7 @@ void operator delete[](void* memory, size_t /*bytes*/) noexcept { operator delet
 namespace omni_moe::cpu {
 namespace {
 
-// ---- oracles
-// -------------------------------------------------------------------------------------
+// ---- oracles ------------------------------------------------------------------------------------
 
 long double activate(Activation activation, long double x) {
   const long double inner = sqrtl(2 / acosl(-1)) * (x + 0.044715L * x * x * x);
@@ -70,22 +68,21 @@ enum class Pattern { kRandom, kIdle, kOne, kDuplicates };
 constexpr Pattern kPatterns[] = {Pattern::kRandom, Pattern::kIdle, Pattern::kOne,
                                  Pattern::kDuplicates};
 
-struct ExpertShape {
+struct Sizes {
   int64_t num_tokens, hidden_size, num_experts, k;
 };
-constexpr ExpertShape kExpertShapes[] = {{0, 8, 4, 3},      {1, 1, 1, 1},      {37, 8, 16, 0},
-                                         {37, 100, 36, 3},  {9, 1000, 20, 16}, {199, 24, 300, 5},
-                                         {13, 1024, 8, 33}, {37, 33, 12, 144}};
+constexpr Sizes kExpertShapes[] = {{0, 8, 4, 3},      {1, 1, 1, 1},      {37, 8, 16, 0},
+                                   {37, 100, 36, 3},  {9, 1000, 20, 16}, {199, 24, 300, 5},
+                                   {13, 1024, 8, 33}, {37, 33, 12, 144}};
 
 struct ExpertCase {
-  ExpertShape shape;
+  Sizes shape;
   DType dtype;
   Activation activation;
   Buffer hidden, up, down, routing, grad;
   Indices indices;
 
-  ExpertCase(Random& random, const ExpertShape& s, DType dtype, Activation activation,
-             Pattern pattern)
+  ExpertCase(Random& random, const Sizes& s, DType dtype, Activation activation, Pattern pattern)
       : shape(s),
         dtype(dtype),
         activation(activation),
@@ -105,7 +102,7 @@ struct ExpertCase {
     }
   }
 
-  // Length of the longest sum: a score, a token's experts, or an expert's pairs.
+  // Length of the longest sum: a pre_activation, a token's experts, or an expert's pairs.
   int64_t num_terms() const {
     std::vector<int64_t> counts(shape.num_experts);
     for (const int64_t id : indices.wide) ++counts[id];
@@ -145,71 +142,71 @@ ExpertGradients expert_backward_oracle(const ExpertCase& c) {
   grads.routing.resize(s.num_tokens * s.k);
   for (int64_t pair = 0; pair < s.num_tokens * s.k; ++pair) {
     const int64_t t = pair / s.k, e = c.indices.wide[pair];
-    const double score = dot(c.hidden, t, c.up, e, s.hidden_size);
+    const double pre_activation = dot(c.hidden, t, c.up, e, s.hidden_size);
     const double g = dot(c.grad, t, c.down, e, s.hidden_size);
-    const double value = activate(c.activation, score);
-    const double grad_score = c.routing[pair] * activate_grad(c.activation, score) * g;
+    const double value = activate(c.activation, pre_activation);
+    const double grad_pre_activation =
+        c.routing[pair] * activate_grad(c.activation, pre_activation) * g;
     grads.routing[pair] = value * g;
     for (int64_t h = 0; h < s.hidden_size; ++h) {
       const int64_t at_token = t * s.hidden_size + h, at_expert = e * s.hidden_size + h;
-      grads.hidden[at_token] += grad_score * c.up[at_expert];
-      grads.up[at_expert] += grad_score * c.hidden[at_token];
+      grads.hidden[at_token] += grad_pre_activation * c.up[at_expert];
+      grads.up[at_expert] += grad_pre_activation * c.hidden[at_token];
       grads.down[at_expert] += c.routing[pair] * value * c.grad[at_token];
     }
   }
   return grads;
 }
 
-// ---- experts
-// -------------------------------------------------------------------------------------
+// ---- experts ------------------------------------------------------------------------------------
 
-// Expert states, then scores.
+ExpertShape shape_of(const ExpertCase& c, IndexType type) {
+  return {c.shape.num_tokens, c.shape.hidden_size, c.shape.num_experts, c.shape.k, c.dtype, type,
+          c.activation};
+}
+
+// Expert states, then pre_activations.
 std::pair<Buffer, Buffer> run_forward(const KernelTable& table, ExpertCase& c, IndexType type,
                                       const Executor& executor) {
   const auto& s = c.shape;
   Buffer out(c.dtype, s.num_tokens * s.hidden_size);
-  const auto score_dtype = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  Buffer scores(score_dtype, s.num_tokens * s.k);
-  table.expert_forward(
-      {c.hidden.data(), c.up.data(), c.down.data(), c.routing.data(), c.indices.data(type),
-       /*addend=*/nullptr, out.data(), scores.data(), s.num_tokens, s.hidden_size, s.num_experts,
-       s.k, c.dtype, type, c.activation,
-       /*workspace=*/nullptr},
-      executor);
-  return {std::move(out), std::move(scores)};
+  const auto accumulation_dtype = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  Buffer pre_activations(accumulation_dtype, s.num_tokens * s.k);
+  ExpertForwardParams params{shape_of(c, type)};
+  params.hidden_states = c.hidden.data();
+  params.up_weights = c.up.data();
+  params.down_weights = c.down.data();
+  params.routing_weights = c.routing.data();
+  params.indices = c.indices.data(type);
+  params.expert_states = out.data();
+  params.pre_activations = pre_activations.data();
+  table.expert_forward(params, executor);
+  return {std::move(out), std::move(pre_activations)};
 }
 
 // The gradients of hidden, up, down and routing; those not wanted stay NaN.
 std::vector<Buffer> run_backward(const KernelTable& table, ExpertCase& c, IndexType type,
                                  const Executor& executor, unsigned wanted = 0b1111) {
   const auto& s = c.shape;
-  Buffer scores = run_forward(table, c, type, executor).second;
+  Buffer pre_activations = run_forward(table, c, type, executor).second;
   std::vector<Buffer> grads;
   for (const int64_t size : {s.num_tokens * s.hidden_size, s.num_experts * s.hidden_size,
                              s.num_experts * s.hidden_size, s.num_tokens * s.k}) {
     grads.emplace_back(c.dtype, size);
   }
   const auto data = [&](int i) { return wanted >> i & 1 ? grads[i].data() : nullptr; };
-  ExpertBackwardParams params = {c.grad.data(),
-                                 c.hidden.data(),
-                                 c.up.data(),
-                                 c.down.data(),
-                                 c.routing.data(),
-                                 c.indices.data(type),
-                                 scores.data(),
-                                 /*addend=*/nullptr,
-                                 data(0),
-                                 data(1),
-                                 data(2),
-                                 data(3),
-                                 s.num_tokens,
-                                 s.hidden_size,
-                                 s.num_experts,
-                                 s.k,
-                                 c.dtype,
-                                 type,
-                                 c.activation,
-                                 /*workspace=*/nullptr};
+  ExpertBackwardParams params{shape_of(c, type)};
+  params.grad_expert_states = c.grad.data();
+  params.hidden_states = c.hidden.data();
+  params.up_weights = c.up.data();
+  params.down_weights = c.down.data();
+  params.routing_weights = c.routing.data();
+  params.indices = c.indices.data(type);
+  params.pre_activations = pre_activations.data();
+  params.grad_hidden_states = data(0);
+  params.grad_up_weights = data(1);
+  params.grad_down_weights = data(2);
+  params.grad_routing_weights = data(3);
   // Bytes of the workspace as doubles, for the alignment; NaN and a guard, as in the outputs.
   const size_t bytes = expert_backward_workspace_size(params);
   Buffer workspace(DType::kFloat64, (bytes + 7) / 8);
@@ -238,7 +235,7 @@ void check_experts(const KernelTable& table, ExpertCase& c, const Executor& seri
 }
 
 TEST_P(CpuKernels, ExpertShapes) {
-  for (const ExpertShape& shape : kExpertShapes) {
+  for (const Sizes& shape : kExpertShapes) {
     for (const DType dtype : kDTypes) {
       SCOPED_TRACE(testing::Message() << "T " << shape.num_tokens << ", H " << shape.hidden_size
                                       << ", dtype " << int(dtype));
@@ -272,8 +269,7 @@ TEST_P(CpuKernels, ExpertGradientsNotWantedAreNotWritten) {
   }
 }
 
-// ---- exceptions
-// ----------------------------------------------------------------------------------
+// ---- exceptions ---------------------------------------------------------------------------------
 
 // Runs bodies on another executor; from its call number `first_failure` on, they get no memory.
 class ShortMemoryExecutor final : public Executor {
@@ -322,8 +318,7 @@ TEST_P(CpuKernels, ExceptionsOfTheBodyReachTheCaller) {
   }
 }
 
-// ---- gated activation
-// ----------------------------------------------------------------------------
+// ---- gated activation ---------------------------------------------------------------------------
 
 TEST_P(CpuKernels, GatedActivation) {
   // gate and up are the halves of rows of 2I + 3 elements; so are the gradients.
@@ -410,8 +405,7 @@ TEST_P(CpuKernels, GatedActivationInPlace) {
   EXPECT_EQ(grad, activated);
 }
 
-// ---- schedule, index check
-// -----------------------------------------------------------------------
+// ---- schedule, index check ----------------------------------------------------------------------
 
 TEST(Schedule, GroupsPairsByExpertInOrder) {
   Random random;

@@ -1,18 +1,15 @@
-// CUDA BatchNorm of the router's logits, forward and backward, against a double-precision host
-// oracle.
-#include <gtest/gtest.h>
-
+// The CUDA BatchNorm of the router's logits, forward and backward, against the CPU backend's in
+// fp64.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda_kernel_testing.h"
-#include "omni_moe/cuda.h"
 
 namespace omni_moe {
 namespace {
@@ -32,206 +29,248 @@ struct Shape {
 
 struct Case {
   Shape shape;
-  DTypeInfo type;
-  DTypeInfo stats_type;
+  DType dtype;
+  DType stats_dtype;
   bool training;
 
   std::string name() const {
-    return std::string(type.name) + " T" + std::to_string(shape.num_tokens) + " R" +
+    return std::string(name_of(dtype)) + " T" + std::to_string(shape.num_tokens) + " R" +
            std::to_string(shape.num_rows) + " C" + std::to_string(shape.num_cols) + " padding " +
            std::to_string(shape.padding) + (training ? " training" : " eval") + " stats " +
-           stats_type.name;
+           name_of(stats_dtype);
   }
 };
 
-// Everything a run reads, [T, R + C] each but for the running statistics.
-struct Inputs {
-  std::vector<float> logits, grad, running_mean, running_var;
+// The operands of one axis, its columns from `first` on among those of both.
+struct Axis {
+  const char* name;
+  int64_t first, width;
+  Operand normed, grad, running_mean, running_var;
+  int64_t count_before, count;  // batches tracked, on the host
+  DeviceArray device_count;
 
-  explicit Inputs(const Case& c) {
+  Axis(const Case& c, const char* name, int64_t first, int64_t width, int64_t count)
+      : name(name),
+        first(first),
+        width(width),
+        normed(c.dtype, c.shape.num_tokens * width),
+        grad(c.dtype, c.shape.num_tokens * width),
+        running_mean(c.stats_dtype, width),
+        running_var(c.stats_dtype, width),
+        count_before(count),
+        count(count),
+        device_count(sizeof(int64_t)) {}
+
+  BatchNormBuffers buffers(Side side) {
+    return {running_mean.at(side), running_var.at(side),
+            side == Side::kDevice ? static_cast<int64_t*>(device_count.data()) : &count};
+  }
+  // The device's buffers as they were before any batch.
+  void reset() const {
+    running_mean.device.upload(running_mean.bytes);
+    running_var.device.upload(running_var.bytes);
+    device_count.upload(bytes_of(std::vector<int64_t>{count_before}));
+  }
+};
+
+struct Problem {
+  explicit Problem(const Case& c)
+      : c(c),
+        logits(c.dtype, c.shape.num_tokens * c.shape.stride()),
+        x(c, "x", 0, c.shape.num_rows, 5),
+        y(c, "y", c.shape.num_rows, c.shape.num_cols, 7),
+        inv_std(DType::kFloat32, c.shape.width()),
+        grad_logits(c.dtype, c.shape.num_tokens * c.shape.width()) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     const int64_t width = c.shape.width(), count = c.shape.num_tokens * width;
+    std::fill(logits.values.begin(), logits.values.end(), kNaN);  // the padding
     for (int64_t i = 0; i < count; ++i) {
-      const double scale = 0.5 + 2.0 * static_cast<double>(i % width) / static_cast<double>(width);
-      const double x = normal(random) * scale + c.shape.offset + static_cast<double>(i % 3);
-      logits.push_back(round_to(c.type.dtype, static_cast<float>(x)));
-      grad.push_back(round_to(c.type.dtype, normal(random)));
+      const int64_t t = i / width, column = i % width;
+      const double scale = 0.5 + 2.0 * static_cast<double>(column) / static_cast<double>(width);
+      logits.values[t * c.shape.stride() + column] =
+          normal(random) * scale + c.shape.offset + static_cast<double>(i % 3);
+      Axis& axis = axis_of(column);
+      axis.grad.values[t * axis.width + column - axis.first] = normal(random);
     }
-    for (int64_t i = 0; i < width; ++i) {
-      running_mean.push_back(round_to(c.stats_type.dtype, normal(random)));
-      running_var.push_back(round_to(c.stats_type.dtype, 0.5f + std::abs(normal(random))));
+    for (int64_t column = 0; column < width; ++column) {
+      Axis& axis = axis_of(column);
+      axis.running_mean.values[column - axis.first] = normal(random);
+      axis.running_var.values[column - axis.first] = 0.5f + std::abs(normal(random));
+    }
+    for (Operand* input : {&logits, &x.grad, &y.grad, &x.running_mean, &y.running_mean,
+                           &x.running_var, &y.running_var}) {
+      input->upload();
+    }
+  }
+
+  Axis& axis_of(int64_t column) { return column < c.shape.num_rows ? x : y; }
+  double logit(int64_t t, int64_t column) const {
+    return logits.values[t * c.shape.stride() + column];
+  }
+
+  // Of either pass, for either side; without the workspace.
+  template <typename Params>
+  Params params_of(Side side) {
+    Params params{};
+    params.normed_x = x.normed.at(side);
+    params.normed_y = y.normed.at(side);
+    params.inv_std = inv_std.at(side);
+    params.num_tokens = c.shape.num_tokens;
+    params.num_rows = c.shape.num_rows;
+    params.num_cols = c.shape.num_cols;
+    params.dtype = dtype_on(side, c.dtype);
+    params.training = c.training;
+    if constexpr (std::is_same_v<Params, BatchNormForwardParams>) {
+      params.logits = logits.at(side);
+      params.x = x.buffers(side);
+      params.y = y.buffers(side);
+      params.logits_stride = c.shape.stride();
+      params.stats_dtype = dtype_on(side, c.stats_dtype);
+      params.momentum = kMomentum;
+      params.eps = kEps;
+    } else {
+      params.grad_x = x.grad.at(side);
+      params.grad_y = y.grad.at(side);
+      params.grad_logits = grad_logits.at(side);
+    }
+    return params;
+  }
+
+  std::vector<const DeviceArray*> outputs() const {
+    return {&x.normed.device,      &y.normed.device,       &inv_std.device,
+            &grad_logits.device,   &x.running_mean.device, &y.running_mean.device,
+            &x.running_var.device, &y.running_var.device,  &x.device_count,
+            &y.device_count};
+  }
+
+  // Both passes on the device, from the running statistics before any batch; the outputs' bytes.
+  std::vector<Bytes> run() {
+    SCOPED_TRACE(c.name());
+    for (const DeviceArray* output : outputs()) output->poison();
+    x.reset();
+    y.reset();
+    auto forward = params_of<BatchNormForwardParams>(Side::kDevice);
+    const auto forward_plan = cuda::plan_batch_norm_forward(forward);
+    const DeviceArray forward_workspace(forward_plan.workspace_bytes);
+    forward.workspace = forward_workspace.data();
+    expect_success(cuda::batch_norm_forward(forward, forward_plan, nullptr));
+    auto backward = params_of<BatchNormBackwardParams>(Side::kDevice);
+    const auto backward_plan = cuda::plan_batch_norm_backward(backward);
+    const DeviceArray backward_workspace(backward_plan.workspace_bytes);
+    backward.workspace = backward_workspace.data();
+    expect_success(cuda::batch_norm_backward(backward, backward_plan, nullptr));
+    forward_workspace.read();  // its guards
+    backward_workspace.read();
+    std::vector<Bytes> bytes;
+    for (const DeviceArray* output : outputs()) bytes.push_back(output->read());
+    return bytes;
+  }
+
+  void solve_forward() {
+    cpu::batch_norm_forward(params_of<BatchNormForwardParams>(Side::kHost), kSerial);
+  }
+
+  // On the normed logits as the device has rounded them.
+  void solve_backward() {
+    x.normed.values = x.normed.read();
+    y.normed.values = y.normed.read();
+    cpu::batch_norm_backward(params_of<BatchNormBackwardParams>(Side::kHost), kSerial);
+  }
+
+  Case c;
+  Operand logits;  // [T, R + C], rows apart, NaN between them
+  Axis x, y;
+  Operand inv_std, grad_logits;
+};
+
+// For each column, the size of what is added up or cancels, which bounds the errors.
+struct Terms {
+  Values logits;       // the largest logit, or the running mean
+  Values relative;     // the same in standard deviations
+  Values grad_logits;  // the largest gradient, scaled as the backward scales it
+
+  explicit Terms(const Problem& p) {
+    const auto& s = p.c.shape;
+    Values largest_grad(s.width());
+    logits.resize(s.width());
+    for (const Axis* axis : {&p.x, &p.y}) {
+      for (int64_t i = 0; i < axis->width; ++i) {
+        double& largest = logits[axis->first + i];
+        double& grad = largest_grad[axis->first + i];
+        if (!p.c.training) largest = std::abs(axis->running_mean.values[i]);
+        for (int64_t t = 0; t < s.num_tokens; ++t) {
+          largest = std::max(largest, std::abs(p.logit(t, axis->first + i)));
+          grad = std::max(grad, std::abs(axis->grad.values[t * axis->width + i]));
+        }
+      }
+    }
+    for (int64_t i = 0; i < s.width(); ++i) {
+      const double inv_std = p.inv_std.values[i];
+      relative.push_back(logits[i] * inv_std);
+      grad_logits.push_back(inv_std * largest_grad[i] * (1 + relative[i]) * (1 + relative[i]));
     }
   }
 };
 
-// One column in double.
-struct Column {
-  double mean = 0, var = 0, unbiased_var = 0, inv_std = 0;
-  double mean_grad = 0, mean_product = 0;  // of g and g n, zeros in eval
-  double largest = 0, largest_grad = 0;
-
-  Column(const Case& c, const Inputs& in, const std::vector<float>& normed, int64_t i) {
-    const int64_t tokens = c.shape.num_tokens, width = c.shape.width();
-    const auto n = static_cast<double>(std::max<int64_t>(tokens, 1));
-    for (int64_t t = 0; t < tokens; ++t) mean += in.logits[t * width + i] / n;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const double distance = in.logits[t * width + i] - mean;
-      var += distance * distance / n;
-      largest = std::max(largest, std::abs(double{in.logits[t * width + i]}));
-      largest_grad = std::max(largest_grad, std::abs(double{in.grad[t * width + i]}));
-    }
-    unbiased_var = var * n / (n - 1);
-    if (!c.training) {
-      mean = in.running_mean[i];
-      var = in.running_var[i];
-    }
-    largest = std::max(largest, std::abs(mean));
-    inv_std = 1 / std::sqrt(var + kEps);
-    for (int64_t t = 0; c.training && t < tokens; ++t) {
-      const double g = in.grad[t * width + i];
-      mean_grad += g / n;
-      mean_product += g * normed[t * width + i] / n;
-    }
+void check_running(const Case& c, const Axis& axis, const Operand& inv_std, const Terms& terms,
+                   double loss) {
+  const Values old_mean = decode(c.stats_dtype, axis.running_mean.bytes);
+  const Values old_var = decode(c.stats_dtype, axis.running_var.bytes);
+  if (!c.training || c.shape.num_tokens == 0) {
+    EXPECT_EQ(old_mean, axis.running_mean.read());
+    EXPECT_EQ(old_var, axis.running_var.read());
+    return;
   }
-};
-
-// Results on the host, [T, R + C] for what has tokens.
-struct Outputs {
-  std::vector<float> normed, inv_std, grad, running_mean, running_var;
-  int64_t counts[2];
-};
-
-std::vector<float> columns_of(const std::vector<float>& both, int64_t width, int64_t begin,
-                              int64_t end) {
-  std::vector<float> part;
-  for (size_t row = 0; row < both.size(); row += width) {
-    part.insert(part.end(), both.begin() + row + begin, both.begin() + row + end);
-  }
-  return part;
-}
-
-std::vector<float> side_by_side(const std::vector<float>& x, const std::vector<float>& y,
-                                int64_t num_rows, int64_t num_cols, int64_t num_tokens) {
-  std::vector<float> both;
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    both.insert(both.end(), x.begin() + t * num_rows, x.begin() + (t + 1) * num_rows);
-    both.insert(both.end(), y.begin() + t * num_cols, y.begin() + (t + 1) * num_cols);
-  }
-  return both;
-}
-
-std::vector<float> padded(const std::vector<float>& rows, int64_t width, int64_t stride) {
-  std::vector<float> wide;
-  for (size_t row = 0; row < rows.size(); row += width) {
-    wide.insert(wide.end(), rows.begin() + row, rows.begin() + row + width);
-    wide.resize(wide.size() + stride - width, kNan);
-  }
-  return wide;
-}
-
-// Buffers of one axis.
-struct AxisBuffers {
-  DeviceBuffer mean, var, count;
-  AxisBuffers(const Case& c, const Inputs& in, int64_t begin, int64_t end, int64_t count_before)
-      : mean(encode(c.stats_type, columns_of(in.running_mean, c.shape.width(), begin, end))),
-        var(encode(c.stats_type, columns_of(in.running_var, c.shape.width(), begin, end))),
-        count(std::vector<unsigned char>(
-            reinterpret_cast<unsigned char*>(&count_before),
-            reinterpret_cast<unsigned char*>(&count_before) + sizeof(count_before))) {}
-  BatchNormBuffers pointers() const {
-    return {mean.data(), var.data(), static_cast<int64_t*>(count.data())};
-  }
-  int64_t read_count() const {
-    int64_t value = 0;
-    std::memcpy(&value, count.read().data(), sizeof(value));
-    return value;
-  }
-};
-
-Outputs run(const Case& c, const Inputs& in) {
-  const Shape& s = c.shape;
-  const DeviceBuffer logits(encode(c.type, padded(in.logits, s.width(), s.stride())));
-  const DeviceBuffer normed_x(s.num_tokens * s.num_rows * c.type.bytes);
-  const DeviceBuffer normed_y(s.num_tokens * s.num_cols * c.type.bytes);
-  const DeviceBuffer inv_std(s.width() * sizeof(float));
-  const AxisBuffers x(c, in, 0, s.num_rows, 5), y(c, in, s.num_rows, s.width(), 7);
-  BatchNormForwardParams forward{
-      logits.data(), normed_x.data(),    normed_y.data(), inv_std.data(), x.pointers(),
-      y.pointers(),  s.num_tokens,       s.num_rows,      s.num_cols,     s.stride(),
-      c.type.dtype,  c.stats_type.dtype, c.training,      kMomentum,      kEps,
-      nullptr};
-  const DeviceBuffer forward_workspace(cuda::batch_norm_forward_workspace_size(forward));
-  forward.workspace = forward_workspace.data();
-  EXPECT_EQ(cudaSuccess, cuda::batch_norm_forward(forward, nullptr)) << c.name();
-  EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize()) << c.name();
-
-  const DeviceBuffer grad_x(encode(c.type, columns_of(in.grad, s.width(), 0, s.num_rows)));
-  const DeviceBuffer grad_y(encode(c.type, columns_of(in.grad, s.width(), s.num_rows, s.width())));
-  const DeviceBuffer grad_logits(s.num_tokens * s.width() * c.type.bytes);
-  BatchNormBackwardParams backward{grad_x.data(),   grad_y.data(),  normed_x.data(),
-                                   normed_y.data(), inv_std.data(), grad_logits.data(),
-                                   s.num_tokens,    s.num_rows,     s.num_cols,
-                                   c.type.dtype,    c.training,     nullptr};
-  const DeviceBuffer backward_workspace(cuda::batch_norm_backward_workspace_size(backward));
-  backward.workspace = backward_workspace.data();
-  EXPECT_EQ(cudaSuccess, cuda::batch_norm_backward(backward, nullptr)) << c.name();
-  EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize()) << c.name();
-  forward_workspace.read();  // its guard
-  backward_workspace.read();
-
-  const auto both = [&](const DeviceBuffer& a, const DeviceBuffer& b, const DTypeInfo& type,
-                        int64_t rows) {
-    return side_by_side(decode(type, a.read()), decode(type, b.read()), s.num_rows, s.num_cols,
-                        rows);
-  };
-  return {both(normed_x, normed_y, c.type, s.num_tokens),
-          decode(kDTypes[0], inv_std.read()),
-          decode(c.type, grad_logits.read()),
-          both(x.mean, y.mean, c.stats_type, 1),
-          both(x.var, y.var, c.stats_type, 1),
-          {x.read_count(), y.read_count()}};
+  const Values& mean = axis.running_mean.values;
+  expect_close("running_mean", axis.running_mean.read(), mean, [&](size_t i) {
+    const double size = terms.logits[axis.first + i] + std::abs(old_mean[i]);
+    return rounding_error(c.stats_dtype, mean[i]) + loss * size;
+  });
+  const Values& var = axis.running_var.values;
+  const double n = static_cast<double>(c.shape.num_tokens);
+  expect_close("running_var", axis.running_var.read(), var, [&](size_t i) {
+    const double std = 1 / inv_std.values[axis.first + i];
+    const double unbiased_var = std::max(0.0, std * std - kEps) * n / (n - 1);
+    const double size = unbiased_var * (1 + terms.relative[axis.first + i]) + old_var[i];
+    return rounding_error(c.stats_dtype, var[i]) + loss * size;
+  });
 }
 
 void check(const Case& c) {
-  const Inputs in(c);
-  const Outputs got = run(c, in);
-  const int64_t width = c.shape.width();
-  EXPECT_EQ(5 + c.training, got.counts[0]) << c.name();
-  EXPECT_EQ(7 + c.training, got.counts[1]) << c.name();
-  const double loss = 6e-8 * (8 + std::sqrt(static_cast<double>(c.shape.num_tokens)));
-  for (int64_t i = 0; i < width && !testing::Test::HasFailure(); ++i) {
-    const Column want(c, in, got.normed, i);
-    const auto near = [&](float value, double wanted, double terms, const DTypeInfo& type,
-                          const char* what, int64_t t) {
-      expect_close(value, wanted, type.epsilon * std::abs(wanted) + loss * terms + type.smallest,
-                   c.name() + " " + what + " of column " + std::to_string(i) + ", token " +
-                       std::to_string(t));
-    };
-    // What cancels is as large as the logits; a step of theirs decides where T is small.
-    const double terms = want.largest * want.inv_std;
-    near(got.inv_std[i], want.inv_std, want.inv_std * (1 + terms), kDTypes[0], "inv_std", 0);
-    const double share = c.training && c.shape.num_tokens > 0 ? kMomentum : 0;
-    const double old_mean = in.running_mean[i], old_var = in.running_var[i];
-    near(got.running_mean[i], (1 - share) * old_mean + (share > 0 ? share * want.mean : 0),
-         want.largest + std::abs(old_mean), c.stats_type, "running_mean", 0);
-    near(got.running_var[i], (1 - share) * old_var + (share > 0 ? share * want.unbiased_var : 0),
-         want.unbiased_var * (1 + terms) + old_var, c.stats_type, "running_var", 0);
-    const double grad_terms = want.inv_std * want.largest_grad * (1 + terms) * (1 + terms);
-    for (int64_t t = 0; t < c.shape.num_tokens && !testing::Test::HasFailure(); ++t) {
-      const int64_t at = t * width + i;
-      near(got.normed[at], (in.logits[at] - want.mean) * want.inv_std, terms * (1 + terms), c.type,
-           "normed", t);
-      const double grad = in.grad[at] - want.mean_grad - double{got.normed[at]} * want.mean_product;
-      near(got.grad[at], grad * want.inv_std, grad_terms, c.type, "grad", t);
-    }
+  SCOPED_TRACE(c.name());
+  Problem p(c);
+  p.run();
+  p.solve_forward();
+  const Terms terms(p);
+  const double loss = sum_error(c.shape.num_tokens);
+  const Values& inv_std = p.inv_std.values;
+  expect_close("inv_std", p.inv_std.read(), inv_std, [&](size_t i) {
+    return rounding_error(DType::kFloat32, inv_std[i]) +
+           loss * inv_std[i] * (1 + terms.relative[i]);
+  });
+  for (Axis* axis : {&p.x, &p.y}) {
+    SCOPED_TRACE(axis->name);
+    EXPECT_EQ(axis->count_before + c.training, axis->count);
+    EXPECT_EQ(axis->count, integers_of<int64_t>(axis->device_count.read())[0]);
+    check_running(c, *axis, p.inv_std, terms, loss);
+    const Values& normed = axis->normed.values;
+    expect_close("normed", axis->normed.read(), normed, [&](size_t i) {
+      const double relative = terms.relative[axis->first + i % axis->width];
+      return rounding_error(c.dtype, normed[i]) + loss * relative * (1 + relative);
+    });
   }
+  p.solve_backward();
+  const Values& grad_logits = p.grad_logits.values;
+  expect_close("grad_logits", p.grad_logits.read(), grad_logits, [&](size_t i) {
+    return rounding_error(c.dtype, grad_logits[i]) + loss * terms.grad_logits[i % c.shape.width()];
+  });
 }
 
 // All dtypes, running statistics in fp32 and in the dtype of the logits, training and eval.
 void check_all(const Shape& shape) {
-  for (const DTypeInfo& type : kDTypes) {
-    for (const DTypeInfo& stats_type : {kDTypes[0], type}) {
+  for (const DType type : kDTypes) {
+    for (const DType stats_type : {DType::kFloat32, type}) {
       for (const bool training : {true, false}) {
         check({shape, type, stats_type, training});
         if (testing::Test::HasFailure()) return;
@@ -261,148 +300,141 @@ TEST_F(CudaBatchNorm, RouterShapes) {
 
 // More groups of columns than there are blocks, so several rounds.
 TEST_F(CudaBatchNorm, ManyColumns) {
-  const DTypeInfo& type = kDTypes[2];
-  check({{37, 4096, 4096}, type, kDTypes[0], true});
-  check({{37, 8200, 10001}, type, kDTypes[0], true});
-  check({{37, 8200, 10001}, type, kDTypes[0], false});
+  constexpr DType kType = DType::kBFloat16;
+  check({{37, 4096, 4096}, kType, DType::kFloat32, true});
+  check({{37, 8200, 10001}, kType, DType::kFloat32, true});
+  check({{37, 8200, 10001}, kType, DType::kFloat32, false});
 }
 
 // More than the registers of all blocks hold.
 TEST_F(CudaBatchNorm, ManyTokens) {
-  for (const DTypeInfo& type : kDTypes) {
-    check({{(1 << 17) + 5, 8, 24}, type, kDTypes[0], true});
-    check({{(1 << 15) + 5, 3, 4}, type, kDTypes[0], true});
-    check({{(1 << 17) + 5, 8, 24}, type, kDTypes[0], false});
+  for (const DType type : kDTypes) {
+    check({{(1 << 17) + 5, 8, 24}, type, DType::kFloat32, true});
+    check({{(1 << 15) + 5, 3, 4}, type, DType::kFloat32, true});
+    check({{(1 << 17) + 5, 8, 24}, type, DType::kFloat32, false});
   }
 }
 
 TEST_F(CudaBatchNorm, LargeMean) {
   for (const int64_t num_tokens : {2, 37, 4096, 30000}) {
-    check({{num_tokens, 8, 5, 0, 1e4}, kDTypes[0], kDTypes[0], true});
+    check({{num_tokens, 8, 5, 0, 1e4}, DType::kFloat32, DType::kFloat32, true});
   }
 }
 
 // E[x²] - E[x]² in fp32 would leave no digit of it.
 TEST_F(CudaBatchNorm, VarianceOfLargeMean) {
-  const Case c{{4096, 8, 8, 0, 1e4}, kDTypes[0], kDTypes[0], true};
-  const Inputs in(c);
-  const Outputs got = run(c, in);
-  for (int64_t i = 0; i < 16; ++i) {
-    const Column want(c, in, got.normed, i);
-    EXPECT_NEAR(1, got.inv_std[i] / want.inv_std, 1e-4) << i;
-  }
+  Problem p({{4096, 8, 8, 0, 1e4}, DType::kFloat32, DType::kFloat32, true});
+  p.run();
+  p.solve_forward();
+  const Values& want = p.inv_std.values;
+  expect_close("inv_std", p.inv_std.read(), want, [&](size_t i) { return 1e-4 * want[i]; });
 }
 
 TEST_F(CudaBatchNorm, ConstantColumns) {
-  for (const DTypeInfo& type : kDTypes) {
-    const Case c{{1000, 8, 9}, type, kDTypes[0], true};
-    Inputs in(c);
-    std::fill(in.logits.begin(), in.logits.end(), round_to(type.dtype, 3.14159f));
-    const Outputs got = run(c, in);
-    EXPECT_TRUE(std::all_of(got.normed.begin(), got.normed.end(), [](float v) { return v == 0; }));
-    EXPECT_TRUE(
-        std::all_of(got.grad.begin(), got.grad.end(), [](float v) { return std::isfinite(v); }));
+  for (const DType type : kDTypes) {
+    Problem p({{1000, 8, 9}, type, DType::kFloat32, true});
+    p.logits.fill([] { return 3.14159f; });
+    p.run();
+    for (const Axis* axis : {&p.x, &p.y}) {
+      const Values normed = axis->normed.read();
+      EXPECT_TRUE(std::all_of(normed.begin(), normed.end(), [](double v) { return v == 0; }));
+    }
+    const Values grad = p.grad_logits.read();
+    EXPECT_TRUE(std::all_of(grad.begin(), grad.end(), [](double v) { return std::isfinite(v); }));
   }
 }
 
 TEST_F(CudaBatchNorm, NonFiniteColumns) {
-  const Case c{{199, 8, 8}, kDTypes[1], kDTypes[0], true};
-  Inputs in(c);
-  in.logits[0] = kNan;
-  in.logits[3 * 16 + 5] = kInf;
-  in.logits[70 * 16 + 12] = -kInf;
-  const Outputs got = run(c, in);
-  for (size_t i = 0; i < got.normed.size(); ++i) {
-    const bool bad = i % 16 == 0 || i % 16 == 5 || i % 16 == 12;
-    EXPECT_EQ(bad, std::isnan(got.normed[i])) << i;
-    if (testing::Test::HasFailure()) return;
+  Problem p({{199, 8, 8}, DType::kFloat16, DType::kFloat32, true});
+  p.logits.values[0] = kNaN;
+  p.logits.values[3 * 16 + 5] = kInf;
+  p.logits.values[70 * 16 + 12] = -kInf;
+  p.logits.upload();
+  p.run();
+  for (const Axis* axis : {&p.x, &p.y}) {
+    const Values normed = axis->normed.read();
+    for (size_t i = 0; i < normed.size(); ++i) {
+      const int64_t column = axis->first + static_cast<int64_t>(i % 8);
+      const bool is_bad = column == 0 || column == 5 || column == 12;
+      ASSERT_EQ(is_bad, std::isnan(normed[i])) << axis->name << " " << i;
+    }
   }
 }
 
 TEST_F(CudaBatchNorm, RepeatsBitwise) {
   for (const Shape& shape : {Shape{4096, 256, 256}, Shape{4099, 7, 30}, Shape{70000, 8, 8}}) {
-    const Case c{shape, kDTypes[2], kDTypes[0], true};
-    const Inputs in(c);
-    const Outputs first = run(c, in);
-    for (int turn = 0; turn < 3; ++turn) {
-      const Outputs again = run(c, in);
-      EXPECT_EQ(first.normed, again.normed);
-      EXPECT_EQ(first.inv_std, again.inv_std);
-      EXPECT_EQ(first.grad, again.grad);
-      EXPECT_EQ(first.running_mean, again.running_mean);
-      EXPECT_EQ(first.running_var, again.running_var);
-    }
+    Problem p({shape, DType::kBFloat16, DType::kFloat32, true});
+    const std::vector<Bytes> first = p.run();
+    for (int turn = 0; turn < 3; ++turn) EXPECT_TRUE(first == p.run());
   }
 }
 
 TEST_F(CudaBatchNorm, WithoutBuffers) {
-  const DTypeInfo& type = kDTypes[2];
-  const Shape s{37, 8, 16};
-  const Case c{s, type, type, true};
-  const Inputs in(c);
-  const DeviceBuffer logits(encode(type, in.logits));
-  const DeviceBuffer x(37 * 8 * type.bytes), y(37 * 16 * type.bytes);
-  BatchNormForwardParams params{
-      logits.data(), x.data(),   y.data(),          nullptr,   {},   {},     37, 8, 16, 24,
-      type.dtype,    type.dtype, /*training=*/true, kMomentum, kEps, nullptr};
-  const DeviceBuffer workspace(cuda::batch_norm_forward_workspace_size(params));
+  Problem p({{37, 8, 16}, DType::kBFloat16, DType::kBFloat16, true});
+  const std::vector<Bytes> with_buffers = p.run();
+  auto params = p.params_of<BatchNormForwardParams>(Side::kDevice);
+  params.inv_std = nullptr;
+  params.x = params.y = {};
+  for (const Axis* axis : {&p.x, &p.y}) axis->normed.device.poison();
+  const auto plan = cuda::plan_batch_norm_forward(params);
+  const DeviceArray workspace(plan.workspace_bytes);
   params.workspace = workspace.data();
-  ASSERT_EQ(cudaSuccess, cuda::batch_norm_forward(params, nullptr));
-  ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
-  const auto got = side_by_side(decode(type, x.read()), decode(type, y.read()), 8, 16, 37);
-  EXPECT_EQ(run(c, in).normed, got);
+  expect_success(cuda::batch_norm_forward(params, plan, nullptr));
+  EXPECT_TRUE(with_buffers[0] == p.x.normed.device.read());
+  EXPECT_TRUE(with_buffers[1] == p.y.normed.device.read());
 }
 
 TEST_F(CudaBatchNorm, RefusesWhatItHasNoKernelFor) {
   BatchNormForwardParams params{};
   params.dtype = params.stats_dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_forward(params, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), nullptr));
   params.dtype = DType::kFloat32;
   params.stats_dtype = DType::kFloat16;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_forward(params, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), nullptr));
   BatchNormBackwardParams backward{};
   backward.dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_backward(backward, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_backward(backward, cuda::plan_batch_norm_backward(backward), nullptr));
 }
 
 // A grid barrier needs the whole grid on the device: launches that overlap must not wait for each
 // other forever.
 TEST_F(CudaBatchNorm, ConcurrentStreams) {
-  const DTypeInfo& type = kDTypes[2];
-  const Case c{{4096, 256, 256}, type, type, true};
-  const Inputs in(c);
-  const DeviceBuffer logits(encode(type, in.logits));
-  constexpr int kStreams = 4;
-  cudaStream_t streams[kStreams];
-  std::vector<std::unique_ptr<DeviceBuffer>> outputs, workspaces;
-  for (cudaStream_t& stream : streams) {
-    ASSERT_EQ(cudaSuccess, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    for (int i = 0; i < 2; ++i) {
-      outputs.push_back(std::make_unique<DeviceBuffer>(4096 * 256 * type.bytes));
+  Problem p({{4096, 256, 256}, DType::kBFloat16, DType::kBFloat16, true});
+  auto params = p.params_of<BatchNormForwardParams>(Side::kDevice);
+  params.inv_std = nullptr;
+  params.x = params.y = {};
+  struct Stream {
+    explicit Stream(size_t output_bytes, size_t workspace_bytes)
+        : normed_x(output_bytes), normed_y(output_bytes), workspace(workspace_bytes) {
+      EXPECT_EQ(cudaSuccess, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     }
-  }
-  ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
-  BatchNormForwardParams params{logits.data(), nullptr,   nullptr, nullptr, {},         {},
-                                4096,          256,       256,     512,     type.dtype, type.dtype,
-                                true,          kMomentum, kEps,    nullptr};
+    ~Stream() { cudaStreamDestroy(stream); }
+    DeviceArray normed_x, normed_y, workspace;
+    cudaStream_t stream = nullptr;
+  };
+  constexpr int kStreams = 4;
+  std::vector<std::unique_ptr<Stream>> streams;
   for (int i = 0; i < kStreams; ++i) {
-    workspaces.push_back(
-        std::make_unique<DeviceBuffer>(cuda::batch_norm_forward_workspace_size(params)));
+    streams.push_back(std::make_unique<Stream>(
+        4096 * 256 * size_of(p.c.dtype), cuda::plan_batch_norm_forward(params).workspace_bytes));
   }
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   for (int turn = 0; turn < 20 * kStreams; ++turn) {
-    const int i = turn % kStreams;
-    params.normed_x = outputs[2 * i]->data();
-    params.normed_y = outputs[2 * i + 1]->data();
-    params.workspace = workspaces[i]->data();
-    ASSERT_EQ(cudaSuccess, cuda::batch_norm_forward(params, streams[i]));
+    const Stream& on = *streams[turn % kStreams];
+    params.normed_x = on.normed_x.data();
+    params.normed_y = on.normed_y.data();
+    params.workspace = on.workspace.data();
+    ASSERT_EQ(cudaSuccess,
+              cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), on.stream));
   }
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   for (int i = 1; i < kStreams; ++i) {
-    EXPECT_EQ(outputs[0]->read(), outputs[2 * i]->read());
-    EXPECT_EQ(outputs[1]->read(), outputs[2 * i + 1]->read());
+    EXPECT_TRUE(streams[0]->normed_x.read() == streams[i]->normed_x.read());
+    EXPECT_TRUE(streams[0]->normed_y.read() == streams[i]->normed_y.read());
   }
-  for (const cudaStream_t stream : streams) cudaStreamDestroy(stream);
 }
 
 }  // namespace

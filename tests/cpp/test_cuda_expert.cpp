@@ -1,25 +1,19 @@
-// The CUDA expert forward and backward against a double-precision host oracle over awkward shapes.
+// The CUDA expert forward and backward against the CPU backend's in fp64 over awkward shapes.
 // Outputs and workspace are poisoned with NaN bytes before each run, every element is checked, and
 // a second run must repeat the first bit for bit.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
-#include <gtest/gtest.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
-#include <numeric>
 #include <ostream>
 #include <random>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
-#include "../../csrc/cuda/expert_plan.h"
-#include "device_poison.h"
-#include "omni_moe/cuda.h"
+#include "cuda/experts/expert_plan.h"
+#include "cuda/experts/schedule.h"
+#include "cuda_kernel_testing.h"
 
 namespace omni_moe {
 namespace {
@@ -42,377 +36,179 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << c.offset;
 }
 
-struct Tolerance {
-  double relative, absolute;
-};
-
-Tolerance tolerance(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return {2e-5, 2e-5};
-    case DType::kFloat16:
-      return {1.0 / 1024, 2e-4};
-    case DType::kBFloat16:
-      return {1.0 / 128, 2e-4};
-    default:
-      ADD_FAILURE() << "no tolerance for this dtype";
-      return {0, 0};
-  }
-}
-
-size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-void encode(DType dtype, float value, char* to) {
-  if (dtype == DType::kFloat32) {
-    std::memcpy(to, &value, 4);
-  } else if (dtype == DType::kFloat16) {
-    const __half half = __float2half(value);
-    std::memcpy(to, &half, 2);
-  } else {
-    const __nv_bfloat16 bfloat = __float2bfloat16(value);
-    std::memcpy(to, &bfloat, 2);
-  }
-}
-
-double decode(DType dtype, const char* from) {
-  if (dtype == DType::kFloat32) {
-    float value;
-    std::memcpy(&value, from, 4);
-    return value;
-  }
-  if (dtype == DType::kFloat16) {
-    __half half;
-    std::memcpy(&half, from, 2);
-    return __half2float(half);
-  }
-  __nv_bfloat16 bfloat;
-  std::memcpy(&bfloat, from, 2);
-  return __bfloat162float(bfloat);
-}
-
-#define CHECK_CUDA(call) ASSERT_EQ(call, cudaSuccess) << cudaGetErrorString(cudaGetLastError())
-
-// Device memory with a guard on both sides that must stay untouched.
-class DeviceBytes {
- public:
-  DeviceBytes(size_t bytes, size_t offset) : bytes_(bytes), offset_(kGuard + offset) {
-    EXPECT_EQ(cudaMalloc(&base_, bytes_ + offset_ + kGuard), cudaSuccess);
-    poison();
-  }
-  DeviceBytes(const DeviceBytes&) = delete;
-  DeviceBytes& operator=(const DeviceBytes&) = delete;
-  ~DeviceBytes() { cudaFree(base_); }
-
-  // All bytes 0xff: a NaN in every floating-point type.
-  void poison() { EXPECT_EQ(poison_device_memory(base_, offset_, bytes_, kGuard), cudaSuccess); }
-  void* data() const { return static_cast<char*>(base_) + offset_; }
-
-  void upload(const std::vector<char>& host) {
-    ASSERT_EQ(host.size(), bytes_);
-    CHECK_CUDA(cudaMemcpy(data(), host.data(), bytes_, cudaMemcpyHostToDevice));
-  }
-
-  std::vector<char> download() const {
-    std::vector<char> all(bytes_ + offset_ + kGuard);
-    EXPECT_EQ(cudaMemcpy(all.data(), base_, all.size(), cudaMemcpyDeviceToHost), cudaSuccess);
-    const auto untouched = [](char byte) { return byte == char(0xff); };
-    EXPECT_TRUE(std::all_of(all.begin(), all.begin() + offset_, untouched)) << "write before";
-    EXPECT_TRUE(std::all_of(all.begin() + offset_ + bytes_, all.end(), untouched)) << "write past";
-    return {all.begin() + offset_, all.begin() + offset_ + bytes_};
-  }
-
- private:
-  static constexpr size_t kGuard = 256;
-  void* base_ = nullptr;
-  size_t bytes_;
-  size_t offset_;
-};
-
-// A floating-point operand: rounded to its dtype, on both sides.
-struct Tensor {
-  Tensor(const Case& c, int64_t count)
-      : dtype(c.dtype),
-        values(count),
-        device(count * size_of(c.dtype), c.offset * size_of(c.dtype)) {}
-
-  void fill_random(std::mt19937_64& random, double scale) {
-    std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
-    std::vector<char> bytes(values.size() * size_of(dtype));
-    for (size_t i = 0; i < values.size(); ++i) {
-      char* at = bytes.data() + i * size_of(dtype);
-      encode(dtype, static_cast<float>(uniform(random) * scale), at);
-      values[i] = decode(dtype, at);
-    }
-    device.upload(bytes);
-  }
-
-  void upload_values() {
-    std::vector<char> bytes(values.size() * size_of(dtype));
-    for (size_t i = 0; i < values.size(); ++i) {
-      encode(dtype, static_cast<float>(values[i]), bytes.data() + i * size_of(dtype));
-    }
-    device.upload(bytes);
-  }
-
-  DType dtype;
-  std::vector<double> values;  // inputs: what was uploaded; outputs: the oracle
-  DeviceBytes device;
-};
-
-double act(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kGelu:
-      return 0.5 * x * (1 + std::erf(x * M_SQRT1_2));
-    case Activation::kGeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kRelu:
-      return std::max(x, 0.0);
-    case Activation::kIdentity:
-      return x;
-  }
-  return std::numeric_limits<double>::quiet_NaN();
-}
-
-// The derivative from the function itself, so that a wrong formula cannot agree with itself.
-double act_derivative(Activation activation, double x) {
-  if (activation == Activation::kRelu) return x > 0 ? 1 : 0;
-  const double step = 1e-5;
-  return (act(activation, x + step) - act(activation, x - step)) / (2 * step);
-}
-
+// The operands of both passes. The oracles are the CPU backend's, on the host side of the operands.
 struct Problem {
   explicit Problem(const Case& c)
       : c(c),
-        hidden(c, c.num_tokens * c.hidden_size),
-        grad(c, c.num_tokens * c.hidden_size),
-        up(c, c.num_experts * c.hidden_size),
-        down(c, c.num_experts * c.hidden_size),
-        routing(c, c.num_tokens * c.num_experts_per_token),
-        addend(c, c.num_tokens * c.hidden_size),
-        out(c, c.num_tokens * c.hidden_size),
-        grad_hidden(c, c.num_tokens * c.hidden_size),
-        grad_up(c, c.num_experts * c.hidden_size),
-        grad_down(c, c.num_experts * c.hidden_size),
-        grad_routing(c, c.num_tokens * c.num_experts_per_token),
-        scores(in_fp32(c), c.num_tokens * c.num_experts_per_token),
-        ids(c.num_tokens * c.num_experts_per_token),
-        device_ids(ids.size() * index_size(), 0) {
+        hidden(c.dtype, c.num_tokens * c.hidden_size, c.offset),
+        grad(c.dtype, c.num_tokens * c.hidden_size, c.offset),
+        up(c.dtype, c.num_experts * c.hidden_size, c.offset),
+        down(c.dtype, c.num_experts * c.hidden_size, c.offset),
+        routing(c.dtype, num_pairs(), c.offset),
+        addend(c.dtype, c.num_tokens * c.hidden_size, c.offset),
+        out(c.dtype, c.num_tokens * c.hidden_size, c.offset),
+        grad_hidden(c.dtype, c.num_tokens * c.hidden_size, c.offset),
+        grad_up(c.dtype, c.num_experts * c.hidden_size, c.offset),
+        grad_down(c.dtype, c.num_experts * c.hidden_size, c.offset),
+        grad_routing(c.dtype, num_pairs(), c.offset),
+        pre_activations(DType::kFloat32, num_pairs(), c.offset),
+        device_ids(num_pairs() * index_size()) {
     std::mt19937_64 random(7);
     // Scores of order one: the activations bend there.
-    hidden.fill_random(random, 1.0);
-    grad.fill_random(random, 1.0);
-    up.fill_random(random, 3.0 / std::sqrt(double(c.hidden_size)));
-    down.fill_random(random, 3.0 / std::sqrt(double(c.hidden_size)));
-    routing.fill_random(random, 1.0);
-    addend.fill_random(random, 1.0);
+    fill_uniform(hidden, random, 1.0);
+    fill_uniform(grad, random, 1.0);
+    fill_uniform(up, random, 3.0 / std::sqrt(double(c.hidden_size)));
+    fill_uniform(down, random, 3.0 / std::sqrt(double(c.hidden_size)));
+    fill_uniform(routing, random, 1.0);
+    fill_uniform(addend, random, 1.0);
     fill_ids(random);
-    solve();
+    cpu::expert_forward(params_of<ExpertForwardParams>(Side::kHost), kSerial);
   }
 
-  static Case in_fp32(Case c) {
-    c.dtype = DType::kFloat32;
-    return c;
-  }
-
+  int64_t num_pairs() const { return c.num_tokens * c.num_experts_per_token; }
   size_t index_size() const { return c.index_type == IndexType::kInt32 ? 4 : 8; }
 
+  static void fill_uniform(Operand& operand, std::mt19937_64& random, double scale) {
+    std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+    operand.fill([&] { return static_cast<float>(uniform(random) * scale); });
+  }
+
   void fill_ids(std::mt19937_64& random) {
-    std::vector<char> bytes(ids.size() * index_size());
-    for (size_t i = 0; i < ids.size(); ++i) {
+    std::vector<int64_t> wide(num_pairs());
+    for (size_t i = 0; i < wide.size(); ++i) {
       const int64_t uniform = static_cast<int64_t>(random() % c.num_experts);
       switch (c.routing) {
         case Routing::kUniform:
-          ids[i] = uniform;
+          wide[i] = uniform;
           break;
         case Routing::kOneExpert:
-          ids[i] = c.num_experts - 1;
+          wide[i] = c.num_experts - 1;
           break;
         case Routing::kDuplicates:
-          ids[i] = i % 2 == 1 ? ids[i - 1] : uniform;
+          wide[i] = i % 2 == 1 ? wide[i - 1] : uniform;
           break;
         case Routing::kHalfIdle:
-          ids[i] = uniform / 2 * 2;
+          wide[i] = uniform / 2 * 2;
           break;
       }
-      const int32_t narrow = static_cast<int32_t>(ids[i]);
-      if (c.index_type == IndexType::kInt32) {
-        std::memcpy(&bytes[i * 4], &narrow, 4);
-      } else {
-        std::memcpy(&bytes[i * 8], &ids[i], 8);
-      }
     }
-    device_ids.upload(bytes);
+    const std::vector<int32_t> narrow(wide.begin(), wide.end());
+    ids = c.index_type == IndexType::kInt32 ? bytes_of(narrow) : bytes_of(wide);
+    device_ids.upload(ids);
   }
 
-  // The equations of expert.h, as they stand.
-  void solve() {
-    if (c.num_experts % 2 == 0) out.values = grad_hidden.values = addend.values;
-    const int64_t width = c.hidden_size;
-    for (int64_t pair = 0; pair < int64_t(ids.size()); ++pair) {
-      const int64_t token = pair / c.num_experts_per_token * width;
-      const int64_t expert = ids[pair] * width;
-      double& score = scores.values[pair];
-      double gradient = 0;
-      for (int64_t h = 0; h < width; ++h) {
-        score += hidden.values[token + h] * up.values[expert + h];
-        gradient += grad.values[token + h] * down.values[expert + h];
-      }
-      const double value = act(c.activation, score);
-      const double up_coefficient =
-          routing.values[pair] * act_derivative(c.activation, score) * gradient;
-      grad_routing.values[pair] = value * gradient;
-      for (int64_t h = 0; h < width; ++h) {
-        out.values[token + h] += value * routing.values[pair] * down.values[expert + h];
-        grad_hidden.values[token + h] += up_coefficient * up.values[expert + h];
-        grad_up.values[expert + h] += up_coefficient * hidden.values[token + h];
-        grad_down.values[expert + h] += value * routing.values[pair] * grad.values[token + h];
-      }
+  // Fills the Params of either pass, for either side; without the workspace.
+  template <typename Params>
+  Params params_of(Side side) {
+    Params params{};
+    params.hidden_states = hidden.at(side);
+    params.up_weights = up.at(side);
+    params.down_weights = down.at(side);
+    params.routing_weights = routing.at(side);
+    params.indices = side == Side::kDevice ? device_ids.data() : ids.data();
+    params.addend = c.num_experts % 2 == 0 ? addend.at(side) : nullptr;
+    params.pre_activations = pre_activations.at(side);
+    if constexpr (std::is_same_v<Params, ExpertForwardParams>) {
+      params.expert_states = out.at(side);
+    } else {
+      params.grad_expert_states = grad.at(side);
+      params.grad_hidden_states = grad_hidden.at(side);
+      params.grad_up_weights = grad_up.at(side);
+      params.grad_down_weights = grad_down.at(side);
+      params.grad_routing_weights = grad_routing.at(side);
     }
-  }
-
-  ExpertForwardParams forward_params() {
-    ExpertForwardParams params{};
-    params.hidden_states = hidden.device.data();
-    params.up_weights = up.device.data();
-    params.down_weights = down.device.data();
-    params.routing_weights = routing.device.data();
-    params.indices = device_ids.data();
-    params.addend = c.num_experts % 2 == 0 ? addend.device.data() : nullptr;
-    params.expert_states = out.device.data();
-    params.scores = scores.device.data();
-    fill_shape(&params);
+    params.num_tokens = c.num_tokens;
+    params.hidden_size = c.hidden_size;
+    params.num_experts = c.num_experts;
+    params.num_experts_per_token = c.num_experts_per_token;
+    params.dtype = dtype_on(side, c.dtype);
+    params.index_type = c.index_type;
+    params.activation = c.activation;
     return params;
   }
 
-  ExpertBackwardParams backward_params() {
-    ExpertBackwardParams params{};
-    params.grad_expert_states = grad.device.data();
-    params.hidden_states = hidden.device.data();
-    params.up_weights = up.device.data();
-    params.down_weights = down.device.data();
-    params.routing_weights = routing.device.data();
-    params.indices = device_ids.data();
-    scores.upload_values();
-    params.scores = scores.device.data();
-    params.addend = c.num_experts % 2 == 0 ? addend.device.data() : nullptr;
-    params.grad_hidden_states = grad_hidden.device.data();
-    params.grad_up_weights = grad_up.device.data();
-    params.grad_down_weights = grad_down.device.data();
-    params.grad_routing_weights = grad_routing.device.data();
-    fill_shape(&params);
-    return params;
-  }
-
-  template <class Params>
-  void fill_shape(Params* params) const {
-    params->num_tokens = c.num_tokens;
-    params->hidden_size = c.hidden_size;
-    params->num_experts = c.num_experts;
-    params->num_experts_per_token = c.num_experts_per_token;
-    params->dtype = c.dtype;
-    params->index_type = c.index_type;
-    params->activation = c.activation;
+  // The gradients' oracle, from pre_activations that are rounded as the device's are.
+  void solve_backward() {
+    pre_activations.upload();
+    auto params = params_of<ExpertBackwardParams>(Side::kHost);
+    struct alignas(64) Line {
+      unsigned char bytes[64];
+    };
+    std::vector<Line> workspace(cpu::expert_backward_workspace_size(params) / sizeof(Line) + 1);
+    params.workspace = workspace.data();
+    cpu::expert_backward(params, kSerial);
   }
 
   Case c;
-  Tensor hidden, grad, up, down, routing, addend;
-  Tensor out, grad_hidden, grad_up, grad_down, grad_routing;
-  Tensor scores;  // output of the forward, input of the backward
-  std::vector<int64_t> ids;
-  DeviceBytes device_ids;
+  Operand hidden, grad, up, down, routing, addend;
+  Operand out, grad_hidden, grad_up, grad_down, grad_routing;
+  Operand pre_activations;  // output of the forward, input of the backward
+  Bytes ids;
+  DeviceArray device_ids;
 };
 
-void expect_close(const Tensor& tensor, const std::vector<char>& bytes, const char* name) {
-  const Tolerance allowed = tolerance(tensor.dtype);
-  // Sums over many pairs: errors grow with the sum of what was added, not with the result.
+using NamedOutputs = std::vector<std::pair<const char*, const Operand*>>;
+
+NamedOutputs outputs_of(const Problem& p, const ExpertForwardParams&) {
+  return {{"expert_states", &p.out}, {"pre_activations", &p.pre_activations}};
+}
+NamedOutputs outputs_of(const Problem& p, const ExpertBackwardParams&) {
+  return {{"grad_hidden", &p.grad_hidden},
+          {"grad_up", &p.grad_up},
+          {"grad_down", &p.grad_down},
+          {"grad_routing", &p.grad_routing}};
+}
+
+// Two roundings, and what sums over many pairs lose: that grows with what was added, not with the
+// result.
+void expect_close_to_oracle(const char* name, const Operand& output, const Bytes& got) {
+  const bool is_fp32 = output.dtype == DType::kFloat32;
+  const double relative = is_fp32 ? 2e-5 : 2 * unit_roundoff(output.dtype);
   double largest = 1;
-  for (const double value : tensor.values) largest = std::max(largest, std::abs(value));
-  int failures = 0;
-  for (size_t i = 0; i < tensor.values.size() && failures < 5; ++i) {
-    const double got = decode(tensor.dtype, bytes.data() + i * size_of(tensor.dtype));
-    const double want = tensor.values[i];
-    const double limit = allowed.relative * std::abs(want) + allowed.absolute * largest;
-    if (!(std::abs(got - want) <= limit)) {
-      ADD_FAILURE() << name << "[" << i << "] is " << got << ", expected " << want;
-      ++failures;
-    }
+  for (const double value : output.values) largest = std::max(largest, std::abs(value));
+  const double absolute = (is_fp32 ? 2e-5 : 2e-4) * largest;
+  expect_close(name, decode(output.dtype, got), output.values,
+               [&](size_t i) { return relative * std::abs(output.values[i]) + absolute; });
+}
+
+// Runs launch(params) twice and compares the outputs with the oracle and with themselves.
+template <typename Params, typename Launch>
+void check(const NamedOutputs& outputs, Params params, size_t workspace_bytes, Launch&& launch) {
+  std::vector<const DeviceArray*> arrays;
+  for (const auto& [name, operand] : outputs) arrays.push_back(&operand->device);
+  const auto got = run_twice(arrays, workspace_bytes, [&](void* workspace) {
+    params.workspace = workspace;
+    return launch(params);
+  });
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    expect_close_to_oracle(outputs[i].first, *outputs[i].second, got[i]);
   }
 }
 
-// Runs `launch` twice on poisoned outputs and compares with the oracle and with itself.
-template <class Launch>
-void check(const std::vector<std::pair<const char*, Tensor*>>& outputs, size_t workspace_bytes,
-           Launch&& launch) {
-  DeviceBytes workspace(workspace_bytes, 0);
-  std::vector<std::vector<char>> first;
-  for (int run = 0; run < 2; ++run) {
-    workspace.poison();
-    for (const auto& [name, tensor] : outputs) tensor->device.poison();
-    CHECK_CUDA(launch(workspace_bytes > 0 ? workspace.data() : nullptr));
-    CHECK_CUDA(cudaDeviceSynchronize());
-    workspace.download();  // checks its guards
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      const std::vector<char> bytes = outputs[i].second->device.download();
-      if (run == 0) {
-        expect_close(*outputs[i].second, bytes, outputs[i].first);
-        first.push_back(bytes);
-      } else {
-        EXPECT_TRUE(bytes == first[i]) << outputs[i].first << " differs between runs";
-      }
-    }
-  }
-}
-
-void check_forward(Problem& problem) {
-  ExpertForwardParams params = problem.forward_params();
-  check({{"expert_states", &problem.out}, {"scores", &problem.scores}},
-        cuda::expert_forward_workspace_size(params), [&](void* workspace) {
-          params.workspace = workspace;
-          return cuda::expert_forward(params, nullptr);
-        });
-}
-
-void check_backward(Problem& problem) {
-  ExpertBackwardParams params = problem.backward_params();
-  check({{"grad_hidden", &problem.grad_hidden},
-         {"grad_up", &problem.grad_up},
-         {"grad_down", &problem.grad_down},
-         {"grad_routing", &problem.grad_routing}},
-        cuda::expert_backward_workspace_size(params), [&](void* workspace) {
-          params.workspace = workspace;
-          return cuda::expert_backward(params, nullptr);
-        });
-}
-
-class CudaExpert : public ::testing::TestWithParam<Case> {
- protected:
-  void SetUp() override {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-      (void)cudaGetLastError();
-      GTEST_SKIP() << "no CUDA device";
-    }
-  }
-};
+class CudaExpert : public CudaKernelTest, public testing::WithParamInterface<Case> {};
 
 TEST_P(CudaExpert, Forward) {
   Problem problem(GetParam());
-  check_forward(problem);
+  const auto params = problem.params_of<ExpertForwardParams>(Side::kDevice);
+  const auto plan = cuda::plan_expert_forward(params);
+  check(outputs_of(problem, params), params, plan.workspace_bytes,
+        [&](const auto& p) { return cuda::expert_forward(p, plan, nullptr); });
 }
 
 TEST_P(CudaExpert, Backward) {
   Problem problem(GetParam());
-  check_backward(problem);
+  problem.solve_backward();
+  const auto params = problem.params_of<ExpertBackwardParams>(Side::kDevice);
+  const auto plan = cuda::plan_expert_backward(params);
+  check(outputs_of(problem, params), params, plan.workspace_bytes,
+        [&](const auto& p) { return cuda::expert_backward(p, plan, nullptr); });
 }
 
 // Every strategy that takes the shape at all, not only the one that is fastest for it.
 template <class Params>
 std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params& params) {
   using cuda::TokenPassStrategy;
-  cuda::ExpertDeviceInfo device;
-  EXPECT_EQ(cuda::current_expert_device_info(&device), cudaSuccess);
+  const cuda::DeviceInfo device = cuda::current_device();
   const cuda::TokenPassShape shape = cuda::token_pass_shape(params);
   std::vector<std::pair<std::string, cuda::TokenPassPlan>> plans;
   const auto add = [&](const char* name, TokenPassStrategy strategy, auto&& change) {
@@ -422,75 +218,65 @@ std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params
     plans.emplace_back(name, plan);
   };
   const auto as_is = [](cuda::TokenPassPlan*) {};
-  add("phased", TokenPassStrategy::kPhased, as_is);
-  add("columns", TokenPassStrategy::kColumns, as_is);
-  add("slabs of 256 bytes", TokenPassStrategy::kSlabs,
-      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 256; });
-  add("slabs of 512 bytes", TokenPassStrategy::kSlabs,
-      [](cuda::TokenPassPlan* plan) { plan->slab_bytes = 512; });
+  add("two_phase", TokenPassStrategy::kTwoPhase, as_is);
+  add("fused", TokenPassStrategy::kFused, as_is);
+  add("l2_tiled by 256 bytes", TokenPassStrategy::kL2Tiled,
+      [](cuda::TokenPassPlan* plan) { plan->tile_bytes = 256; });
+  add("l2_tiled by 512 bytes", TokenPassStrategy::kL2Tiled,
+      [](cuda::TokenPassPlan* plan) { plan->tile_bytes = 512; });
   return plans;
 }
 
 TEST_P(CudaExpert, ForwardOfEveryStrategy) {
   Problem problem(GetParam());
-  ExpertForwardParams params = problem.forward_params();
-  for (const auto& [name, plan] : every_plan(params)) {
+  const auto params = problem.params_of<ExpertForwardParams>(Side::kDevice);
+  for (const auto& [name, token_pass] : every_plan(params)) {
     SCOPED_TRACE(name);
-    check({{"expert_states", &problem.out}, {"scores", &problem.scores}},
-          cuda::expert_forward_workspace_size(params, plan), [&, &plan = plan](void* workspace) {
-            params.workspace = workspace;
-            return cuda::expert_forward(params, plan, nullptr);
-          });
+    const auto plan = cuda::plan_expert_forward(params, cuda::current_device(), token_pass);
+    check(outputs_of(problem, params), params, plan.workspace_bytes,
+          [&](const auto& p) { return cuda::expert_forward(p, plan, nullptr); });
   }
 }
 
 TEST_P(CudaExpert, BackwardOfEveryStrategy) {
   Problem problem(GetParam());
-  ExpertBackwardParams params = problem.backward_params();
-  for (const auto& [name, plan] : every_plan(params)) {
+  problem.solve_backward();
+  const auto params = problem.params_of<ExpertBackwardParams>(Side::kDevice);
+  for (const auto& [name, token_pass] : every_plan(params)) {
     SCOPED_TRACE(name);
-    check({{"grad_hidden", &problem.grad_hidden},
-           {"grad_up", &problem.grad_up},
-           {"grad_down", &problem.grad_down},
-           {"grad_routing", &problem.grad_routing}},
-          cuda::expert_backward_workspace_size(params, plan), [&, &plan = plan](void* workspace) {
-            params.workspace = workspace;
-            return cuda::expert_backward(params, plan, nullptr);
-          });
+    const auto plan = cuda::plan_expert_backward(
+        params, cuda::current_device(), token_pass,
+        cuda::sort_storage_bytes(
+            {params.num_tokens * params.num_experts_per_token, params.num_experts}));
+    check(outputs_of(problem, params), params, plan.workspace_bytes,
+          [&](const auto& p) { return cuda::expert_backward(p, plan, nullptr); });
   }
 }
 
 // What is not wanted may be null, and the rest stays right.
 TEST_P(CudaExpert, BackwardOfEachGradientAlone) {
   Problem problem(GetParam());
-  const ExpertBackwardParams all = problem.backward_params();
-  const size_t workspace_bytes = cuda::expert_backward_workspace_size(all);
-  const struct {
-    const char* name;
-    Tensor* tensor;
-    void* ExpertBackwardParams::*field;
-  } outputs[] = {
-      {"grad_hidden", &problem.grad_hidden, &ExpertBackwardParams::grad_hidden_states},
-      {"grad_up", &problem.grad_up, &ExpertBackwardParams::grad_up_weights},
-      {"grad_down", &problem.grad_down, &ExpertBackwardParams::grad_down_weights},
-      {"grad_routing", &problem.grad_routing, &ExpertBackwardParams::grad_routing_weights}};
-  for (const auto& wanted : outputs) {
+  problem.solve_backward();
+  const auto all = problem.params_of<ExpertBackwardParams>(Side::kDevice);
+  using Field = void* ExpertBackwardParams::*;
+  constexpr Field kFields[] = {
+      &ExpertBackwardParams::grad_hidden_states, &ExpertBackwardParams::grad_up_weights,
+      &ExpertBackwardParams::grad_down_weights, &ExpertBackwardParams::grad_routing_weights};
+  const NamedOutputs outputs = outputs_of(problem, all);
+  for (size_t wanted = 0; wanted < outputs.size(); ++wanted) {
     ExpertBackwardParams params = all;
-    for (const auto& other : outputs) {
-      if (other.field != wanted.field) params.*other.field = nullptr;
+    for (size_t other = 0; other < outputs.size(); ++other) {
+      if (other != wanted) params.*kFields[other] = nullptr;
     }
-    check({{wanted.name, wanted.tensor}}, workspace_bytes, [&](void* workspace) {
-      params.workspace = workspace;
-      return cuda::expert_backward(params, nullptr);
-    });
+    const auto plan = cuda::plan_expert_backward(params);
+    check({outputs[wanted]}, params, plan.workspace_bytes,
+          [&](const auto& p) { return cuda::expert_backward(p, plan, nullptr); });
   }
 }
 
-std::string name_of(const ::testing::TestParamInfo<Case>& info) {
-  return ::testing::PrintToString(info.param);
+std::string name_of_case(const testing::TestParamInfo<Case>& info) {
+  return testing::PrintToString(info.param);
 }
-
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
 std::vector<Case> awkward_shapes() {
   std::vector<Case> cases;
@@ -541,24 +327,29 @@ std::vector<Case> paths() {
   return cases;
 }
 
-INSTANTIATE_TEST_SUITE_P(AwkwardShapes, CudaExpert, ::testing::ValuesIn(awkward_shapes()), name_of);
-INSTANTIATE_TEST_SUITE_P(Paths, CudaExpert, ::testing::ValuesIn(paths()), name_of);
+INSTANTIATE_TEST_SUITE_P(AwkwardShapes, CudaExpert, testing::ValuesIn(awkward_shapes()),
+                         name_of_case);
+INSTANTIATE_TEST_SUITE_P(Paths, CudaExpert, testing::ValuesIn(paths()), name_of_case);
 
 TEST(CudaExpertErrors, RejectsWhatHasNoKernel) {
   ExpertForwardParams forward{};
   forward.hidden_size = 8;
   forward.dtype = DType::kFloat64;
-  EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_forward(forward, cuda::plan_expert_forward(forward), nullptr),
+            cudaErrorInvalidValue);
   forward.hidden_size = 0;
   forward.dtype = DType::kBFloat16;
-  EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_forward(forward, cuda::plan_expert_forward(forward), nullptr),
+            cudaErrorInvalidValue);
   ExpertBackwardParams backward{};
   backward.dtype = DType::kBFloat16;
-  EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_backward(backward, cuda::plan_expert_backward(backward), nullptr),
+            cudaErrorInvalidValue);
   backward.hidden_size = 8;
   backward.num_tokens = int64_t{1} << 30;
   backward.num_experts_per_token = 4;  // 2^32 pairs
-  EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_backward(backward, cuda::plan_expert_backward(backward), nullptr),
+            cudaErrorInvalidValue);
 }
 
 }  // namespace

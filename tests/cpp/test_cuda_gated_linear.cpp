@@ -1,16 +1,17 @@
-// The fused gate-up product of the CUDA shared MLP against a double-precision host oracle on inputs
-// rounded to the dtype. Outputs are poisoned with NaN bytes before each run and lie between guards;
-// every element is checked (on big sizes every column of a sample of rows), and a second run must
-// repeat the first bit for bit.
+// The fused gate-up product of the CUDA shared MLP against an fp64 oracle on inputs rounded to the
+// dtype: plain products, and the CPU backend's activation of them. Outputs are poisoned with NaN
+// bytes before each run and lie between guards; every element is checked (on big sizes every column
+// of a sample of rows), and a second run must repeat the first bit for bit.
 #include <algorithm>
 #include <cmath>
 #include <ostream>
 #include <random>
+#include <span>
 #include <sstream>
+#include <string>
 #include <vector>
 
-#include "gated_linear_testing.h"
-#include "omni_moe/cuda.h"
+#include "cuda_kernel_testing.h"
 
 namespace omni_moe {
 namespace {
@@ -35,129 +36,123 @@ GatedLinearForwardParams params_of(const Case& c) {
           c.dtype,      c.activation};
 }
 
-class GatedLinearSupport : public ::testing::Test {
+class GatedLinearSupport : public CudaKernelTest {
  protected:
   void SetUp() override {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-      GTEST_SKIP() << "no CUDA device";
-    }
-    if (!cuda::has_hopper_kernels()) GTEST_SKIP() << "no kernel for this device";
-    ASSERT_TRUE(cuda::gated_linear_forward_supported(params_of({128, 64, 128})));
+    CudaKernelTest::SetUp();
+    if (IsSkipped()) return;
+    if (!cuda::current_device().has_hopper_kernels) GTEST_SKIP() << "no kernel for this device";
+    ASSERT_TRUE(cuda::plan_gated_linear_forward(params_of({128, 64, 128})).has_value());
   }
 };
 
-class GatedLinear : public GatedLinearSupport, public ::testing::WithParamInterface<Case> {};
+class GatedLinear : public GatedLinearSupport, public testing::WithParamInterface<Case> {};
 
-// want within one rounding of the output, plus what fp32 sums of H terms (which the tensor cores
-// truncate) and the activation lose.
-struct Check {
-  DType dtype;
-  int64_t hidden_size;
-  int failures = 0;
+struct Inputs {
+  explicit Inputs(const Case& c)
+      : x(c.dtype, c.num_tokens * c.hidden_size),
+        gate_weight(c.dtype, c.intermediate_size * c.hidden_size),
+        up_weight(c.dtype, c.intermediate_size * c.hidden_size) {
+    std::mt19937 random(7);
+    fill_normal(x, random);
+    // Products with a deviation of 2, so that the activations' tails take part.
+    fill_normal(gate_weight, random, 2 / std::sqrt(double(c.hidden_size)));
+    fill_normal(up_weight, random, 2 / std::sqrt(double(c.hidden_size)));
+  }
+  Operand x, gate_weight, up_weight;
+};
 
-  void operator()(const char* name, int64_t row, int64_t col, uint16_t bits, double want,
-                  double magnitude) {
-    const double sum_error = magnitude * sum_error_of(hidden_size);
-    const double error = std::abs(decode(dtype, bits) - want);
-    const double tolerance = rounding_error(dtype, want) + sum_error;
-    if (!(error <= tolerance) && ++failures <= 10) {  // NaN fails
-      ADD_FAILURE() << name << "[" << row << ", " << col << "] = " << decode(dtype, bits)
-                    << ", want " << want << " +- " << tolerance;
+// [T, I] each; NaN where not wanted.
+struct Outputs {
+  Values activated, gate, up;
+};
+
+// Within one rounding of the output, plus what fp32 sums of H terms and the activation lose.
+void check_rows(const Case& c, const Inputs& in, const Outputs& out) {
+  const int64_t hidden = c.hidden_size, width = c.intermediate_size;
+  const Values gate_weight = transposed(in.gate_weight.values, width, hidden);
+  const Values up_weight = transposed(in.up_weight.values, width, hidden);
+  const double error = product_error(hidden);
+  Values gate(width), up(width), gate_size(width), up_size(width), activated(width);
+  for (const int64_t row : sampled_rows(c.num_tokens, 2.0 * hidden * width)) {
+    const double* x = &in.x.values[row * hidden];
+    multiply_row(x, gate_weight, hidden, width, gate.data(), gate_size.data());
+    multiply_row(x, up_weight, hidden, width, up.data(), up_size.data());
+    const Values act = activate(c.activation, gate).value;
+    for (int64_t col = 0; col < width; ++col) {
+      gate_size[col] = std::sqrt(gate_size[col]);
+      up_size[col] = std::sqrt(up_size[col]);
+      activated[col] = act[col] * up[col];
+    }
+    const auto check = [&](const char* name, const Values& got, const Values& want,
+                           auto magnitude) {
+      expect_close(
+          name + (" in row " + std::to_string(row)), std::span(got).subspan(row * width, width),
+          want, [&](size_t i) { return rounding_error(c.dtype, want[i]) + error * magnitude(i); });
+    };
+    if (c.products) {
+      check("gate", out.gate, gate, [&](size_t i) { return gate_size[i]; });
+      check("up", out.up, up, [&](size_t i) { return up_size[i]; });
+    }
+    if (c.activated) {
+      // |act'| < 1.2; the sum's error in either factor times the other.
+      check("activated", out.activated, activated, [&](size_t i) {
+        return 1.2 * gate_size[i] * std::abs(up[i]) + std::abs(gate[i]) * up_size[i];
+      });
+    }
+    if (testing::Test::HasFailure()) return;
+  }
+}
+
+// Activated agrees with the products even in the rows that the oracle leaves out.
+void check_agreement(const Case& c, const Outputs& out) {
+  const double rounding = unit_roundoff(c.dtype);
+  int64_t mismatches = 0;
+  for (int64_t row = 0; row < c.num_tokens; ++row) {
+    const int64_t first = row * c.intermediate_size;
+    const Values act =
+        activate(c.activation, std::span(out.gate).subspan(first, c.intermediate_size)).value;
+    for (int64_t i = 0; i < c.intermediate_size; ++i) {
+      const double gate = out.gate[first + i], up = out.up[first + i];
+      const double error = std::abs(out.activated[first + i] - act[i] * up);
+      // Three roundings: of both factors and of the result.
+      mismatches += !(error <= 4 * rounding * (std::abs(gate) + 0.01) * (std::abs(up) + 0.01));
     }
   }
-};
+  EXPECT_EQ(mismatches, 0);
+}
 
 TEST_P(GatedLinear, MatchesOracle) {
   const Case c = GetParam();
-  const int64_t tokens = c.num_tokens, hidden = c.hidden_size, width = c.intermediate_size;
-  std::mt19937 rng(7);
-  const Matrix x = random_matrix(tokens, hidden, 1.0, c.dtype, rng);
-  // Products with a deviation of 2, so that the activations' tails take part.
-  const Matrix gate_weight =
-      random_matrix(width, hidden, 2 / std::sqrt(double(hidden)), c.dtype, rng);
-  const Matrix up_weight =
-      random_matrix(width, hidden, 2 / std::sqrt(double(hidden)), c.dtype, rng);
-  const DeviceMatrix device_x(x), device_gate_weight(gate_weight), device_up_weight(up_weight);
-  DeviceMatrix activated(tokens * width), gate(tokens * width), up(tokens * width);
+  Inputs in(c);
+  const size_t count = c.num_tokens * c.intermediate_size, bytes = count * size_of(c.dtype);
+  const DeviceArray activated(bytes), gate(bytes), up(bytes);
   GatedLinearForwardParams p = params_of(c);
-  p.x = device_x.data();
-  p.gate_weight = device_gate_weight.data();
-  p.up_weight = device_up_weight.data();
+  p.x = in.x.at(Side::kDevice);
+  p.gate_weight = in.gate_weight.at(Side::kDevice);
+  p.up_weight = in.up_weight.at(Side::kDevice);
   p.activated = c.activated ? activated.data() : nullptr;
   p.gate = c.products ? gate.data() : nullptr;
   p.up = c.products ? up.data() : nullptr;
+  ASSERT_TRUE(cuda::plan_gated_linear_forward(p).has_value());
+  const auto got = run_twice({&activated, &gate, &up}, 0, [&](void*) {
+    return cuda::gated_linear_forward(p, *cuda::plan_gated_linear_forward(p), nullptr);
+  });
 
-  ASSERT_TRUE(cuda::gated_linear_forward_supported(p));
-  CHECK_CUDA(cuda::gated_linear_forward(p, nullptr));
-  CHECK_CUDA(cudaDeviceSynchronize());
-  const Matrix got_activated = activated.download(), got_gate = gate.download(),
-               got_up = up.download();
-
-  // 1. Against the oracle.
-  const int64_t rows = std::clamp<int64_t>(kMaxOracleWork / (2.0 * hidden * width), 1, tokens);
-  std::vector<double> x_row(hidden);
-  std::vector<float> gate_values(width * hidden), up_values(width * hidden);
-  const auto decoded = [&](uint16_t bits) { return decode(c.dtype, bits); };
-  std::transform(gate_weight.begin(), gate_weight.end(), gate_values.begin(), decoded);
-  std::transform(up_weight.begin(), up_weight.end(), up_values.begin(), decoded);
-  Check check{c.dtype, hidden};
-  for (int64_t sample = 0; sample < rows; ++sample) {
-    // Spread over all tiles and all places in them; first and last row included.
-    const int64_t row = rows == 1 ? tokens - 1 : sample * (tokens - 1) / (rows - 1);
-    std::transform(&x[row * hidden], &x[row * hidden] + hidden, x_row.begin(), decoded);
-    for (int64_t col = 0; col < width; ++col) {
-      double want_gate = 0, want_up = 0, size_gate = 0, size_up = 0;
-      for (int64_t k = 0; k < hidden; ++k) {
-        const double g = x_row[k] * gate_values[col * hidden + k];
-        const double u = x_row[k] * up_values[col * hidden + k];
-        want_gate += g;
-        want_up += u;
-        size_gate += g * g;
-        size_up += u * u;
-      }
-      size_gate = std::sqrt(size_gate);
-      size_up = std::sqrt(size_up);
-      const int64_t at = row * width + col;
-      if (c.products) {
-        check("gate", row, col, got_gate[at], want_gate, size_gate);
-        check("up", row, col, got_up[at], want_up, size_up);
-      }
-      if (c.activated) {
-        // |act'| < 1.2; the sum's error in either factor times the other.
-        check("activated", row, col, got_activated[at], activate(c.activation, want_gate) * want_up,
-              1.2 * size_gate * std::abs(want_up) + std::abs(want_gate) * size_up);
-      }
+  const Outputs out{decode(c.dtype, got[0]), decode(c.dtype, got[1]), decode(c.dtype, got[2])};
+  check_rows(c, in, out);
+  // All elements written where wanted, none elsewhere.
+  const auto expect_written = [&](bool wanted, const Values& values, const Bytes& bytes) {
+    if (wanted) {
+      EXPECT_TRUE(std::none_of(values.begin(), values.end(), [](double v) { return v != v; }));
+    } else {
+      EXPECT_TRUE(bytes == Bytes(bytes.size(), kPoison));
     }
-  }
-  EXPECT_EQ(check.failures, 0) << "of " << rows << " rows";
-
-  // 2. All elements written where wanted, none elsewhere; activated agrees with the products even
-  // in the rows the oracle left out.
-  const auto written = [](uint16_t bits) { return bits != 0xffff; };
-  const auto count = [&](const Matrix& m) { return std::count_if(m.begin(), m.end(), written); };
-  EXPECT_EQ(count(got_activated), c.activated ? tokens * width : 0);
-  EXPECT_EQ(count(got_gate), c.products ? tokens * width : 0);
-  EXPECT_EQ(count(got_up), c.products ? tokens * width : 0);
-  if (c.activated && c.products) {
-    const double rounding = rounding_of(c.dtype);
-    int64_t mismatches = 0;
-    for (size_t i = 0; i < got_gate.size(); ++i) {
-      const double g = decoded(got_gate[i]), u = decoded(got_up[i]);
-      const double error = std::abs(decoded(got_activated[i]) - activate(c.activation, g) * u);
-      // Three roundings: of both factors and of the result.
-      mismatches += !(error <= 4 * rounding * (std::abs(g) + 0.01) * (std::abs(u) + 0.01));
-    }
-    EXPECT_EQ(mismatches, 0);
-  }
-
-  // 3. Again, bit for bit.
-  for (DeviceMatrix* output : {&activated, &gate, &up}) output->poison();
-  CHECK_CUDA(cuda::gated_linear_forward(p, nullptr));
-  CHECK_CUDA(cudaDeviceSynchronize());
-  EXPECT_TRUE(got_activated == activated.download());
-  EXPECT_TRUE(got_gate == gate.download());
-  EXPECT_TRUE(got_up == up.download());
+  };
+  expect_written(c.activated, out.activated, got[0]);
+  expect_written(c.products, out.gate, got[1]);
+  expect_written(c.products, out.up, got[2]);
+  if (c.activated && c.products) check_agreement(c, out);
 }
 
 std::vector<Case> cases() {
@@ -169,8 +164,7 @@ std::vector<Case> cases() {
     }
   }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-    for (const auto activation : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
-                                  Activation::kRelu, Activation::kIdentity}) {
+    for (const Activation activation : kActivations) {
       all.push_back({199, 200, 264, dtype, activation});
       all.push_back({199, 200, 264, dtype, activation, true, false});
     }
@@ -183,7 +177,7 @@ std::vector<Case> cases() {
   return all;
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, GatedLinear, ::testing::ValuesIn(cases()), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Shapes, GatedLinear, testing::ValuesIn(cases()), [](const auto& info) {
   std::ostringstream name;
   name << info.param;
   return name.str();
@@ -193,7 +187,7 @@ TEST_F(GatedLinearSupport, SaysWhatItDoesNotSupport) {
   const auto supported = [&](auto change) {
     GatedLinearForwardParams p = params_of({128, 64, 128});
     change(p);
-    return cuda::gated_linear_forward_supported(p);
+    return cuda::plan_gated_linear_forward(p).has_value();
   };
   using P = GatedLinearForwardParams;
   EXPECT_TRUE(supported([](P&) {}));
@@ -204,13 +198,14 @@ TEST_F(GatedLinearSupport, SaysWhatItDoesNotSupport) {
   EXPECT_FALSE(supported([](P& p) { p.dtype = DType::kFloat32; }));
   EXPECT_FALSE(supported([](P& p) { p.x = reinterpret_cast<void*>(0x1008); }));
   EXPECT_FALSE(supported([](P& p) { p.gate = reinterpret_cast<void*>(0x1002); }));
-  GatedLinearForwardParams p = params_of({128, 100, 128});
-  EXPECT_EQ(cuda::gated_linear_forward(p, nullptr), cudaErrorNotSupported);
 }
 
 TEST_F(GatedLinearSupport, NothingToDo) {
-  EXPECT_EQ(cuda::gated_linear_forward(params_of({0, 64, 128}), nullptr), cudaSuccess);
-  EXPECT_EQ(cuda::gated_linear_forward(params_of({128, 64, 0}), nullptr), cudaSuccess);
+  for (const auto& empty : {params_of({0, 64, 128}), params_of({128, 64, 0})}) {
+    const auto plan = cuda::plan_gated_linear_forward(empty);
+    ASSERT_TRUE(plan.has_value());
+    EXPECT_EQ(cuda::gated_linear_forward(empty, *plan, nullptr), cudaSuccess);
+  }
 }
 
 }  // namespace

@@ -1,14 +1,11 @@
 // The router's logits, both gates' products and the BatchNorm behind them in one CUDA kernel,
-// against a double-precision host oracle on inputs rounded to the dtype. Outputs and the workspace
-// start as NaN bytes and are followed by guards; every element is checked, and a second run must
-// repeat the first bit for bit.
-#include <gtest/gtest.h>
-
+// against an fp64 oracle on inputs rounded to the dtype: a plain product, and the CPU backend's
+// BatchNorm. Outputs and the workspace start as NaN bytes and lie between guards; every element is
+// checked, and a second run must repeat the first bit for bit.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <iterator>
 #include <memory>
@@ -20,8 +17,6 @@
 #include <vector>
 
 #include "cuda_kernel_testing.h"
-#include "gated_linear_testing.h"
-#include "omni_moe/cuda.h"
 
 namespace omni_moe {
 namespace {
@@ -36,103 +31,79 @@ struct Shape {
 
 struct Case {
   Shape shape;
-  DTypeInfo type;
+  DType dtype;
 };
 
 std::string name_of(const Case& c) {
   return "T" + std::to_string(c.shape.num_tokens) + "_H" + std::to_string(c.shape.hidden_size) +
          "_R" + std::to_string(c.shape.num_rows) + "_C" + std::to_string(c.shape.num_cols) + "_" +
-         c.type.name;
+         name_of(c.dtype);
 }
 
 void PrintTo(const Case& c, std::ostream* out) { *out << name_of(c); }
 
 struct Mode {
-  DTypeInfo stats_type;
+  DType stats_dtype;
   bool training;
 };
 
-// One column of the logits in double.
-struct Column {
-  double mean = 0, var = 0;
-  double largest = 0;
-  double error = 0;  // of a product as the tensor cores sum it
-};
+// Each element as the dtype holds it.
+Values rounded(DType dtype, const Values& values) { return decode(dtype, encode(dtype, values)); }
 
-// What the runs read, and the logits that it makes.
+// What the runs read, rounded, and the logits that it makes.
 struct Problem {
   Shape shape;
-  DTypeInfo type;
-  Matrix x, gates;  // [T, H], [R + C, H]
-  std::vector<float> running_mean, running_var;
-  std::vector<double> logits;  // [T, R + C]
-  std::vector<Column> columns;
+  DType dtype;
+  Values x, gates;                   // [T, H], [R + C, H]
+  Values running_mean, running_var;  // [R + C], not rounded
+  Values logits;                     // [T, R + C]
+  Values largest;                    // [R + C] the logits' sizes
+  Values error;                      // [R + C] of a logit as the tensor cores sum it
 
   explicit Problem(const Case& c, const std::function<void(Problem&)>& edit = {})
-      : shape(c.shape), type(c.type), columns(c.shape.width()) {
+      : shape(c.shape),
+        dtype(c.dtype),
+        x(c.shape.num_tokens * c.shape.hidden_size),
+        gates(c.shape.width() * c.shape.hidden_size),
+        logits(c.shape.num_tokens * c.shape.width()),
+        largest(c.shape.width()),
+        error(c.shape.width()) {
     std::mt19937 random(1);
+    // A mean of 1, so that the columns' means are of the size of their deviations.
+    std::normal_distribution<float> of_x(0.0f, 1.0f);
+    for (double& value : x) value = omni_moe::rounded(dtype, of_x(random)) + 1;
+    std::normal_distribution<float> of_gates(
+        0.0f, static_cast<float>(1 / std::sqrt(double(shape.hidden_size))));
+    for (double& value : gates) value = of_gates(random);
     std::normal_distribution<float> normal;
-    x = random_matrix(shape.num_tokens, shape.hidden_size, 1.0, type.dtype, random);
-    // So that the columns' means are of the size of their deviations.
-    for (uint16_t& bits : x) bits = encode(type.dtype, decode(type.dtype, bits) + 1.0f);
-    gates = random_matrix(shape.width(), shape.hidden_size,
-                          1 / std::sqrt(double(shape.hidden_size)), type.dtype, random);
     for (int64_t i = 0; i < shape.width(); ++i) {
       running_mean.push_back(normal(random));
       running_var.push_back(0.5f + std::abs(normal(random)));
     }
     if (edit) edit(*this);
+    x = rounded(dtype, x);
+    gates = rounded(dtype, gates);
     multiply();
-    for (int64_t i = 0; i < shape.width(); ++i) measure(i);
   }
 
-  void set_gate(int64_t column, int64_t k, float value) {
-    gates[column * shape.hidden_size + k] = encode(type.dtype, value);
-  }
-  void fill_gate(int64_t column, float value) {
-    for (int64_t k = 0; k < shape.hidden_size; ++k) set_gate(column, k, value);
-  }
-  void set_x(int64_t token, int64_t k, float value) {
-    x[token * shape.hidden_size + k] = encode(type.dtype, value);
-  }
+  double& gate(int64_t column, int64_t k) { return gates[column * shape.hidden_size + k]; }
+  double& token(int64_t t, int64_t k) { return x[t * shape.hidden_size + k]; }
 
  private:
   void multiply() {
     const int64_t hidden = shape.hidden_size, width = shape.width();
-    std::vector<float> transposed(hidden * width);  // neighbouring columns: a loop of vectors
-    for (int64_t i = 0; i < width; ++i) {
-      for (int64_t k = 0; k < hidden; ++k) {
-        transposed[k * width + i] = decode(type.dtype, gates[i * hidden + k]);
-      }
-    }
-    logits.resize(shape.num_tokens * width);
+    const Values columns = transposed(gates, width, hidden);
     for (int64_t t = 0; t < shape.num_tokens; ++t) {
       double* row = &logits[t * width];
-      for (int64_t k = 0; k < hidden; ++k) {
-        const double value = decode(type.dtype, x[t * hidden + k]);
-        const float* gate = &transposed[k * width];
-        for (int64_t i = 0; i < width; ++i) row[i] += value * gate[i];
-      }
-    }
-  }
-
-  void measure(int64_t i) {
-    const int64_t hidden = shape.hidden_size, width = shape.width();
-    const auto n = static_cast<double>(shape.num_tokens);
-    Column& column = columns[i];
-    for (int64_t t = 0; t < shape.num_tokens; ++t) column.mean += logits[t * width + i] / n;
-    for (int64_t t = 0; t < shape.num_tokens; ++t) {
-      const double logit = logits[t * width + i], distance = logit - column.mean;
-      column.var += distance * distance / n;
-      column.largest = std::max(column.largest, std::abs(logit));  // without NaN
-    }
-    double squares = 0;
-    for (int64_t k = 0; k < hidden; ++k) {
-      const double value = decode(type.dtype, gates[i * hidden + k]);
-      squares += value * value;
+      multiply_row(&x[t * hidden], columns, hidden, width, row);
+      for (int64_t i = 0; i < width; ++i) largest[i] = std::max(largest[i], std::abs(row[i]));
     }
     constexpr double kSizeOfX = 2;  // mean and deviation are 1
-    column.error = sum_error_of(hidden) * kSizeOfX * std::sqrt(squares);
+    for (int64_t i = 0; i < width; ++i) {
+      double squares = 0;
+      for (int64_t k = 0; k < hidden; ++k) squares += gate(i, k) * gate(i, k);
+      error[i] = product_error(hidden) * kSizeOfX * std::sqrt(squares);
+    }
   }
 };
 
@@ -144,31 +115,21 @@ constexpr const char* kOutputNames[] = {
     "running_var_x", "running_var_y", "num_batches_tracked_x", "num_batches_tracked_y",
     "inv_std"};
 
-using Bytes = std::vector<unsigned char>;
 using Outputs = std::array<Bytes, kNumOutputs>;
 
-Bytes encode_count(int64_t count) {
-  Bytes bytes(sizeof(count));
-  std::memcpy(bytes.data(), &count, sizeof(count));
-  return bytes;
-}
+Bytes encode_count(int64_t count) { return bytes_of(std::vector<int64_t>{count}); }
+int64_t decode_count(const Bytes& bytes) { return integers_of<int64_t>(bytes)[0]; }
 
-int64_t decode_count(const Bytes& bytes) {
-  int64_t count = 0;
-  std::memcpy(&count, bytes.data(), sizeof(count));
-  return count;
-}
-
-Outputs outputs_before(const Problem& p, const DTypeInfo& stats_type) {
+Outputs outputs_before(const Problem& p, DType stats_dtype) {
   const Shape& s = p.shape;
   Outputs outputs;
   outputs[kInvStd] = Bytes(s.width() * sizeof(float), kPoison);
   for (const int axis : {0, 1}) {
     const int64_t begin = axis == 0 ? 0 : s.num_rows, end = axis == 0 ? s.num_rows : s.width();
-    const auto part = [&](const std::vector<float>& both) {
-      return encode(stats_type, std::vector<float>(both.begin() + begin, both.begin() + end));
+    const auto part = [&](const Values& both) {
+      return encode(stats_dtype, Values(both.begin() + begin, both.begin() + end));
     };
-    outputs[kNormedX + axis] = Bytes(s.num_tokens * (end - begin) * p.type.bytes, kPoison);
+    outputs[kNormedX + axis] = Bytes(s.num_tokens * (end - begin) * size_of(p.dtype), kPoison);
     outputs[kMeanX + axis] = part(p.running_mean);
     outputs[kVarX + axis] = part(p.running_var);
     outputs[kCountX + axis] = encode_count(5 + 2 * axis);
@@ -181,10 +142,10 @@ class DeviceRun {
  public:
   DeviceRun(const Problem& p, const Mode& mode, const std::set<int>& absent = {},
             int workspace_byte = kPoison)
-      : x_(p.x),
-        gate_x_(rows_of(p.gates, 0, p.shape.num_rows, p.shape.hidden_size)),
-        gate_y_(rows_of(p.gates, p.shape.num_rows, p.shape.width(), p.shape.hidden_size)) {
-    const Outputs before = outputs_before(p, mode.stats_type);
+      : x_(encode(p.dtype, p.x)),
+        gate_x_(gate_rows(p, 0, p.shape.num_rows)),
+        gate_y_(gate_rows(p, p.shape.num_rows, p.shape.width())) {
+    const Outputs before = outputs_before(p, mode.stats_dtype);
     for (int i = 0; i < kNumOutputs; ++i) {
       if (absent.count(i) == 0) outputs_[i].emplace(before[i]);
     }
@@ -200,13 +161,14 @@ class DeviceRun {
     params_.num_tokens = p.shape.num_tokens;
     params_.num_rows = p.shape.num_rows;
     params_.num_cols = p.shape.num_cols;
-    params_.dtype = p.type.dtype;
-    params_.stats_dtype = mode.stats_type.dtype;
+    params_.dtype = p.dtype;
+    params_.stats_dtype = mode.stats_dtype;
     params_.training = mode.training;
     params_.momentum = kMomentum;
     params_.eps = kEps;
-    EXPECT_TRUE(cuda::router_logits_forward_supported(params_)) << "these fit on 132 SMs";
-    const size_t bytes = cuda::router_logits_forward_workspace_size(params_);
+    plan_ = cuda::plan_router_logits_forward(params_);
+    EXPECT_TRUE(plan_.has_value()) << "these fit on 132 SMs";
+    const size_t bytes = plan_->workspace_bytes;
     workspace_.emplace(bytes);
     params_.workspace = workspace_->data();
     EXPECT_EQ(cudaSuccess, cudaMemset(params_.workspace, workspace_byte, bytes));
@@ -214,7 +176,7 @@ class DeviceRun {
   }
 
   void launch(cudaStream_t stream = nullptr) const {
-    EXPECT_EQ(cudaSuccess, cuda::router_logits_forward(params_, stream));
+    EXPECT_EQ(cudaSuccess, cuda::router_logits_forward(params_, *plan_, stream));
   }
 
   Outputs read() const {
@@ -223,20 +185,23 @@ class DeviceRun {
     for (int i = 0; i < kNumOutputs; ++i) {
       if (outputs_[i]) outputs[i] = outputs_[i]->read();
     }
-    workspace_->read();  // its guard
+    workspace_->read();  // its guards
     return outputs;
   }
 
  private:
-  static Matrix rows_of(const Matrix& matrix, int64_t begin, int64_t end, int64_t width) {
-    return {matrix.begin() + begin * width, matrix.begin() + end * width};
+  static Bytes gate_rows(const Problem& p, int64_t begin, int64_t end) {
+    const auto first = p.gates.begin();
+    return encode(p.dtype,
+                  Values(first + begin * p.shape.hidden_size, first + end * p.shape.hidden_size));
   }
   void* data(Output i) const { return outputs_[i] ? outputs_[i]->data() : nullptr; }
 
-  DeviceMatrix x_, gate_x_, gate_y_;
-  std::array<std::optional<DeviceBuffer>, kNumOutputs> outputs_;
-  std::optional<DeviceBuffer> workspace_;
+  DeviceArray x_, gate_x_, gate_y_;
+  std::array<std::optional<DeviceArray>, kNumOutputs> outputs_;
+  std::optional<DeviceArray> workspace_;
   RouterLogitsForwardParams params_{};
+  std::optional<cuda::RouterLogitsForwardPlan> plan_;
 };
 
 Outputs run(const Problem& p, const Mode& mode, const std::set<int>& absent = {},
@@ -253,77 +218,101 @@ void expect_same(const Outputs& want, const Outputs& got, const std::set<int>& a
   }
 }
 
-void check(const Problem& p, const Mode& mode, const Outputs& got) {
-  const Outputs before = outputs_before(p, mode.stats_type);
-  const Shape& s = p.shape;
-  const auto n = static_cast<double>(s.num_tokens);
-  const double loss = 6e-8 * (8 + std::sqrt(n));  // of a sum over the tokens in fp32
-  const auto inv_std = decode(kDTypes[0], got[kInvStd]);
-  for (const int axis : {0, 1}) {
-    const int64_t width = axis == 0 ? s.num_rows : s.num_cols;
-    const int64_t first = axis == 0 ? 0 : s.num_rows;
-    const int mean_at = kMeanX + axis, var_at = kVarX + axis, count_at = kCountX + axis;
-    const auto normed = decode(p.type, got[kNormedX + axis]);
-    const auto old_means = decode(mode.stats_type, before[mean_at]);
-    const auto old_vars = decode(mode.stats_type, before[var_at]);
-    const auto new_means = decode(mode.stats_type, got[mean_at]);
-    const auto new_vars = decode(mode.stats_type, got[var_at]);
-    if (mode.training) {
-      EXPECT_EQ(decode_count(before[count_at]) + 1, decode_count(got[count_at]));
-    } else {
-      for (const int i : {mean_at, var_at, count_at}) {
-        EXPECT_TRUE(before[i] == got[i]) << kOutputNames[i] << " written in eval";
-      }
-    }
-    for (int64_t col = 0; col < width; ++col) {
-      // Says what is wrong only where something is: there are many elements.
-      const auto near = [&](float value, double want, double slack, const DTypeInfo& type, int what,
-                            int64_t token) {
-        const double tolerance = type.epsilon * std::abs(want) + slack + type.smallest;
-        if (std::abs(value - want) <= tolerance) return;
-        expect_close(value, want, tolerance,
-                     std::string(kOutputNames[what]) + " of column " + std::to_string(col) +
-                         ", token " + std::to_string(token));
-      };
-      const Column& batch = p.columns[first + col];
-      const double old_mean = old_means[col], old_var = old_vars[col];
-      const double mean = mode.training ? batch.mean : old_mean;
-      const double var = mode.training ? batch.var : old_var;
-      const double want_inv_std = 1 / std::sqrt(var + kEps);
-      // Of what is left of a logit without its mean; and of inv_std, relative.
-      const double error = batch.error + loss * std::max(batch.largest, std::abs(mean));
-      const double scale_error = loss + (mode.training ? error * want_inv_std : 0);
-      near(inv_std[first + col], want_inv_std, want_inv_std * scale_error, kDTypes[0], kInvStd, 0);
-      if (mode.training) {
-        const double unbiased = n / (n - 1);
-        const double var_error = 2 * error * (std::sqrt(var) + error) + loss * var;
-        near(new_means[col], (1 - kMomentum) * old_mean + kMomentum * mean,
-             error + loss * std::abs(old_mean), mode.stats_type, mean_at, 0);
-        near(new_vars[col], (1 - kMomentum) * old_var + kMomentum * var * unbiased,
-             unbiased * var_error + loss * old_var, mode.stats_type, var_at, 0);
-      }
-      for (int64_t t = 0; t < s.num_tokens; ++t) {
-        const double want = (p.logits[t * s.width() + first + col] - mean) * want_inv_std;
-        near(normed[t * width + col], want, 2 * error * want_inv_std + scale_error * std::abs(want),
-             p.type, kNormedX + axis, t);
-      }
-      if (testing::Test::HasFailure()) return;
-    }
+// BatchNorm of all columns as one axis, by the CPU backend.
+struct Oracle {
+  Values normed, inv_std, running_mean, running_var;
+
+  Oracle(const Problem& p, const Mode& mode)
+      : normed(p.logits.size()),
+        inv_std(p.shape.width()),
+        running_mean(rounded(mode.stats_dtype, p.running_mean)),
+        running_var(rounded(mode.stats_dtype, p.running_var)) {
+    BatchNormForwardParams params{};
+    params.logits = p.logits.data();
+    params.normed_x = normed.data();
+    params.inv_std = inv_std.data();
+    params.x = {running_mean.data(), running_var.data(), nullptr};
+    params.num_tokens = p.shape.num_tokens;
+    params.num_rows = params.logits_stride = p.shape.width();
+    params.dtype = params.stats_dtype = DType::kFloat64;
+    params.training = mode.training;
+    params.momentum = kMomentum;
+    params.eps = kEps;
+    cpu::batch_norm_forward(params, kSerial);
   }
+};
+
+// Both axes' values, [rows, R] and [rows, C], as [rows, R + C].
+Values side_by_side(const Shape& s, const Values& x, const Values& y) {
+  Values both;
+  for (size_t row = 0; row * s.num_rows < x.size(); ++row) {
+    both.insert(both.end(), &x[row * s.num_rows], &x[row * s.num_rows] + s.num_rows);
+    both.insert(both.end(), &y[row * s.num_cols], &y[row * s.num_cols] + s.num_cols);
+  }
+  return both;
+}
+
+void check(const Problem& p, const Mode& mode, const Outputs& got) {
+  const Outputs before = outputs_before(p, mode.stats_dtype);
+  const Oracle want(p, mode);
+  const int64_t width = p.shape.width();
+  const auto n = static_cast<double>(p.shape.num_tokens);
+  const double loss = sum_error(p.shape.num_tokens);
+  const auto both_of = [&](const Outputs& outputs, Output first, DType dtype) {
+    return side_by_side(p.shape, decode(dtype, outputs[first]), decode(dtype, outputs[first + 1]));
+  };
+  const Values old_mean = both_of(before, kMeanX, mode.stats_dtype);
+  const Values old_var = both_of(before, kVarX, mode.stats_dtype);
+  // Of what is left of a logit without its mean; and of inv_std, relative.
+  Values error(width), scale_error(width);
+  for (int64_t i = 0; i < width; ++i) {
+    const double mean = mode.training ? 0 : std::abs(old_mean[i]);  // that of a batch is no larger
+    error[i] = p.error[i] + loss * std::max(p.largest[i], mean);
+    scale_error[i] = loss + (mode.training ? error[i] * want.inv_std[i] : 0);
+  }
+  const auto near = [&](const char* name, const Values& got, const Values& want, DType dtype,
+                        auto slack) {
+    expect_close(
+        name, got, want, [&](size_t i) { return rounding_error(dtype, want[i]) + slack(i); },
+        NaNs::kMatch);
+  };
+  near("inv_std", decode(DType::kFloat32, got[kInvStd]), want.inv_std, DType::kFloat32,
+       [&](size_t i) { return want.inv_std[i] * scale_error[i]; });
+  near("normed", both_of(got, kNormedX, p.dtype), want.normed, p.dtype, [&](size_t at) {
+    const size_t i = at % width;
+    return 2 * error[i] * want.inv_std[i] + scale_error[i] * std::abs(want.normed[at]);
+  });
+  if (!mode.training) {
+    for (const int i : {kMeanX, kMeanY, kVarX, kVarY, kCountX, kCountY}) {
+      EXPECT_TRUE(before[i] == got[i]) << kOutputNames[i] << " written in eval";
+    }
+    return;
+  }
+  for (const int i : {kCountX, kCountY}) {
+    EXPECT_EQ(decode_count(before[i]) + 1, decode_count(got[i])) << kOutputNames[i];
+  }
+  near("running_mean", both_of(got, kMeanX, mode.stats_dtype), want.running_mean, mode.stats_dtype,
+       [&](size_t i) { return error[i] + loss * std::abs(old_mean[i]); });
+  near("running_var", both_of(got, kVarX, mode.stats_dtype), want.running_var, mode.stats_dtype,
+       [&](size_t i) {
+         const double var = std::max(0.0, 1 / (want.inv_std[i] * want.inv_std[i]) - kEps);
+         const double var_error = 2 * error[i] * (std::sqrt(var) + error[i]) + loss * var;
+         return n / (n - 1) * var_error + loss * old_var[i];
+       });
 }
 
 // Running statistics in fp32 and in the dtype of the logits, training and eval.
 std::vector<Mode> modes_of(const Case& c) {
   std::vector<Mode> modes;
-  for (const DTypeInfo& stats_type : {kDTypes[0], c.type}) {
-    if (c.shape.num_tokens > 1) modes.push_back({stats_type, true});
-    modes.push_back({stats_type, false});
+  for (const DType stats_dtype : {DType::kFloat32, c.dtype}) {
+    if (c.shape.num_tokens > 1) modes.push_back({stats_dtype, true});
+    modes.push_back({stats_dtype, false});
   }
   return modes;
 }
 
 std::string describe(const Mode& mode) {
-  return std::string(mode.training ? "training" : "eval") + ", stats " + mode.stats_type.name;
+  return std::string(mode.training ? "training" : "eval") + ", stats " + name_of(mode.stats_dtype);
 }
 
 // ---- tests ----
@@ -337,7 +326,7 @@ class CudaRouterLogits : public CudaKernelTest {
     ASSERT_EQ(cudaSuccess, cudaGetDevice(&device));
     ASSERT_EQ(cudaSuccess,
               cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    if (!cuda::has_hopper_kernels() || num_sms < 132) {
+    if (!cuda::current_device().has_hopper_kernels || num_sms < 132) {
       GTEST_SKIP() << "needs a Hopper GPU with 132 SMs, and code for it";
     }
   }
@@ -358,7 +347,7 @@ TEST_P(CudaRouterLogitsOf, MatchesOracleTwice) {
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (const DTypeInfo& type : {kDTypes[1], kDTypes[2]}) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     for (const Shape& shape :
          {// Tails in every dimension, one block and several.
           Shape{1, 64, 64, 64}, Shape{1, 200, 40, 72}, Shape{2, 8, 8, 8}, Shape{5, 64, 64, 64},
@@ -372,7 +361,7 @@ std::vector<Case> cases() {
           Shape{199, 72, 4096, 328}, Shape{2100, 456, 200, 136}, Shape{4095, 64, 256, 256},
           // And three groups.
           Shape{4090, 72, 320, 328}}) {
-      all.push_back({shape, type});
+      all.push_back({shape, dtype});
     }
   }
   return all;
@@ -382,20 +371,20 @@ INSTANTIATE_TEST_SUITE_P(Shapes, CudaRouterLogitsOf, testing::ValuesIn(cases()),
                          [](const auto& info) { return name_of(info.param); });
 
 TEST_F(CudaRouterLogits, ConstantColumns) {
-  for (const DTypeInfo& type : {kDTypes[1], kDTypes[2]}) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     for (const int64_t num_tokens : {2, 37, 1000}) {
-      const Case c{{num_tokens, 72, 8, 16}, type};
+      const Case c{{num_tokens, 72, 8, 16}, dtype};
       const Problem p(c, [&](Problem& p) {
-        p.fill_gate(3, 0);
-        p.fill_gate(11, 0);  // one term is left, the same for all tokens
-        p.set_gate(11, 0, 0.7f);
-        for (int64_t t = 0; t < num_tokens; ++t) p.set_x(t, 0, 1.3f);
+        std::fill_n(&p.gate(3, 0), 72, 0);
+        std::fill_n(&p.gate(11, 0), 72, 0);  // one term is left, the same for all tokens
+        p.gate(11, 0) = 0.7f;
+        for (int64_t t = 0; t < num_tokens; ++t) p.token(t, 0) = 1.3f;
       });
       SCOPED_TRACE(name_of(c));
-      const Mode mode{kDTypes[0], true};
+      const Mode mode{DType::kFloat32, true};
       const Outputs got = run(p, mode);
       check(p, mode, got);
-      const auto normed_x = decode(type, got[kNormedX]), normed_y = decode(type, got[kNormedY]);
+      const auto normed_x = decode(dtype, got[kNormedX]), normed_y = decode(dtype, got[kNormedY]);
       for (int64_t t = 0; t < num_tokens; ++t) {
         ASSERT_EQ(0, normed_x[t * 8 + 3]) << t;
         ASSERT_EQ(0, normed_y[t * 16 + 3]) << t;
@@ -405,18 +394,18 @@ TEST_F(CudaRouterLogits, ConstantColumns) {
 }
 
 TEST_F(CudaRouterLogits, NonFiniteGateStaysInItsColumn) {
-  for (const DTypeInfo& type : {kDTypes[1], kDTypes[2]}) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     for (const Shape& shape : {Shape{37, 72, 8, 16}, Shape{700, 200, 128, 72}}) {
-      const Case c{shape, type};
+      const Case c{shape, dtype};
       const Problem p(c, [&](Problem& p) {
-        p.set_gate(2, 70, kNan);
-        p.set_gate(shape.num_rows + 9, 5, kNan);
+        p.gate(2, 70) = kNaN;
+        p.gate(shape.num_rows + 9, 5) = kNaN;
       });
       for (const Mode& mode : modes_of(c)) {
         SCOPED_TRACE(name_of(c) + ", " + describe(mode));
         const Outputs got = run(p, mode);
         check(p, mode, got);  // NaN where the oracle has it, and only there
-        const auto normed_x = decode(type, got[kNormedX]);
+        const auto normed_x = decode(dtype, got[kNormedX]);
         for (size_t i = 0; i < normed_x.size(); ++i) {
           ASSERT_EQ(static_cast<int64_t>(i) % shape.num_rows == 2, std::isnan(normed_x[i])) << i;
         }
@@ -426,34 +415,34 @@ TEST_F(CudaRouterLogits, NonFiniteGateStaysInItsColumn) {
 }
 
 TEST_F(CudaRouterLogits, NonFiniteTokenStaysInItsRowInEval) {
-  const Case c{{199, 72, 40, 64}, kDTypes[2]};
-  const Problem p(c, [](Problem& p) { p.set_x(70, 3, kNan); });
-  const Mode mode{kDTypes[0], false};
+  const Case c{{199, 72, 40, 64}, DType::kBFloat16};
+  const Problem p(c, [](Problem& p) { p.token(70, 3) = kNaN; });
+  const Mode mode{DType::kFloat32, false};
   check(p, mode, run(p, mode));
 }
 
 // E[x²] - E[x]² in fp32 would leave few digits of it.
 TEST_F(CudaRouterLogits, VarianceOfLargeMean) {
-  for (const DTypeInfo& type : {kDTypes[1], kDTypes[2]}) {
-    const Case c{{1000, 16, 8, 8}, type};
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    const Case c{{1000, 16, 8, 8}, dtype};
     // Integers, which fp32 sums exactly: what is lost is lost by the statistics.
-    const Problem p(c, [&](Problem& p) {
+    const Problem p(c, [](Problem& p) {
       std::mt19937 random(1);
-      const auto small = [&] { return static_cast<float>(static_cast<int>(random() % 3) - 1); };
-      for (uint16_t& bits : p.x) bits = encode(type.dtype, small());
-      for (uint16_t& bits : p.gates) bits = encode(type.dtype, small());
-      for (int64_t t = 0; t < 1000; ++t) p.set_x(t, 0, 1);
-      for (int64_t i = 0; i < 16; ++i) p.set_gate(i, 0, 1024);
+      const auto small = [&] { return static_cast<int>(random() % 3) - 1; };
+      for (double& value : p.x) value = small();
+      for (double& value : p.gates) value = small();
+      for (int64_t t = 0; t < 1000; ++t) p.token(t, 0) = 1;
+      for (int64_t i = 0; i < 16; ++i) p.gate(i, 0) = 1024;
     });
-    const auto got = decode(kDTypes[0], run(p, {kDTypes[0], true})[kInvStd]);
-    for (int64_t i = 0; i < 16; ++i) {
-      EXPECT_NEAR(1, got[i] * std::sqrt(p.columns[i].var + kEps), 1e-4) << i;
-    }
+    const Mode mode{DType::kFloat32, true};
+    const Values want = Oracle(p, mode).inv_std;
+    expect_close("inv_std", decode(DType::kFloat32, run(p, mode)[kInvStd]), want,
+                 [&](size_t i) { return 1e-4 * want[i]; });
   }
 }
 
 TEST_F(CudaRouterLogits, WithoutBuffers) {
-  const Case c{{257, 72, 40, 72}, kDTypes[2]};
+  const Case c{{257, 72, 40, 72}, DType::kBFloat16};
   const Problem p(c);
   for (const Mode& mode : modes_of(c)) {
     SCOPED_TRACE(describe(mode));
@@ -474,8 +463,8 @@ TEST_F(CudaRouterLogits, OneAfterAnother) {
   constexpr int kTurns = 20;
   for (const Shape& shape : {Shape{37, 72, 8, 16}, Shape{4096, 64, 64, 64}}) {
     for (const bool training : {true, false}) {
-      const Mode mode{kDTypes[0], training};
-      const Problem p({shape, kDTypes[2]});
+      const Mode mode{DType::kFloat32, training};
+      const Problem p({shape, DType::kBFloat16});
       const DeviceRun apart(p, mode), together(p, mode);
       for (int turn = 0; turn < kTurns; ++turn) {
         apart.launch();
@@ -492,8 +481,8 @@ TEST_F(CudaRouterLogits, OneAfterAnother) {
 // A grid barrier needs the whole grid on the device: launches that overlap must not wait for each
 // other forever.
 TEST_F(CudaRouterLogits, ConcurrentStreams) {
-  const Mode mode{kDTypes[0], true};
-  const Problem p({{4096, 64, 256, 256}, kDTypes[2]});
+  const Mode mode{DType::kFloat32, true};
+  const Problem p({{4096, 64, 256, 256}, DType::kBFloat16});
   constexpr int kStreams = 4;
   cudaStream_t streams[kStreams];
   std::vector<std::unique_ptr<DeviceRun>> runs;
@@ -523,8 +512,9 @@ TEST_F(CudaRouterLogits, SaysWhatItDoesNotSupport) {
     change(p);
     return p;
   };
-  EXPECT_TRUE(cuda::router_logits_forward_supported(changed([](P&) {})));
-  EXPECT_TRUE(cuda::router_logits_forward_supported(changed([](P& p) { p.training = false; })));
+  EXPECT_TRUE(cuda::plan_router_logits_forward(changed([](P&) {})).has_value());
+  EXPECT_TRUE(
+      cuda::plan_router_logits_forward(changed([](P& p) { p.training = false; })).has_value());
   void* const misaligned = reinterpret_cast<void*>(0x1008);
   const std::function<void(P&)> changes[] = {
       [](P& p) { p.dtype = DType::kFloat32; },
@@ -550,8 +540,7 @@ TEST_F(CudaRouterLogits, SaysWhatItDoesNotSupport) {
     for (const bool training : {true, false}) {
       P p = changed(changes[i]);
       p.training = training;
-      EXPECT_FALSE(cuda::router_logits_forward_supported(p)) << i;
-      EXPECT_EQ(cudaErrorNotSupported, cuda::router_logits_forward(p, nullptr)) << i;
+      EXPECT_FALSE(cuda::plan_router_logits_forward(p).has_value()) << i;
     }
   }
 }

@@ -41,6 +41,16 @@ void expect_same(const TensorFunction& op, const TensorFunction& composition,
   }
 }
 
+// The op alone, with the options that most tests leave as they are.
+Tensor experts(const TensorList& t, const Tensor& indices, std::string_view activation = "silu") {
+  return std::get<0>(omni_expert(t[0], t[1], t[2], t[3], indices, activation,
+                                 /*addend=*/std::nullopt, /*save_for_backward=*/false));
+}
+
+Tensor mlp(const TensorList& t) {
+  return std::get<0>(omni_mlp(t[0], t[1], t[2], t[3], "silu", /*save_for_backward=*/false));
+}
+
 // Σ over k of act(hidden · up) * routing * down, by gathers.
 Tensor compose_experts(const TensorList& t, const Tensor& indices,
                        const std::function<Tensor(const Tensor&)>& activation) {
@@ -64,12 +74,11 @@ TEST_F(Ops, Experts) {
   for (const int64_t num_tokens : {0, 1, 37}) {
     for (const auto index_type : {at::kInt, at::kLong}) {
       const Tensor indices = at::randint(12, {num_tokens, 5}, index_type);
-      expect_same(
-          [&](const TensorList& t) { return omni_expert(t[0], t[1], t[2], t[3], indices, "silu"); },
-          [&](const TensorList& t) {
-            return compose_experts(t, indices, [](const Tensor& x) { return at::silu(x); });
-          },
-          expert_inputs(num_tokens, 5));
+      expect_same([&](const TensorList& t) { return experts(t, indices); },
+                  [&](const TensorList& t) {
+                    return compose_experts(t, indices, [](const Tensor& x) { return at::silu(x); });
+                  },
+                  expert_inputs(num_tokens, 5));
     }
   }
 }
@@ -84,24 +93,12 @@ TEST_F(Ops, ExpertActivations) {
       {"identity", [](const Tensor& x) { return x; }}};
   for (const auto& [name, activation] : activations) {
     SCOPED_TRACE(name);
-    expect_same(
-        [&, name = name](const TensorList& t) {
-          return omni_expert(t[0], t[1], t[2], t[3], indices, name);
-        },
-        [&, activation = activation](const TensorList& t) {
-          return compose_experts(t, indices, activation);
-        },
-        expert_inputs(37, 5));
+    expect_same([&, name = name](const TensorList& t) { return experts(t, indices, name); },
+                [&, activation = activation](const TensorList& t) {
+                  return compose_experts(t, indices, activation);
+                },
+                expert_inputs(37, 5));
   }
-}
-
-TEST_F(Ops, FlashExpertScoresWithDownWeights) {
-  const Tensor indices = at::randint(12, {37, 5}, at::kLong);
-  expect_same([&](const TensorList& t) { return flash_expert(t[0], t[1], t[2], indices, t[3]); },
-              [&](const TensorList& t) {
-                return compose_experts(t, indices, [](const Tensor& x) { return at::silu(x); });
-              },
-              expert_inputs(37, 5));
 }
 
 TEST_F(Ops, Router) {
@@ -146,23 +143,18 @@ TEST_F(Ops, SoftmaxRouter) {
 }
 
 TEST_F(Ops, Mlp) {
-  for (const bool recompute : {false, true}) {
-    expect_same(
-        [&](const TensorList& t) { return omni_mlp(t[0], t[1], t[2], t[3], "silu", recompute); },
-        [](const TensorList& t) {
-          return at::linear(at::silu(at::linear(t[0], t[1])) * at::linear(t[0], t[2]), t[3]);
-        },
-        {at::randn({3, 9, 20}, kDouble), at::randn({14, 20}, kDouble), at::randn({14, 20}, kDouble),
-         at::randn({20, 14}, kDouble)});
-  }
+  expect_same(mlp,
+              [](const TensorList& t) {
+                return at::linear(at::silu(at::linear(t[0], t[1])) * at::linear(t[0], t[2]), t[3]);
+              },
+              {at::randn({3, 9, 20}, kDouble), at::randn({14, 20}, kDouble),
+               at::randn({14, 20}, kDouble), at::randn({20, 14}, kDouble)});
 }
 
 // d <grad, out> along a random direction of all inputs, by a central difference.
 TEST_F(Ops, GradientsAreFiniteDifferences) {
   const Tensor indices = at::randint(12, {9, 5}, at::kLong);
-  const TensorFunction op = [&](const TensorList& t) {
-    return omni_expert(t[0], t[1], t[2], t[3], indices, "gelu");
-  };
+  const TensorFunction op = [&](const TensorList& t) { return experts(t, indices, "gelu"); };
   const TensorList inputs = expert_inputs(9, 5);
   const Tensor grad = at::randn({9, 20}, kDouble);
   const TensorList results = run(op, inputs, grad);
@@ -182,10 +174,15 @@ TEST_F(Ops, GradientsAreFiniteDifferences) {
 TEST_F(Ops, OnlyTheWantedGradientsAreComputed) {
   const TensorList t = expert_inputs(9, 5);
   const Tensor indices = at::randint(12, {9, 5}, at::kLong), grad = at::randn({9, 20}, kDouble);
-  const auto all =
-      omni_expert_backward(grad, t[0], t[1], t[2], t[3], indices, "silu", {true, true, true, true});
-  const auto some = omni_expert_backward(grad, t[0], t[1], t[2], t[3], indices, "silu",
-                                         {false, true, false, true});
+  const Tensor pre_activations =
+      std::get<1>(omni_expert(t[0], t[1], t[2], t[3], indices, "silu", std::nullopt,
+                              /*save_for_backward=*/true));
+  const auto backward = [&](Mask<4> mask) {
+    return omni_expert_backward(grad, t[0], t[1], t[2], t[3], indices, pre_activations, "silu",
+                                /*addend=*/std::nullopt, mask);
+  };
+  const auto all = backward({true, true, true, true});
+  const auto some = backward({false, true, false, true});
   EXPECT_EQ(std::get<0>(some).numel(), 0);
   EXPECT_TRUE(at::equal(std::get<1>(some), std::get<1>(all)));
   EXPECT_EQ(std::get<2>(some).numel(), 0);
@@ -200,7 +197,7 @@ TEST_F(Ops, MetaTensorsHaveShapesOnly) {
   EXPECT_EQ(weights.scalar_type(), at::kHalf);
   EXPECT_EQ(indices.scalar_type(), at::kInt);
   const Tensor table = at::empty({24, 10}, meta);
-  EXPECT_EQ(omni_expert(at::empty({5, 10}, meta), table, table, weights, indices).sizes(),
+  EXPECT_EQ(experts({at::empty({5, 10}, meta), table, table, weights}, indices).sizes(),
             at::IntArrayRef({5, 10}));
 }
 
@@ -218,20 +215,26 @@ TEST_F(Ops, BadInput) {
   const TensorList t = expert_inputs(9, 5);
   const Tensor indices = at::randint(12, {9, 5}, at::kLong);
   expect_error<c10::ValueError>(
-      [&] { omni_expert(t[0], t[1], t[2], t[3].narrow(1, 0, 4), indices); },
+      [&] {
+        experts({t[0], t[1], t[2], t[3].narrow(1, 0, 4)}, indices);
+      },
       "omni_expert: expected routing_weights.size(1)");
   expect_error<c10::ValueError>(
-      [&] { omni_expert(t[0].to(at::kFloat), t[1], t[2], t[3], indices); },
+      [&] {
+        experts({t[0].to(at::kFloat), t[1], t[2], t[3]}, indices);
+      },
       "expected up_weights in the dtype of hidden_states");
-  expect_error<c10::ValueError>([&] { omni_expert(t[0], t[1], t[2], t[3], indices, "swish"); },
-                                "but got 'swish'");
+  expect_error<c10::ValueError>([&] { experts(t, indices, "swish"); }, "but got 'swish'");
   expect_error<c10::ValueError>([&] { omni_router(t[0], t[0], 401); },
                                 "between 0 and the 400 experts of the grid, but got 401");
-  expect_error<c10::ValueError>([&] { omni_mlp(t[0], t[1], t[2], t[1]); },
-                                "expected down_weight.size(0)");
+  expect_error<c10::ValueError>(
+      [&] {
+        mlp({t[0], t[1], t[2], t[1]});
+      },
+      "expected down_weight.size(0)");
   Tensor outside = indices.clone();
   outside[3][2] = 12;
-  expect_error<c10::IndexError>([&] { omni_expert(t[0], t[1], t[2], t[3], outside); },
+  expect_error<c10::IndexError>([&] { experts(t, outside); },
                                 "expected indices in [0, 12), but got 12 at indices[3, 2]");
 }
 
@@ -257,32 +260,36 @@ TEST_F(Ops, GradientOfTooManyPairsOnTheGpu) {
       ": expected indices to have at most 2147483647 elements for gradients on cuda:0, but got "
       "shape [65536, 32768] (2147483648)";
   expect_error<c10::ValueError>(
-      [&] { omni_expert_save_scores(hidden, table, table, weights, indices, "silu"); },
+      [&] {
+        omni_expert(hidden, table, table, weights, indices, "silu", std::nullopt,
+                    /*save_for_backward=*/true);
+      },
       "omni_expert" + expected);
   expect_error<c10::ValueError>(
       [&] {
-        omni_expert_backward(hidden, hidden, table, table, weights, indices, "silu",
-                             {true, true, true, true}, weights);
+        omni_expert_backward(hidden, hidden, table, table, weights, indices, weights, "silu",
+                             std::nullopt, {true, true, true, true});
       },
-      "omni_expert_backward" + expected);
+      "_omni_expert_backward" + expected);
 
   const auto meta = at::TensorOptions().device(at::kMeta);
   const Tensor meta_table = at::empty({12, 8}, meta);
-  const auto [out, scores] = omni_expert_save_scores(
-      at::empty({kTokens, 8}, meta), meta_table, meta_table, at::empty({kTokens, kK}, meta),
-      at::empty({kTokens, kK}, meta.dtype(at::kInt)), "silu");
-  EXPECT_EQ(scores.sizes(), indices.sizes());
+  const auto [out, pre_activations] =
+      omni_expert(at::empty({kTokens, 8}, meta), meta_table, meta_table,
+                  at::empty({kTokens, kK}, meta), at::empty({kTokens, kK}, meta.dtype(at::kInt)),
+                  "silu", std::nullopt, /*save_for_backward=*/true);
+  EXPECT_EQ(pre_activations.sizes(), indices.sizes());
 }
 
 TEST_F(Ops, NoSecondDerivative) {
   const Tensor x = at::randn({4, 20}, kDouble).requires_grad_();
   const TensorList t = expert_inputs(4, 5);
   const Tensor indices = at::randint(12, {4, 5}, at::kLong);
-  const Tensor out = omni_expert(x, t[1], t[2], t[3], indices).square().sum();
+  const Tensor out = experts({x, t[1], t[2], t[3]}, indices).square().sum();
   const Tensor grad =
       torch::autograd::grad({out}, {x}, {}, /*retain_graph=*/true, /*create_graph=*/true)[0];
   expect_error<c10::Error>([&] { grad.sum().backward(); },
-                           "derivative for omni_moe::omni_expert_backward is not implemented");
+                           "derivative for omni_moe::_omni_expert_backward is not implemented");
 }
 
 }  // namespace

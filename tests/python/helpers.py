@@ -54,7 +54,7 @@ on_dtypes = pytest.mark.parametrize(("device", "dtype"), _device_dtypes())
 
 
 def environment() -> dict[str, str]:
-    """For a process that shall import the same omni_moe as this one."""
+    """The environment of a process that is to import the same omni_moe as this one."""
     found_in = str(Path(omni_moe.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [found_in, inherited]))}

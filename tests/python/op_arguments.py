@@ -27,7 +27,7 @@ def arguments(op, device="cpu"):
         "grad_output": (2, T, H),
         "gate": (2, T, I),
         "up": (2, T, I),
-        "scores": (T, K),
+        "pre_activations": (T, K),
         "addend": (T, H),
         "up_embed": (E, H),
         "down_embed": (E, H),
@@ -38,7 +38,7 @@ def arguments(op, device="cpu"):
         "num_cols": C,
         "norm_topk_prob": False,
         "activation": "silu",
-        "recompute": False,
+        "save_for_backward": False,
         "output_mask": [True] * 4,
         "indices": choice.int() if "router" in op else choice,
     }
@@ -53,24 +53,21 @@ def arguments(op, device="cpu"):
 
 def call_with(op, device="cpu", **changed):
     given = arguments(op, device) | changed
-    return getattr(ops, op)(*given.values())
+    return getattr(ops, op)(**given)
 
 
 ALL_OPS = (
     "omni_router",
-    "omni_router_backward",
+    "_omni_router_backward",
     "omni_softmax_router",
-    "omni_softmax_router_backward",
+    "_omni_softmax_router_backward",
     "omni_expert",
-    "omni_expert_save_scores",
-    "omni_expert_backward",
-    "flash_expert",
+    "_omni_expert_backward",
     "omni_mlp",
-    "omni_mlp_save_gates",
-    "omni_mlp_backward",
-    "omni_mlp_backward_consume",
+    "_omni_mlp_backward",
+    "_omni_mlp_backward_consume",
     "omni_expert_mlp",
 )
 ROUTERS = ("omni_router", "omni_softmax_router")
-EXPERTS = ("omni_expert", "omni_expert_backward")
-MLPS = ("omni_mlp", "omni_mlp_save_gates", "omni_mlp_backward")
+EXPERTS = ("omni_expert", "_omni_expert_backward")
+MLPS = ("omni_mlp", "_omni_mlp_backward")

@@ -3,7 +3,7 @@
 import torch
 from batch_norm_helpers import EPS, MOMENTUM, random_grads
 
-ops = torch.ops.omni_moe
+from omni_moe.ops import omni_router_logits
 
 
 def make_inputs(num_tokens, hidden_size, num_rows, num_cols, device, dtype):
@@ -19,15 +19,15 @@ def make_inputs(num_tokens, hidden_size, num_rows, num_cols, device, dtype):
 
 
 def apply(inputs, buffers, training=True):
-    return ops.omni_router_logits(*inputs, *buffers.args(), training, MOMENTUM, EPS)
+    return omni_router_logits(*inputs, buffers.args(), training, MOMENTUM, EPS)
 
 
 def run(function, inputs, grads, buffers, training=True):
     """Outputs, then gradients of hidden states and gates. Updates `buffers`."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    logits = function(*leaves, *buffers.args(), training, MOMENTUM, EPS)
+    logits = function(*leaves, buffers.args(), training, MOMENTUM, EPS)
     return [*(out.detach() for out in logits), *torch.autograd.grad(logits, leaves, grads)]
 
 
 def run_op(inputs, grads, buffers, training=True):
-    return run(ops.omni_router_logits, inputs, grads, buffers, training)
+    return run(omni_router_logits, inputs, grads, buffers, training)

@@ -6,9 +6,11 @@ import functools
 import pytest
 import torch
 from helpers import assert_bitwise, assert_close
-from test_module import E, H, I, make_layer
+from test_module import E, H, I, K, make_layer
 from torch import nn
 from torch.nn.utils import prune
+
+from omni_moe import reference
 
 MODULES = (
     *("router_gate_x", "router_gate_y", "router_norm_x", "router_norm_y", "up_embed", "down_embed"),
@@ -16,51 +18,152 @@ MODULES = (
 )
 
 
-def set_momentum(layer):
-    layer.router_norm_x.momentum = layer.router_norm_y.momentum = None
+# ---- hooks and other modules ---------------------------------------------------------------------
 
-
-def replace_forward(layer):
-    for name in ("router_gate_x", "gate_proj", "down_embed"):
-        module = layer.get_submodule(name)
-        module.forward = lambda *args, module=module: type(module).forward(module, *args)
-
-
-def forget_statistics(layer):
-    for axis, width in (("x", 6), ("y", 8)):
-        norm = nn.BatchNorm1d(width, affine=False, track_running_stats=False)
-        setattr(layer, f"router_norm_{axis}", norm.double())
-
-
-CHANGES = {
-    "hook on a gate": lambda layer: layer.router_gate_x.register_forward_hook(lambda *_: None),
-    "hook on a norm": lambda layer: layer.router_norm_y.register_forward_pre_hook(lambda *_: None),
-    "hook on the MLP": lambda layer: layer.up_proj.register_full_backward_hook(lambda *_: None),
-    "hook on the experts": lambda layer: layer.up_embed.register_forward_hook(lambda *_: None),
-    "forward of the instance": replace_forward,
-    "average without momentum": set_momentum,
-    "no running statistics": forget_statistics,
+# Each hook changes values, so that one that does not run is found.
+HOOKS = {
+    "forward_pre": lambda module, args: (args[0].flip(0),),
+    "forward": lambda module, args, output: output.flip(0),
+    "full_backward_pre": lambda module, grad_output: (2 * grad_output[0],),
+    "full_backward": lambda module, grad_input, grad_output: (2 * grad_input[0],),
 }
 
 
+def add_hook(layer, kind, name):
+    register = getattr(layer.get_submodule(name), f"register_{kind}_hook")
+    register(HOOKS[kind])
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def change_class(layer):
+    layer.up_proj.__class__ = Doubled
+
+
+def add_bias(layer):
+    layer.gate_proj.bias = nn.Parameter(torch.linspace(-1, 1, I, dtype=torch.float64))
+
+
+def make_affine(layer):
+    layer.router_norm_x.weight = nn.Parameter(torch.linspace(1, 2, 6, dtype=torch.float64))
+    layer.router_norm_x.bias = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+
+
+def keep_outside_of_parameters(module, name, values):
+    """As FSDP1 does where it flattens parameters."""
+    del module._parameters[name]
+    setattr(module, name, values.double())
+
+
+def forget_statistics(layer):
+    for name in ("router_norm_x", "router_norm_y"):
+        norm = nn.BatchNorm1d(6, affine=False, track_running_stats=False)
+        setattr(layer, name, norm.double())
+
+
+def average_without_momentum(layer):
+    layer.router_norm_x.momentum = layer.router_norm_y.momentum = None
+
+
+def share_the_norm(layer):
+    layer.router_norm_y = layer.router_norm_x
+
+
+CHANGES = {
+    f"{kind} hook on {name}": functools.partial(add_hook, kind=kind, name=name)
+    for kind in HOOKS
+    for name in MODULES
+    # Expert ids, the input of an embedding, have no gradient that a hook could change.
+    if kind != "full_backward" or "embed" not in name
+} | {
+    "class": change_class,
+    "bias": add_bias,
+    "affine norm": make_affine,
+    "bias that is no parameter": lambda layer: keep_outside_of_parameters(
+        layer.gate_proj, "bias", torch.linspace(-1, 1, I)
+    ),
+    "affine norm without parameters": lambda layer: keep_outside_of_parameters(
+        layer.router_norm_x, "weight", torch.linspace(1, 2, 6)
+    ),
+    "no running statistics": forget_statistics,
+    "average without momentum": average_without_momentum,
+    "one norm for both axes": share_the_norm,
+    "momentum of one norm": lambda layer: setattr(layer.router_norm_y, "momentum", 0.5),
+    "eps of one norm": lambda layer: setattr(layer.router_norm_y, "eps", 0.5),
+    "mode of one norm": lambda layer: layer.router_norm_x.eval(),
+}
+
+
+def forward_by_calls(layer, x):
+    """The forward of an `OmniMoE` layer that calls all of its modules."""
+    logits = (
+        layer.router_norm_x(layer.router_gate_x(x)),
+        layer.router_norm_y(layer.router_gate_y(x)),
+    )
+    routing_weights, indices = reference.omni_softmax_router(*logits, K)
+    ids = torch.arange(layer.config.num_experts)
+    expert_states = reference.omni_expert(
+        x,
+        up_weights=layer.up_embed(ids),
+        down_weights=layer.down_embed(ids),
+        routing_weights=routing_weights,
+        indices=indices,
+    )
+    gate = nn.functional.silu(layer.gate_proj(x))
+    return expert_states + layer.down_proj(gate * layer.up_proj(x))
+
+
+def outcome(layer, forward, x, grad):
+    """What a training step and an evaluation leave: outputs, gradients and buffers by name."""
+    x = x.clone().requires_grad_()
+    out = forward(layer, x)
+    out.backward(grad)
+    found = {"output": out, "gradient of x": x.grad}
+    found |= {f"gradient of {name}": p.grad for name, p in layer.named_parameters()}
+    found |= {name: buffer.double() for name, buffer in layer.named_buffers()}
+    return found | {"output in eval mode": forward(layer.eval(), x)}
+
+
+def differ(one, other):
+    return one.keys() != other.keys() or not all(
+        torch.allclose(value, other[name]) for name, value in one.items()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # embeddings have ids for input
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_modules_are_called(change):
-    """The layer takes the weights of its modules itself only where nobody would notice."""
-    plain, changed = make_layer(), make_layer()
-    changed.load_state_dict(plain.state_dict())
-    CHANGES[change](changed)
+    """The layer takes the weights of its modules itself only where that is the same."""
+    plain, changed, by_calls = (make_layer(num_experts=36) for _ in range(3))
+    for layer in (changed, by_calls):
+        layer.load_state_dict(plain.state_dict())
+        CHANGES[change](layer)
+    x, grad = torch.randn(2, 37, H, dtype=torch.float64)
+    got = outcome(changed, lambda layer, x: layer(x), x, grad)
+    want = outcome(by_calls, forward_by_calls, x, grad)
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        assert_close(value, want[name], name, num_terms=1000, accumulation_factor=4)
+    assert differ(got, outcome(plain, lambda layer, x: layer(x), x, grad))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_after_a_forward_are_noticed(change):
+    """And their end, when plain modules come back."""
+    layer = make_layer(num_experts=36).eval()
+    plain_modules = copy.deepcopy(dict(layer.named_children()))
+    by_calls = copy.deepcopy(layer)
     x = torch.randn(37, H, dtype=torch.float64)
-    grad = torch.randn(37, H, dtype=torch.float64)
-    outputs, grads = [], []
-    for layer in (plain, changed):
-        leaf = x.clone().requires_grad_()
-        outputs.append(layer(leaf))
-        outputs[-1].backward(grad)
-        grads.append([leaf.grad, *(parameter.grad for parameter in layer.parameters())])
-    slack = {"num_terms": 1000, "accumulation_factor": 4}
-    assert_close(outputs[1], outputs[0], **slack)
-    for got, want in zip(*reversed(grads), strict=True):
-        assert_close(got, want, **slack)
+    before = layer(x)
+    CHANGES[change](layer)
+    CHANGES[change](by_calls)
+    assert_close(layer(x), forward_by_calls(by_calls, x), num_terms=1000)
+    for name, module in plain_modules.items():
+        setattr(layer, name, module)
+    assert_bitwise(layer(x), before)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -94,16 +197,19 @@ def test_weights_that_are_computed(change):
         REWEIGHTED[change](layer.get_submodule(name))
     layer.eval()
     x = torch.randn(37, H, dtype=torch.float64)
+    outputs = []
     for _ in range(2):
-        out = layer(x)
-        out.sum().backward()
-    with torch.no_grad():
-        for name in names:
-            before = plain.get_submodule(name).weight
-            before.copy_(layer.get_submodule(name).weight)
-    assert_close(out, plain(x), num_terms=1000)
-    assert not torch.allclose(out, make_layer()(x))
-    assert all(parameter.grad is not None for parameter in layer.parameters())
+        outputs.append(layer(x))
+        outputs[-1].sum().backward()
+        with torch.no_grad():
+            for name in names:
+                plain.get_submodule(name).weight.copy_(layer.get_submodule(name).weight)
+            assert_close(outputs[-1], plain(x), num_terms=1000)
+            # What the weights are computed from changes, and with it the next output.
+            for parameter in layer.parameters():
+                assert parameter.grad is not None
+                parameter += 0.1 * torch.randn_like(parameter)
+    assert not torch.allclose(*outputs)
 
 
 class Quantised(torch.Tensor):
@@ -129,6 +235,15 @@ def test_weights_with_a_linear_of_their_own(names):
         layer.get_submodule(name).weight = quantised
     x = torch.randn(37, H, dtype=torch.float64)
     assert_close(layer(x), rounded(x), num_terms=1000)
+
+
+def test_norms_of_two_dtypes_are_called():
+    layer = make_layer(dtype=torch.bfloat16).eval()
+    layer.router_norm_y.float()
+    x = torch.randn(37, H).bfloat16()
+    logits_x, logits_y = layer._router_logits(x)
+    assert_bitwise(logits_x, layer.router_norm_x(layer.router_gate_x(x)))
+    assert_bitwise(logits_y, layer.router_norm_y(layer.router_gate_y(x)))
 
 
 def test_gates_of_two_dtypes_are_refused():

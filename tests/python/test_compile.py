@@ -15,6 +15,9 @@ from helpers import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import omni_moe
+from omni_moe import OmniMoE, OmniMoEConfig
+
 ops = torch.ops.omni_moe
 
 
@@ -41,7 +44,7 @@ def expert_case(num_tokens, device):
     def experts(hidden, up, down, routing):
         # The ids as a product of the traced tokens, so that their T is dynamic too.
         ids = torch.cat([indices, indices, indices])[: hidden.shape[0]]
-        return ops.omni_expert(hidden, up, down, routing, ids, "gelu")
+        return omni_moe.ops.omni_expert(hidden, up, down, routing, ids, "gelu")
 
     return experts, inputs, [0, 3]
 
@@ -53,19 +56,14 @@ def flash_expert_case(num_tokens, device):
 
     def experts(hidden, up, down, routing):
         ids = torch.cat([indices, indices, indices])[: hidden.shape[0]]
-        return ops.flash_expert(hidden, up, down, ids, routing)
+        return omni_moe.ops.flash_expert(hidden, up, down, ids, routing)
 
     return experts, [hidden, up, down, routing], [0, 3]
 
 
 def mlp_case(num_tokens, device):
     inputs, _ = mlp_inputs((num_tokens,), 20, 12, device, torch.float32)
-    return lambda *args: ops.omni_mlp(*args, "silu", False), inputs, [0]
-
-
-def mlp_recompute_case(num_tokens, device):
-    inputs, _ = mlp_inputs((num_tokens,), 20, 12, device, torch.float32)
-    return lambda *args: ops.omni_mlp(*args, "silu", True), inputs, [0]
+    return omni_moe.ops.omni_mlp, inputs, [0]
 
 
 def expert_mlp_case(num_tokens, device):
@@ -74,7 +72,7 @@ def expert_mlp_case(num_tokens, device):
 
     def both(hidden, up, down, routing, *weights):
         ids = (routing.detach().abs() * 3).long() % 11
-        return ops.omni_expert_mlp(hidden, up, down, routing, ids, *weights)
+        return omni_moe.ops.omni_expert_mlp(hidden, up, down, routing, ids, *weights)
 
     return both, [*inputs, *weights], dynamic
 
@@ -85,7 +83,6 @@ CASES = {
     "omni_expert": expert_case,
     "flash_expert": flash_expert_case,
     "omni_mlp": mlp_case,
-    "omni_mlp-recompute": mlp_recompute_case,
     "omni_expert_mlp": expert_mlp_case,
 }
 
@@ -127,8 +124,8 @@ def test_compiled_with_inductor():
 
     def layer(x, y, hidden, up, down, *mlp_weights):
         weights, indices = ops.omni_softmax_router(x * 2, y * 2, 5)
-        experts = ops.omni_expert(hidden.sin(), up, down, weights, indices)
-        return (experts + ops.omni_mlp(hidden, *mlp_weights)).cos()
+        experts = omni_moe.ops.omni_expert(hidden.sin(), up, down, weights, indices)
+        return (experts + omni_moe.ops.omni_mlp(hidden, *mlp_weights)).cos()
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for num_tokens in (13, 9):
@@ -168,57 +165,48 @@ def expected_outputs(t, k):
     mlp = (empty(2, t, 10), empty(6, 10), empty(6, 10), empty(10, 6))
     shapes = [((t, 10), half), ((24, 10), half), ((24, 10), half), ((t, k), half)]
     none = ((0,), half)
-    mean, count = empty(4, dtype=torch.float32), empty(dtype=torch.int64)
+    saved = ((t, k), torch.float32)
+    products = (empty(2, t, 6), empty(2, t, 6))
+    buffers = [
+        buffer
+        for size in (4, 6)
+        for buffer in (*[empty(size, dtype=torch.float32)] * 2, empty(dtype=torch.int64))
+    ]
     normed = [((t, 4), half), ((t, 6), half), ((10,), torch.float32)]
-    batch_norm = (empty(t, 10), 4, mean, mean, count, None, None, None, True)
-    gates = (empty(4, 12), empty(6, 12))
-    router_logits = (empty(t, 12), *gates, mean, mean, count, None, None, None, True)
+    router_logits = (empty(t, 12), empty(4, 12), empty(6, 12))
     return {
         "omni_router": ((x, y, k), chosen),
         "omni_softmax_router": ((x, y, k, True), chosen),
-        "omni_router_backward": ((routing, indices, 4, 6), [((t, 4), half), ((t, 6), half)]),
-        "omni_softmax_router_backward": (
+        "_omni_router_backward": ((routing, indices, 4, 6), [((t, 4), half), ((t, 6), half)]),
+        "_omni_softmax_router_backward": (
             (routing, x, y, indices, False),
             [((t, 4), half), ((t, 6), half)],
         ),
-        "omni_expert": ((*expert, indices), shapes[:1]),
-        "omni_expert_save_scores": (
-            (*expert, indices, "silu"),
-            [shapes[0], ((t, k), torch.float32)],
-        ),
-        "flash_expert": ((*expert[:3], indices, routing), shapes[:1]),
-        "omni_expert_backward": (
-            (empty(t, 10), *expert, indices, "silu", [True, False, True, False]),
+        "omni_expert": ((*expert, indices, "silu", None, True), [shapes[0], saved]),
+        "_omni_expert_backward": (
+            (
+                *(empty(t, 10), *expert, indices, empty(t, k, dtype=torch.float32)),
+                *("silu", None, [True, False, True, False]),
+            ),
             [shapes[0], none, shapes[2], none],
         ),
-        "omni_mlp": (mlp, [((2, t, 10), half)]),
-        "omni_mlp_save_gates": (
-            (*mlp, "relu"),
-            [((2, t, 10), half), ((2, t, 6), half), ((2, t, 6), half)],
-        ),
-        "omni_mlp_backward": (
-            (empty(2, t, 10), *mlp, None, None, "silu", [False, True, True, True]),
+        "omni_mlp": ((*mlp, "relu", True), [((2, t, 10), half), *[((2, t, 6), half)] * 2]),
+        "_omni_mlp_backward": (
+            (empty(2, t, 10), *mlp, *products, "silu", [False, True, True, True]),
             [none, ((6, 10), half), ((6, 10), half), ((10, 6), half)],
         ),
-        "omni_mlp_backward_consume": (
-            (empty(2, t, 10), *mlp, empty(2, t, 6), empty(2, t, 6), "silu", [True] * 4),
+        "_omni_mlp_backward_consume": (
+            (empty(2, t, 10), *mlp, *products, "silu", [True] * 4),
             [((2, t, 10), half), ((6, 10), half), ((6, 10), half), ((10, 6), half)],
         ),
-        "omni_expert_mlp": ((*expert, indices, *mlp[1:]), shapes[:1]),
-        "omni_expert_mlp_save": (
+        "omni_expert_mlp": (
             (*expert, indices, *mlp[1:], "relu", True),
-            [shapes[0], ((t, k), torch.float32), ((t, 6), half), ((t, 6), half)],
+            [shapes[0], saved, ((t, 6), half), ((t, 6), half)],
         ),
-        "omni_batch_norm": (batch_norm, normed[:2]),
-        "omni_batch_norm_save_stats": (batch_norm, normed),
-        "omni_batch_norm_backward": (
-            (x, y, x, y, empty(10, dtype=torch.float32), True),
-            [((t, 10), half)],
-        ),
-        "omni_router_logits": (router_logits, normed[:2]),
-        "omni_router_logits_save_stats": (router_logits, normed),
-        "omni_router_logits_backward": (
-            (x, y, empty(t, 12), *gates, x, y, empty(10, dtype=torch.float32), True, [True] * 2),
+        "omni_router_logits": ((*router_logits, buffers), normed),
+        "_omni_router_logits_eval": ((*router_logits, *buffers[:2], *buffers[3:5]), normed),
+        "_omni_router_logits_backward": (
+            (x, y, *router_logits, x, y, empty(10, dtype=torch.float32), True, [True] * 2),
             [((t, 12), half), ((10, 12), half)],
         ),
     }
@@ -240,7 +228,7 @@ def test_fake_tensors_of_a_device(device):
     with FakeTensorMode(allow_non_fake_inputs=False):
         logits = torch.empty(5, 4, device=device)
         weights, indices = ops.omni_softmax_router(logits, logits, 3)
-        out = ops.omni_expert(
+        out = omni_moe.ops.omni_expert(
             torch.empty(5, 8, device=device),
             torch.empty(16, 8, device=device),
             torch.empty(16, 8, device=device),
@@ -248,3 +236,36 @@ def test_fake_tensors_of_a_device(device):
             indices,
         )
     assert out.shape == (5, 8) and out.device.type == device and indices.dtype == torch.int32
+
+
+# ---- a layer in evaluation under vmap and export ------------------------------------------------
+
+CONFIG = OmniMoEConfig(
+    hidden_size=24, intermediate_size=40, num_experts=48, num_experts_per_token=5
+)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@on_devices
+def test_vmap_of_an_evaluation_pass(device):
+    """Nothing is mutated there, so that torch.func can batch the layer."""
+    layer = OmniMoE(CONFIG).to(device).eval()
+    x = torch.randn(3, 7, CONFIG.hidden_size, device=device)
+    got = torch.vmap(layer)(x)
+    want = layer(x)
+    assert_close(got, want.double(), num_terms=69, terms=want.abs().max().item())
+
+
+@pytest.mark.parametrize("export", [torch.export.export, torch.export.draft_export])
+@on_devices
+def test_export_of_an_evaluation_pass(device, export):
+    layer = OmniMoE(CONFIG).to(device).eval()
+    x = torch.randn(3, 7, CONFIG.hidden_size, device=device)
+    program = export(layer, (x,))
+    assert_bitwise(program.module()(x), layer(x))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {
+        "omni_moe._omni_router_logits_eval.default",
+        "omni_moe.omni_softmax_router.default",
+        "omni_moe.omni_expert_mlp.default",
+    } <= called

@@ -1,4 +1,4 @@
-"""Kernels that start before the one in front of them has ended (csrc/cuda/common/launch.cuh).
+"""Kernels that start before the one in front has ended (csrc/cuda/common/dependent_launch.cuh).
 
 Whatever such a kernel reads, the one before may still be writing, and whatever it writes, the one
 before may still be reading. Here the one before takes its time on purpose, and everything must come
@@ -13,9 +13,10 @@ import pytest
 import torch
 from helpers import ExpertShape, assert_bitwise, expert_inputs, needs_gpu, run
 from launch_testing import early_copy, late_check, late_copy, needs_launch_testing
-from test_cuda_modes import BF16, CASES, assert_same_run, capture, on_cases, ops
+from test_cuda_modes import BF16, CASES, assert_same_run, capture, on_cases
 
 import omni_moe
+from omni_moe import GpuProperties
 
 pytestmark = [needs_gpu, needs_launch_testing]
 
@@ -52,7 +53,7 @@ def written_late(tensor):
 
 @pytest.fixture
 def starts_early():
-    if not omni_moe._C.has_early_launch():
+    if not GpuProperties.of().has_early_launch:
         pytest.skip("kernels do not start early on this GPU, or in this build")
 
 
@@ -119,14 +120,14 @@ def test_backward_of_inputs_written_late(case):
 @pytest.mark.parametrize(
     "shape",
     [(67, 100, 40, 7), (67, 256, 300, 8), (1024, 512, 2000, 16), (1024, 512, 8, 4)],
-    ids=["phased", "columns", "slabs", "sorted"],
+    ids=["two_phase", "fused", "l2_tiled", "sorted"],
 )
 def test_experts_of_ids_written_late(shape, index_dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(*shape), "cuda", BF16)
     ids = indices.to(index_dtype)
 
     def function(*args):
-        return ops.omni_expert(*args, ids)
+        return omni_moe.ops.omni_expert(*args, ids)
 
     want = run(function, inputs, grad)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -220,7 +221,7 @@ def test_random_sequences_do_not_depend_on_early_launch(seed, num_streams):
 
 def test_two_graphs_at_once():
     """Kernels with a barrier of the grid among them, which cannot share the device."""
-    names = ["training_layer_router_logits", "training_layer_batch_norm", "expert_slabs"]
+    names = ["training_layer_router_logits", "training_layer_batch_norm", "expert_l2_tiled"]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     captured = []
     for stream in streams:
@@ -248,7 +249,7 @@ def test_early_launch_is_on_where_the_code_has_it():
         pytest.skip("what code a GPU runs is known of Hopper")
     architectures = {arch.partition("-")[0] for arch in info["cuda_architectures"].split()}
     if architectures <= {"80", "90", "90a"}:
-        assert omni_moe._C.has_early_launch() == bool(architectures & {"90", "90a"})
-    assert omni_moe._C.has_hopper_kernels() == (info["hopper_kernels"] == "yes")
+        assert GpuProperties.of().has_early_launch == bool(architectures & {"90", "90a"})
+    assert GpuProperties.of().has_hopper_kernels == (info["hopper_kernels"] == "yes")
     with early_launch(False):
-        assert not omni_moe._C.has_early_launch()
+        assert not GpuProperties.of().has_early_launch

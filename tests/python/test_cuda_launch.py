@@ -51,11 +51,10 @@ def test_batch_statistics_on_a_part_of_the_device(num_tokens, num_sms):
     grads = torch.randn(2, num_tokens, 64).to("cuda", BF16)
 
     def forward_and_backward():
-        options = (*(None,) * 6, True, 0.1, 1e-5)
-        *normed, inv_std = ops.omni_router_logits_save_stats(*on_gpu, *options)
+        *normed, inv_std = ops.omni_router_logits(*on_gpu, [], 0.1, 1e-5)
         saved = (*on_gpu, *normed, inv_std)
         # Not by autograd: its threads know nothing of this context.
-        grad_x, _ = ops.omni_router_logits_backward(*grads, *saved, True, [True, False])
+        grad_x, _ = ops._omni_router_logits_backward(*grads, *saved, True, [True, False])
         return *normed, grad_x
 
     forward_and_backward()

@@ -20,6 +20,7 @@ from helpers import (
     run,
 )
 
+import omni_moe
 from omni_moe import OmniMoE, OmniMoEConfig
 
 ops = torch.ops.omni_moe
@@ -36,19 +37,19 @@ def router_case(shape, k, name, device):
 def expert_case(shape, index_dtype, device):
     inputs, indices, grad = expert_inputs(ExpertShape(*shape), device, BF16)
     indices = indices.to(index_dtype)
-    return lambda *args: ops.omni_expert(*args, indices), inputs, grad
+    return lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad
 
 
-def mlp_case(hidden_size, intermediate_size, recompute, device):
+def mlp_case(hidden_size, intermediate_size, device):
     inputs, grad = mlp_inputs((67,), hidden_size, intermediate_size, device, BF16)
-    return lambda *args: ops.omni_mlp(*args, "silu", recompute), inputs, grad
+    return omni_moe.ops.omni_mlp, inputs, grad
 
 
 def expert_mlp_case(device):
     experts, indices, grad = expert_inputs(ExpertShape(67, 256, 300, 8), device, BF16)
     (_, *weights), _ = mlp_inputs((67,), 256, 512, device, BF16)
     return (
-        lambda *args: ops.omni_expert_mlp(*args[:4], indices, *args[4:]),
+        lambda *args: omni_moe.ops.omni_expert_mlp(*args[:4], indices, *args[4:]),
         [*experts, *weights],
         grad,
     )
@@ -72,18 +73,17 @@ def layer_case(num_experts, training, device):
 CASES = {
     "router": partial(router_case, (67, 12, 20), 19, "omni_router"),
     "softmax_router": partial(router_case, (67, 30, 40), 16, "omni_softmax_router"),
-    "router_large_k": partial(router_case, (37, 64, 48), 700, "omni_softmax_router"),
-    "expert_phased": partial(expert_case, (67, 100, 40, 7), torch.int64),
+    "router_forward_block": partial(router_case, (37, 64, 48), 700, "omni_softmax_router"),
+    "expert_two_phase": partial(expert_case, (67, 100, 40, 7), torch.int64),
     "expert_splits": partial(expert_case, (2, 256, 300, 200), torch.int32),
-    "expert_columns": partial(expert_case, (67, 256, 300, 8), torch.int32),
-    "expert_columns_int64": partial(expert_case, (67, 256, 300, 8), torch.int64),
-    "expert_slabs": partial(expert_case, (1024, 512, 2000, 16), torch.int32),
-    "expert_slabs_int64": partial(expert_case, (1024, 512, 2000, 16), torch.int64),
+    "expert_fused": partial(expert_case, (67, 256, 300, 8), torch.int32),
+    "expert_fused_int64": partial(expert_case, (67, 256, 300, 8), torch.int64),
+    "expert_l2_tiled": partial(expert_case, (1024, 512, 2000, 16), torch.int32),
+    "expert_l2_tiled_int64": partial(expert_case, (1024, 512, 2000, 16), torch.int64),
     # So many pairs an expert that the backward's schedule is a radix sort.
     "expert_sorted": partial(expert_case, (1024, 512, 8, 4), torch.int32),
-    "mlp_cublas": partial(mlp_case, 100, 52, False),
-    "mlp_fused": partial(mlp_case, 256, 512, False),
-    "mlp_fused_recompute": partial(mlp_case, 256, 512, True),
+    "mlp_cublas": partial(mlp_case, 100, 52),
+    "mlp_fused": partial(mlp_case, 256, 512),
     "expert_mlp": expert_mlp_case,
     "layer": partial(layer_case, 400, False),
     # Their statistics need a barrier of the grid: BatchNorm's kernels, and the gates' kernel.
@@ -140,12 +140,12 @@ def test_graph_replays_on_other_experts(shape, index_dtype):
     inputs, indices, grad = expert_inputs(shape, "cuda", BF16)
     static = indices.to(index_dtype)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    graph, results = capture(lambda *args: ops.omni_expert(*args, static), leaves, grad)
+    graph, results = capture(lambda *args: omni_moe.ops.omni_expert(*args, static), leaves, grad)
     others = [torch.full_like(static, 17), static.clone(), static.flip(0) // 2 * 2]
     for ids in others:
         static.copy_(ids)
         graph.replay()
-        want = run(lambda *args, ids=ids: ops.omni_expert(*args, ids), inputs, grad)
+        want = run(lambda *args, ids=ids: omni_moe.ops.omni_expert(*args, ids), inputs, grad)
         assert_same_run(results, want)
 
 
@@ -216,7 +216,7 @@ def test_experts_right_behind_their_router(num_tokens):
     x, y = random_logits((num_tokens, 64, 64), "cuda", BF16)
 
     def chain():
-        return ops.omni_expert(hidden, up, down, *ops.omni_softmax_router(x, y, 16))
+        return omni_moe.ops.omni_expert(hidden, up, down, *ops.omni_softmax_router(x, y, 16))
 
     chain()
     graph = torch.cuda.CUDAGraph()
@@ -227,7 +227,7 @@ def test_experts_right_behind_their_router(num_tokens):
             logits.copy_(torch.randn_like(logits))
         weights, indices = ops.omni_softmax_router(x, y, 16)
         torch.cuda.synchronize()
-        want = ops.omni_expert(hidden, up, down, weights, indices)
+        want = omni_moe.ops.omni_expert(hidden, up, down, weights, indices)
         out.fill_(float("nan"))
         graph.replay()
         assert_bitwise(out, want)

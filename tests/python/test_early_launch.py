@@ -1,4 +1,4 @@
-"""Where Hopper's machine code waits, triggers and accesses memory, against launch.cuh's table.
+"""Where Hopper's code waits, triggers and accesses memory, against dependent_launch.cuh's table.
 
 On a GPU a load before the wait shows only if the kernel in front of it happens to be late, and the
 compiler may move loads to where no reader of the source expects them. This reads the built library
@@ -20,16 +20,17 @@ from benchmarks.machine_code import Instruction, Kernel
 
 CUDA_SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 
-# Instructions that access memory before the wait, where the table in launch.cuh names any: at most
-# so many, by kernel and number of waits in its code, as this version of nvcc compiles it. Others
-# may unroll and copy in other ways: with them the kinds of instructions are checked, not how many.
+# Instructions that access memory before the wait, where the table in dependent_launch.cuh names
+# any: at most so many, by kernel and number of waits in its code, as this version of nvcc compiles
+# it. Others may unroll and copy in other ways: with them the kinds of instructions are checked, not
+# how many.
 COUNTED_WITH = "13.0"
 BEFORE_WAIT = {
-    ("expert_slab_dots", 2): {"LDG": 23, "STG": 4},  # with beside_previous
+    ("expert_l2_tiled_dots", 2): {"LDG": 23, "STG": 4},  # with beside_previous
     # 2 loads of ids and 8 or 2 of rows before each wait. The others are on a way that no call
     # takes: without any pair the kernel reads the addend and stores.
-    ("expert_slab_sum", 2): {"LDG": 15, "STG": 1},
-    ("expert_slab_sum", 3): {"LDG": 19, "STG": 1},
+    ("expert_l2_tiled_sum", 2): {"LDG": 15, "STG": 1},
+    ("expert_l2_tiled_sum", 3): {"LDG": 19, "STG": 1},
 }
 # Loads by ld.global.nc in kernels launched early: only of tables that are part of the program.
 CONSTANT_LOADS = {"router_forward_warp": "LDG.E.U8.CONSTANT"}  # of kRankPairs
@@ -37,7 +38,7 @@ CONSTANT_LOADS = {"router_forward_warp": "LDG.E.U8.CONSTANT"}  # of kRankPairs
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel in the table of launch.cuh."""
+    """A kernel in the table of dependent_launch.cuh."""
 
     launched: str  # "early", "plain"
     trigger: str  # "first", "after wait", "after barrier", "-"
@@ -52,7 +53,7 @@ OTHERS = Row("plain", "-")
 
 
 def read_table() -> dict[str, Row]:
-    text = (CUDA_SOURCES / "common" / "launch.cuh").read_text()
+    text = (CUDA_SOURCES / "common" / "dependent_launch.cuh").read_text()
     pattern = r"^// {2,}([\w*]+) {2,}(early|plain) {2,}(first|after \w+|-)(?: {2,}(\S.*))?$"
     return {name: Row(*row) for name, *row in re.findall(pattern, text, re.MULTILINE)}
 
@@ -210,7 +211,9 @@ def test_only_kernels_of_the_table_are_launched_early():
     in_clusters = {"router_logits_forward", "gated_linear_forward", "gated_linear_backward"}
     assert launched == early - in_clusters
     # A further place that sets the option launches a kernel that this test does not know.
-    assert +places == Counter(["launch.cuh", "router_logits.cu", "gated_tile.cuh"])
+    assert +places == Counter(
+        ["dependent_launch.cuh", "router_logits_sm90.cu", "gated_tile_sm90.cuh"]
+    )
 
 
 # ---- The check itself ----------------------------------------------------------------------------
@@ -238,8 +241,8 @@ EARLY = Row("early", "-", "-")
 
 def test_the_table_is_read():
     table = read_table()
-    assert table["expert_slab_dots"].trigger == "after wait"
-    assert table["expert_slab_sum"] == Row("early", "first", "ids, first rows")
+    assert table["expert_l2_tiled_dots"].trigger == "after wait"
+    assert table["expert_l2_tiled_sum"] == Row("early", "first", "ids, first rows")
     assert table["batch_norm_*"] == Row("plain", "after barrier")
     assert table["count_pairs"].launched == "plain" and "others" not in str(table.keys())
     # What the table calls an exception has bounds, and nothing else has.
@@ -336,7 +339,7 @@ def test_the_dots_may_run_early_only_where_the_flag_says_so():
     flagged = ("@P0 BRA `(.L_x_0)", "ACQBULK", ".L_x_0:")
 
     def dots(*code):
-        return faults(kernel_of(*code, name="expert_slab_dots_kernel"), row)
+        return faults(kernel_of(*code, name="expert_l2_tiled_dots_kernel"), row)
 
     assert dots(*flagged, "PREEXIT", LOAD, STORE, "ACQBULK") == []
     assert "before the wait: /*0000*/ LDG" in dots(LOAD, *flagged, "PREEXIT")[0]

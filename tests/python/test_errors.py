@@ -85,18 +85,23 @@ SHAPE_CASES = [
         size_message("routing_weights", 1, "experts per token of indices", K, (T, K + 1)),
     ),
     (
-        ["omni_expert_backward"],
+        ["_omni_expert_backward"],
         "grad_expert_states",
         (T, H + 1),
         size_message("grad_expert_states", 1, "hidden_size of hidden_states", H, (T, H + 1)),
     ),
     (
-        ["omni_expert_backward"],
+        ["_omni_expert_backward"],
         "grad_expert_states",
         (T + 1, H),
         size_message("grad_expert_states", 0, "number of tokens of hidden_states", T, (T + 1, H)),
     ),
-    (["omni_expert_backward"], "grad_expert_states", (H,), "expected grad_expert_states to have 2"),
+    (
+        ["_omni_expert_backward"],
+        "grad_expert_states",
+        (H,),
+        "expected grad_expert_states to have 2",
+    ),
     (["omni_expert_mlp"], "hidden_states", (H,), rank_message("hidden_states", 2, (H,))),
     (
         ["omni_expert_mlp"],
@@ -141,40 +146,45 @@ SHAPE_CASES = [
         (T, H + 1),
         size_message("addend", 1, "hidden_size of hidden_states", H, (T, H + 1)),
     ),
-    (["omni_expert_backward"], "scores", (T * K,), rank_message("scores", 2, (T * K,))),
     (
-        ["omni_expert_backward"],
-        "scores",
+        ["_omni_expert_backward"],
+        "pre_activations",
+        (T * K,),
+        rank_message("pre_activations", 2, (T * K,)),
+    ),
+    (
+        ["_omni_expert_backward"],
+        "pre_activations",
         (T + 1, K),
-        size_message("scores", 0, "number of tokens of hidden_states", T, (T + 1, K)),
+        size_message("pre_activations", 0, "number of tokens of hidden_states", T, (T + 1, K)),
     ),
     (
-        ["omni_expert_backward"],
-        "scores",
+        ["_omni_expert_backward"],
+        "pre_activations",
         (T, K + 1),
-        size_message("scores", 1, "experts per token of indices", K, (T, K + 1)),
+        size_message("pre_activations", 1, "experts per token of indices", K, (T, K + 1)),
     ),
     (
-        ["omni_router_backward"],
+        ["_omni_router_backward"],
         "grad_scores",
         (T, K + 1),
         size_message("indices", 1, "experts per token of the gradient", K + 1, (T, K)),
     ),
     (
-        ["omni_router_backward"],
+        ["_omni_router_backward"],
         "grad_scores",
         (T + 1, K),
         size_message("indices", 0, "number of tokens of the gradient", T + 1, (T, K)),
     ),
-    (["omni_router_backward"], "grad_scores", (T,), rank_message("grad_scores", 2, (T,))),
+    (["_omni_router_backward"], "grad_scores", (T,), rank_message("grad_scores", 2, (T,))),
     (
-        ["omni_softmax_router_backward"],
+        ["_omni_softmax_router_backward"],
         "grad_routing_weights",
         (T, K + 1),
         size_message("indices", 1, "experts per token of the gradient", K + 1, (T, K)),
     ),
     (
-        ["omni_softmax_router_backward"],
+        ["_omni_softmax_router_backward"],
         "router_logits_x",
         (T + 1, R),
         size_message("router_logits_y", 0, "number of tokens of router_logits_x", T + 1, (T, C)),
@@ -214,31 +224,31 @@ SHAPE_CASES = [
         size_message("down_weight", 1, "intermediate_size of gate_weight", I, (H, I + 1)),
     ),
     (
-        ["omni_mlp_backward"],
+        ["_omni_mlp_backward"],
         "grad_output",
         (T, H),
         rank_message("grad_output", 3, (T, H)),
     ),
     (
-        ["omni_mlp_backward"],
+        ["_omni_mlp_backward"],
         "grad_output",
         (2, T + 1, H),
         size_message("grad_output", 1, "same size of x", T, (2, T + 1, H)),
     ),
     (
-        ["omni_mlp_backward"],
+        ["_omni_mlp_backward"],
         "grad_output",
         (2, T, H + 1),
         size_message("grad_output", 2, "hidden_size of x", H, (2, T, H + 1)),
     ),
     (
-        ["omni_mlp_backward"],
+        ["_omni_mlp_backward"],
         "gate",
         (2, T, I + 1),
         size_message("gate", 2, "intermediate_size of gate_weight", I, (2, T, I + 1)),
     ),
     (
-        ["omni_mlp_backward"],
+        ["_omni_mlp_backward"],
         "up",
         (2, T, I + 1),
         size_message("up", 2, "intermediate_size of gate_weight", I, (2, T, I + 1)),
@@ -250,8 +260,7 @@ SHAPE_CASES = [(op, *case) for op_group, *case in SHAPE_CASES for op in op_group
 @pytest.mark.parametrize(("op", "argument", "shape", "message"), SHAPE_CASES)
 @pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
 def test_shapes(device, op, argument, shape, message):
-    name = "omni_mlp" if op == "omni_mlp_save_gates" else op
-    with pytest.raises(ValueError, match=re.escape(f"{name}: ") + ".*" + re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(f"{op}: ") + ".*" + re.escape(message)):
         call_with(op, device, **{argument: torch.randn(shape, device=device)})
 
 
@@ -269,14 +278,14 @@ FLOATS = [
     (op, argument.name)
     for op in ALL_OPS
     for argument in getattr(ops, op).default._schema.arguments
-    if "Tensor" in str(argument.type) and argument.name not in ("indices", "scores")
+    if "Tensor" in str(argument.type) and argument.name not in ("indices", "pre_activations")
 ]
 
 
 @pytest.mark.parametrize(("op", "argument"), FLOATS)
 @on_devices
 def test_mixed_dtypes(device, op, argument):
-    if op == "omni_router_backward":
+    if op == "_omni_router_backward":
         pytest.skip("has one floating-point argument")
     given = arguments(op, device)
     with pytest.raises(ValueError, match=r"expected \w+ in the dtype of \w+ \((c10::)?\w+\), but"):
@@ -289,12 +298,12 @@ def test_mixed_dtypes(device, op, argument):
     [
         ("omni_router", "router_logits_x"),
         ("omni_softmax_router", "router_logits_x"),
-        ("omni_router_backward", "grad_scores"),
-        ("omni_softmax_router_backward", "grad_routing_weights"),
+        ("_omni_router_backward", "grad_scores"),
+        ("_omni_softmax_router_backward", "grad_routing_weights"),
         ("omni_expert", "hidden_states"),
-        ("omni_expert_backward", "hidden_states"),
+        ("_omni_expert_backward", "hidden_states"),
         ("omni_mlp", "x"),
-        ("omni_mlp_backward", "x"),
+        ("_omni_mlp_backward", "x"),
     ],
 )
 def test_unsupported_dtypes(op, argument, dtype):
@@ -329,7 +338,7 @@ def test_index_dtypes(device, op, dtype):
         call_with(op, device, indices=indices)
 
 
-@pytest.mark.parametrize("op", ["omni_router_backward", "omni_softmax_router_backward"])
+@pytest.mark.parametrize("op", ["_omni_router_backward", "_omni_softmax_router_backward"])
 @on_devices
 def test_router_backward_wants_its_own_indices(device, op):
     indices = torch.zeros(T, K, dtype=torch.int64, device=device)
@@ -345,14 +354,13 @@ def test_router_backward_wants_its_own_indices(device, op):
     [
         ("omni_router", "router_logits_y"),
         ("omni_softmax_router", "router_logits_y"),
-        ("omni_router_backward", "indices"),
-        ("omni_softmax_router_backward", "indices"),
+        ("_omni_router_backward", "indices"),
+        ("_omni_softmax_router_backward", "indices"),
         ("omni_expert", "up_weights"),
         ("omni_expert", "indices"),
-        ("omni_expert_backward", "grad_expert_states"),
-        ("flash_expert", "indices"),
+        ("_omni_expert_backward", "grad_expert_states"),
         ("omni_mlp", "down_weight"),
-        ("omni_mlp_backward", "grad_output"),
+        ("_omni_mlp_backward", "grad_output"),
     ],
 )
 @pytest.mark.parametrize("device", ["meta", CUDA])

@@ -20,6 +20,7 @@ from helpers import (
 
 import omni_moe
 from omni_moe import reference
+from omni_moe.activations import ACTIVATION_FUNCTIONS
 
 ops = torch.ops.omni_moe
 GRADIENTS = ("grad_hidden", "grad_up", "grad_down", "grad_routing")
@@ -41,7 +42,7 @@ SHAPES = [
 
 
 def check_against_oracle(inputs, indices, grad, activation="silu", op=None, oracle=None):
-    op, oracle = op or ops.omni_expert, oracle or reference.omni_expert
+    op, oracle = op or omni_moe.ops.omni_expert, oracle or reference.omni_expert
     out, grads = run(lambda *args: op(*args, indices, activation), inputs, grad)
     want, want_grads = run_in_double(
         lambda *args: oracle(*args, indices.cpu(), activation), inputs, grad
@@ -73,7 +74,9 @@ def test_addend(device, dtype, shape):
     inputs, indices, grad = expert_inputs(shape, device, dtype)
     addend = torch.randn(grad.shape).to(device, dtype)
     out, grads = run(
-        lambda *args: ops.omni_expert(*args[:4], indices, "silu", args[4]), (*inputs, addend), grad
+        lambda *args: omni_moe.ops.omni_expert(*args[:4], indices, "silu", args[4]),
+        (*inputs, addend),
+        grad,
     )
     want, want_grads = run_in_double(
         lambda *args: reference.omni_expert(*args[:4], indices.cpu()) + args[4],
@@ -91,12 +94,20 @@ def test_addend(device, dtype, shape):
 def test_gradient_of_the_addend_alone(device):
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 3), device, torch.float32)
     addend = torch.randn(grad.shape, device=device, requires_grad=True)
-    ops.omni_expert(*inputs, indices, "silu", addend).backward(grad)
+    omni_moe.ops.omni_expert(*inputs, indices, "silu", addend).backward(grad)
     assert_bitwise(addend.grad, grad)
-    assert all(tensor.grad is None for tensor in inputs)
-    hidden = inputs[0].detach().requires_grad_()
-    ops.omni_expert(hidden, *inputs[1:], indices, "silu", addend.detach()).backward(grad)
-    assert hidden.grad is not None
+
+
+@on_devices
+def test_a_constant_addend_leaves_the_gradients(device):
+    inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 3), device, torch.float32)
+    addend = torch.randn(grad.shape, device=device)
+    _, got = run(
+        lambda *args: omni_moe.ops.omni_expert(*args, indices, "silu", addend), inputs, grad
+    )
+    _, want = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
+    for name, one, other in zip(GRADIENTS, got, want, strict=True):
+        assert_bitwise(one, other, name)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -124,26 +135,23 @@ def test_odd_hidden_sizes(device, dtype, hidden_size):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @on_dtypes
-def test_saved_scores(device, dtype, shape):
-    """The saved scores are hidden . up, and the backward is the same without them."""
-    inputs, indices, grad = expert_inputs(shape, device, dtype)
-    out, scores = ops.omni_expert_save_scores(*inputs, indices, "silu")
-    assert_bitwise(out, ops.omni_expert(*inputs, indices, "silu"))
+def test_save_for_backward(device, dtype, shape):
+    """What the backward takes is hidden . up; the output is the same without it."""
+    inputs, indices, _ = expert_inputs(shape, device, dtype)
+    out, saved = ops.omni_expert(*inputs, indices, save_for_backward=True)
+    alone, nothing = ops.omni_expert(*inputs, indices)
+    assert_bitwise(out, alone)
+    assert nothing.shape == (0,)
     hidden, up = inputs[0].cpu().double(), inputs[1].cpu().double()
     want = (hidden[:, None] * up[indices.cpu().long()]).sum(-1)
-    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_close(scores, want, "scores", num_terms=shape.hidden_size)
-    mask = [True] * 4
-    with_scores = ops.omni_expert_backward(grad, *inputs, indices, "silu", mask, scores)
-    without = ops.omni_expert_backward(grad, *inputs, indices, "silu", mask)
-    for one, other in zip(with_scores, without, strict=True):
-        assert_bitwise(one, other)
+    assert saved.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(saved, want, "pre_activations", num_terms=shape.hidden_size)
 
 
 @on_dtypes
 def test_idle_experts_get_zero_gradients(device, dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 50, 4), device, dtype, "idle")
-    _, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    _, grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
     idle = torch.ones(50, dtype=torch.bool, device=device)
     idle[indices.flatten()] = False
     assert idle.sum() > 30
@@ -156,7 +164,7 @@ def test_idle_experts_get_zero_gradients(device, dtype):
 def test_no_experts_give_zeros(device, dtype):
     """K = 0: the empty sum, and zero gradients for everything."""
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 16, 0), device, dtype)
-    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    out, grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
     assert out.shape == (37, 100) and (out == 0).all()
     for got, like in zip(grads, inputs, strict=True):
         assert got.shape == like.shape and (got == 0).all()
@@ -165,7 +173,7 @@ def test_no_experts_give_zeros(device, dtype):
 @on_dtypes
 def test_no_tokens_give_zero_gradients(device, dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(0, 100, 16, 3), device, dtype)
-    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    out, grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
     assert out.shape == (0, 100)
     for got, like in zip(grads, inputs, strict=True):
         assert got.shape == like.shape and (got == 0).all()
@@ -173,21 +181,21 @@ def test_no_tokens_give_zero_gradients(device, dtype):
 
 @on_dtypes
 def test_no_columns_give_zeros(device, dtype, deterministic_memory):
-    """H = 0: every score is an empty sum, and so are the gradients of the routing weights."""
+    """H = 0: products with rows are empty sums, as are the gradients of the routing weights."""
     inputs, indices, grad = expert_inputs(ExpertShape(37, 0, 16, 3), device, dtype)
-    out, grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    out, grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
     assert out.shape == (37, 0)
     for got, like in zip(grads, inputs, strict=True):
         assert got.shape == like.shape and (got == 0).all()
-    _, scores = torch.ops.omni_moe.omni_expert_save_scores(*inputs, indices, "silu")
-    assert scores.shape == (37, 3) and (scores == 0).all()
+    _, saved = ops.omni_expert(*inputs, indices, save_for_backward=True)
+    assert saved.shape == (37, 3) and (saved == 0).all()
 
 
 @on_dtypes
 def test_int32_and_int64_indices_agree(device, dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
-    want, want_grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
-    got, grads = run(lambda *args: ops.omni_expert(*args, indices.int()), inputs, grad)
+    want, want_grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
+    got, grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices.int()), inputs, grad)
     for one, other in zip([got, *grads], [want, *want_grads], strict=True):
         assert_bitwise(one, other)
 
@@ -195,9 +203,9 @@ def test_int32_and_int64_indices_agree(device, dtype):
 @on_dtypes
 def test_non_contiguous_inputs(device, dtype):
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
-    want, want_grads = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    want, want_grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
     got, grads = run(
-        lambda *args: ops.omni_expert(*args, strided(indices)),
+        lambda *args: omni_moe.ops.omni_expert(*args, strided(indices)),
         [strided(tensor) for tensor in inputs],
         strided(grad),
     )
@@ -210,9 +218,9 @@ def test_expanded_inputs(device):
     """One row for all tokens, and the gradient of a sum: strides of 0."""
     inputs, indices, _ = expert_inputs(ExpertShape(37, 100, 36, 5), device, torch.float32)
     row = inputs[0][:1].requires_grad_()
-    ops.omni_expert(row.expand(37, 100), *inputs[1:], indices).sum().backward()
+    omni_moe.ops.omni_expert(row.expand(37, 100), *inputs[1:], indices).sum().backward()
     got, row.grad = row.grad, None
-    ops.omni_expert(row.repeat(37, 1), *inputs[1:], indices).backward(
+    omni_moe.ops.omni_expert(row.repeat(37, 1), *inputs[1:], indices).backward(
         torch.ones(37, 100).to(device)
     )
     assert_bitwise(got, row.grad)
@@ -224,9 +232,9 @@ def test_expanded_inputs(device):
 @on_devices
 def test_gradients_of_some_inputs(device, wanted):
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, torch.float32)
-    _, want = run(lambda *args: ops.omni_expert(*args, indices), inputs, grad)
+    _, want = run(lambda *args: omni_moe.ops.omni_expert(*args, indices), inputs, grad)
     leaves = [t.detach().requires_grad_(on) for t, on in zip(inputs, wanted, strict=True)]
-    ops.omni_expert(*leaves, indices).backward(grad)
+    omni_moe.ops.omni_expert(*leaves, indices).backward(grad)
     for leaf, want_grad, on, name in zip(leaves, want, wanted, GRADIENTS, strict=True):
         assert (leaf.grad is not None) == on, name
         if on:
@@ -238,7 +246,7 @@ def test_gradcheck(activation):
     inputs, indices, _ = expert_inputs(ExpertShape(4, 5, 6, 3), "cpu", torch.float64)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(
-        lambda *args: ops.omni_expert(*args, indices, activation), inputs
+        lambda *args: omni_moe.ops.omni_expert(*args, indices, activation), inputs
     )
 
 
@@ -247,14 +255,16 @@ def test_gradcheck(activation):
 def test_non_finite_scores(device, dtype, activation):
     """NaN and infinite scores give what the reference gives, and only in their own tokens."""
     inputs, indices, grad = expert_inputs(ExpertShape(37, 100, 36, 5), device, dtype)
-    clean, _ = run(lambda *args: ops.omni_expert(*args, indices, activation), inputs, grad)
+    clean, _ = run(lambda *args: omni_moe.ops.omni_expert(*args, indices, activation), inputs, grad)
     inputs[0][3] = float("nan")
     inputs[0][4, :] = 0
     inputs[0][4, 7] = float("inf")
     inputs[0][5, 9] = float("-inf")
     inputs[3][6, 2] = float("nan")
     inputs[3][7, 1] = float("inf")
-    out, grads = run(lambda *args: ops.omni_expert(*args, indices, activation), inputs, grad)
+    out, grads = run(
+        lambda *args: omni_moe.ops.omni_expert(*args, indices, activation), inputs, grad
+    )
     want, want_grads = run_in_double(
         lambda *args: reference.omni_expert(*args, indices.cpu(), activation), inputs, grad
     )
@@ -275,7 +285,7 @@ def test_relu_hides_non_finite_routing_weights(device, dtype, value):
     up[7] = -up[7].abs()
     indices[3], indices[4, 1] = 7, 7
     routing[3], routing[4, 1] = value, value
-    _, grads = run(lambda *args: ops.omni_expert(*args, indices, "relu"), inputs, grad)
+    _, grads = run(lambda *args: omni_moe.ops.omni_expert(*args, indices, "relu"), inputs, grad)
     _, want_grads = run_in_double(
         lambda *args: reference.omni_expert(*args, indices.cpu(), "relu"), inputs, grad
     )
@@ -306,12 +316,12 @@ def test_flash_expert(device, dtype, activation):
     )
 
     def flash(hidden, up, down, routing):
-        return ops.flash_expert(hidden, up, down, indices, routing, activation)
+        return omni_moe.ops.flash_expert(hidden, up, down, indices, routing, activation)
 
     def oracle(hidden, up, down, routing):
         up_rows, down_rows = up[indices.cpu()], down[indices.cpu()]
         scores = (hidden[:, None, :] * up_rows).sum(-1)
-        gates = reference.ACTIVATION_FUNCTIONS[activation](scores) * routing
+        gates = ACTIVATION_FUNCTIONS[activation](scores) * routing
         return (gates[..., None] * down_rows).sum(1)
 
     out, grads = run(flash, (hidden, up, down, routing), grad)
@@ -332,12 +342,15 @@ def test_python_functions(device):
     (hidden, up, down, routing), indices, _ = expert_inputs(
         ExpertShape(37, 100, 36, 5), device, torch.float32
     )
-    want = ops.omni_expert(hidden, up, down, routing, indices, "gelu")
+    want, _ = ops.omni_expert(hidden, up, down, routing, indices, "gelu")
     got = omni_moe.ops.omni_expert(hidden, up, down, routing, indices, activation="gelu")
     assert_bitwise(got, want)
     got = omni_moe.ops.flash_expert(hidden, up, down, indices, routing, activation="gelu")
     assert_bitwise(got, want)
     assert not torch.equal(want, omni_moe.ops.omni_expert(hidden, up, down, routing, indices))
+    got = omni_moe.ops.omni_expert(hidden, up, down, routing, indices, addend=hidden)
+    assert_bitwise(got, ops.omni_expert(hidden, up, down, routing, indices, "silu", hidden)[0])
+    assert not torch.equal(got, omni_moe.ops.omni_expert(hidden, up, down, routing, indices))
 
 
 # ---- past 2^31 elements --------------------------------------------------------------------------
@@ -370,11 +383,13 @@ def test_weights_past_2_to_the_31_elements(device):
     indices = small_indices + num_experts - 640
 
     _, small = run(
-        lambda *args: ops.omni_expert(*args, small_indices),
+        lambda *args: omni_moe.ops.omni_expert(*args, small_indices),
         (hidden, up[-640:], down[-640:], routing),
         grad,
     )
-    _, grads = run(lambda *args: ops.omni_expert(*args, indices), (hidden, up, down, routing), grad)
+    _, grads = run(
+        lambda *args: omni_moe.ops.omni_expert(*args, indices), (hidden, up, down, routing), grad
+    )
     for got, want in zip(grads, small, strict=True):
         rows = got[-640:] if got.shape[0] == num_experts else got
         assert_close(rows, want.double())
@@ -383,13 +398,13 @@ def test_weights_past_2_to_the_31_elements(device):
 
 
 # Named after the strategies that these shapes are for on a Hopper: every row, every pair and every
-# slab of the tables is in reach.
+# tile of the tables is in reach.
 @pytest.mark.parametrize(
     ("hidden_size", "num_experts"),
     [
-        pytest.param(1024, 2_100_000, id="slabs"),
-        pytest.param(1024, 2_200_000, id="columns"),
-        pytest.param(1001, 2_200_000, id="phased"),
+        pytest.param(1024, 2_100_000, id="l2_tiled"),
+        pytest.param(1024, 2_200_000, id="fused"),
+        pytest.param(1001, 2_200_000, id="two_phase"),
     ],
 )
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -409,7 +424,7 @@ def test_pairs_and_weights_past_2_to_the_31_elements(device, hidden_size, num_ex
     grad = torch.randn(num_tokens, hidden_size, **options)
     indices = torch.randint(num_experts, (num_tokens, k), device=device, dtype=index_dtype)
     out, grads = run(
-        lambda *args: ops.omni_expert(*args, indices), (hidden, up, down, routing), grad
+        lambda *args: omni_moe.ops.omni_expert(*args, indices), (hidden, up, down, routing), grad
     )
 
     chosen = indices.flatten().long().bincount(minlength=num_experts).bool()

@@ -52,7 +52,7 @@ def layer_inputs(shape, intermediate_size, device, dtype):
 
 
 def function_of(indices, *options):
-    return lambda *args: ops.omni_expert_mlp(*args[:4], indices, *args[4:], *options)
+    return lambda *args: omni_moe.ops.omni_expert_mlp(*args[:4], indices, *args[4:], *options)
 
 
 def oracle_of(indices, activation="silu"):
@@ -65,14 +65,13 @@ def oracle_of(indices, activation="silu"):
     return function
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @on_dtypes
-def test_against_oracle(device, dtype, shape, recompute):
+def test_against_oracle(device, dtype, shape):
     *sizes, intermediate_size = shape
     shape = ExpertShape(*sizes)
     inputs, indices, grad = layer_inputs(shape, intermediate_size, device, dtype)
-    out, grads = run(function_of(indices, "silu", recompute), inputs, grad)
+    out, grads = run(function_of(indices), inputs, grad)
     want, want_grads = run_in_double(oracle_of(indices), inputs, grad)
     pairs = shape.num_tokens * shape.num_experts_per_token
     lengths = {"num_terms": shape.hidden_size + intermediate_size + shape.num_tokens + pairs}
@@ -103,16 +102,15 @@ def test_strided_inputs(device):
         assert_bitwise(one, other, name)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @on_devices
-def test_gradients_of_some_inputs(device, recompute):
+def test_gradients_of_some_inputs(device):
     inputs, indices, grad = layer_inputs(ExpertShape(9, 20, 12, 3), 16, device, torch.float32)
     _, want = run_in_double(oracle_of(indices), inputs, grad)
     for wanted in itertools.product([False, True], repeat=7):
         if not any(wanted):
             continue
         leaves = [t.detach().requires_grad_(on) for t, on in zip(inputs, wanted, strict=True)]
-        function_of(indices, "silu", recompute)(*leaves).backward(grad)
+        function_of(indices)(*leaves).backward(grad)
         for leaf, want_grad, on, name in zip(leaves, want, wanted, GRADIENTS, strict=True):
             assert (leaf.grad is not None) == on, name
             if on:
@@ -122,8 +120,8 @@ def test_gradients_of_some_inputs(device, recompute):
 def test_gradcheck():
     inputs, indices, _ = layer_inputs(ExpertShape(3, 5, 6, 2), 4, "cpu", torch.float64)
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    for options in (("silu", False), ("gelu", True)):
-        assert torch.autograd.gradcheck(function_of(indices, *options), inputs)
+    for activation in ("silu", "gelu"):
+        assert torch.autograd.gradcheck(function_of(indices, activation), inputs)
 
 
 @on_devices
@@ -142,7 +140,7 @@ def leaves_and_run(request, device):
     inputs, indices, grad = layer_inputs(ExpertShape(67, 256, 90, 5), 512, device, torch.bfloat16)
     function = function_of(indices)
     if request.param == "omni_mlp":
-        function = ops.omni_mlp
+        function = omni_moe.ops.omni_mlp
         inputs = [inputs[0], *inputs[4:]]
     return [tensor.requires_grad_() for tensor in inputs], function, grad
 
@@ -203,8 +201,8 @@ def test_the_last_pass_takes_their_memory(device, leaves_and_run, retain_graph):
     leaves, function, grad = leaves_and_run
     out = function(*leaves)
     names = operators_of(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=retain_graph))
-    assert ("omni_moe::omni_mlp_backward_consume" in names) != retain_graph
-    assert ("omni_moe::omni_mlp_backward" in names) == retain_graph
+    assert ("omni_moe::_omni_mlp_backward_consume" in names) != retain_graph
+    assert ("omni_moe::_omni_mlp_backward" in names) == retain_graph
 
 
 @on_devices
@@ -214,7 +212,7 @@ def test_a_dispatch_mode_in_the_backward_may_keep_arguments(device, leaves_and_r
     want = torch.autograd.grad(function(*leaves), leaves, grad)
     with Watch() as watch:
         got = torch.autograd.grad(out, leaves, grad)
-    assert "omni_moe::omni_mlp_backward" in watch.names
+    assert "omni_moe::_omni_mlp_backward" in watch.names
     for one, other in zip(got, want, strict=True):
         assert_bitwise(one, other)
 
@@ -245,19 +243,30 @@ def test_a_backward_that_failed_cannot_be_tried_again():
 
 
 @on_dtypes
-def test_what_is_saved(device, dtype):
-    """The scores and products are those of the two ops, bit for bit, as is the output."""
+def test_save_for_backward(device, dtype):
+    """What the backward takes is that of the two ops, bit for bit."""
     inputs, indices, _ = layer_inputs(ExpertShape(67, 256, 90, 5), 136, device, dtype)
     experts, weights = [*inputs[:4], indices], inputs[4:]
-    _, scores = ops.omni_expert_save_scores(*experts, "silu")
-    _, *products = ops.omni_mlp_save_gates(inputs[0], *weights, "silu")
-    want = ops.omni_expert_mlp(*experts, *weights)
-    for save_products in (True, False):
-        output, *saved = ops.omni_expert_mlp_save(*experts, *weights, "silu", save_products)
-        assert_bitwise(output, want)
-        assert_bitwise(saved[0], scores)
-        for one, other in zip(saved[1:], products, strict=True):
-            assert_bitwise(one, other if save_products else other.new_empty(0))
+    _, pre_activations = ops.omni_expert(*experts, save_for_backward=True)
+    _, *products = ops.omni_mlp(inputs[0], *weights, save_for_backward=True)
+    output, *saved = ops.omni_expert_mlp(*experts, *weights, save_for_backward=True)
+    for one, other in zip(saved, [pre_activations, *products], strict=True):
+        assert_bitwise(one, other)
+    alone, *nothing = ops.omni_expert_mlp(*experts, *weights)
+    assert_bitwise(alone, output)
+    assert [tensor.shape for tensor in nothing] == [(0,)] * 3
+
+
+@on_devices
+def test_what_autograd_saves_is_its_own(device):
+    """With a gradient to come, the op shows its output alone."""
+    inputs, indices, _ = layer_inputs(ExpertShape(9, 20, 12, 3), 16, device, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    for save_for_backward in (False, True):
+        _, *nothing = ops.omni_expert_mlp(
+            *leaves[:4], indices, *leaves[4:], save_for_backward=save_for_backward
+        )
+        assert [tensor.shape for tensor in nothing] == [(0,)] * 3
 
 
 def save_own_ops(context, op, *args, **kwargs):
@@ -279,8 +288,8 @@ def test_selective_checkpointing(device, leaves_and_run):
 @on_devices
 def test_consuming_counts_as_a_change(device):
     inputs, grad = mlp_inputs((2, 9), 100, 36, device, torch.float32)
-    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
-    ops.omni_mlp_backward_consume(grad, *inputs, gate, up, "silu", [True] * 4)
+    _, gate, up = ops.omni_mlp(*inputs, save_for_backward=True)
+    ops._omni_mlp_backward_consume(grad, *inputs, gate, up, "silu", [True] * 4)
     assert gate._version == up._version == 1
 
 
@@ -292,7 +301,7 @@ def test_tensors_of_a_dispatch_mode_stay(device, leaves_and_run):
     (products,) = [
         result[-2:]
         for name, result in zip(watch.names, watch.results, strict=True)
-        if name in ("omni_moe::omni_mlp_save_gates", "omni_moe::omni_expert_mlp_save")
+        if name in ("omni_moe::omni_mlp", "omni_moe::omni_expert_mlp")
     ]
     before = [product.clone() for product in products]
     torch.autograd.grad(out, leaves, grad)
@@ -327,10 +336,10 @@ def test_memory_of_a_training_step():
 @on_devices
 def test_consuming_backward(device):
     inputs, grad = mlp_inputs((2, 9), 100, 36, device, torch.float32)
-    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
+    _, gate, up = ops.omni_mlp(*inputs, save_for_backward=True)
     for mask in itertools.product([False, True], repeat=4):
-        want = ops.omni_mlp_backward(grad, *inputs, gate, up, "silu", mask)
-        got = ops.omni_mlp_backward_consume(grad, *inputs, gate.clone(), up.clone(), "silu", mask)
+        want = ops._omni_mlp_backward(grad, *inputs, gate, up, "silu", mask)
+        got = ops._omni_mlp_backward_consume(grad, *inputs, gate.clone(), up.clone(), "silu", mask)
         for name, one, other in zip("x gate up down".split(), got, want, strict=True):
             assert_bitwise(one, other, name)
 

@@ -30,7 +30,7 @@ LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
 
 
 def naive_load_balancing_loss(x, y, indices):
-    """With all T * E probabilities, and one count after the other."""
+    """From all T * E probabilities, counting choice by choice."""
     probs = (x.softmax(-1).unsqueeze(2) * y.softmax(-1).unsqueeze(1)).flatten(1)
     counts = torch.zeros(probs.shape[1], dtype=torch.float64)
     for i in indices.flatten().tolist():
@@ -396,7 +396,7 @@ def test_checkpointed_layer(device):
 
 
 def test_recomputing_keeps_the_loss_of_the_forward():
-    """Its own would hold the recomputed activations."""
+    """The loss of the recomputation would keep the recomputed activations alive."""
     layer = make_layer(**LOSSES)
     y = checkpoint(layer, torch.randn(37, H), use_reentrant=False)
     loss = layer.aux_loss

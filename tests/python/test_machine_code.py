@@ -45,8 +45,9 @@ def test_names_of_functions():
     assert machine_code.function_name(anonymous + "18place_pairs_kernelEPKvl") == (
         "place_pairs_kernel"
     )
-    templated = "_ZN8omni_moe4cuda22expert_slab_sum_kernelI13__nv_bfloat16NS0_4SlabILi256EEEEEvPKf"
-    assert machine_code.function_name(templated) == "expert_slab_sum_kernel"
+    scopes, arguments = "_ZN8omni_moe4cuda", "I13__nv_bfloat16NS0_12L2TileTuningILi256EEEEEvPKf"
+    templated = f"{scopes}26expert_l2_tiled_sum_kernel{arguments}"
+    assert machine_code.function_name(templated) == "expert_l2_tiled_sum_kernel"
     assert machine_code.function_name("_Z3addPf") == "add"
     assert machine_code.function_name("plain") == "plain"
 

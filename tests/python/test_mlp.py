@@ -40,8 +40,8 @@ SHAPES = [
 ]
 
 
-def check_against_oracle(inputs, grad, activation="silu", recompute=False):
-    out, grads = run(lambda *args: ops.omni_mlp(*args, activation, recompute), inputs, grad)
+def check_against_oracle(inputs, grad, activation="silu"):
+    out, grads = run(lambda *args: omni_moe.ops.omni_mlp(*args, activation), inputs, grad)
     want, want_grads = run_in_double(
         lambda *args: reference.omni_mlp(*args, activation), inputs, grad
     )
@@ -53,17 +53,15 @@ def check_against_oracle(inputs, grad, activation="silu", recompute=False):
         assert_close(got, want_grad, name, intermediate_roundings=BACKWARD_ROUNDINGS, **lengths)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @on_dtypes
-def test_against_oracle(device, dtype, shape, recompute):
-    check_against_oracle(*mlp_inputs(*shape, device, dtype), recompute=recompute)
+def test_against_oracle(device, dtype, shape):
+    check_against_oracle(*mlp_inputs(*shape, device, dtype))
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(8, 0), (0, 4), (0, 0)])
 @on_devices
-def test_empty_features(device, hidden_size, intermediate_size, recompute):
+def test_empty_features(device, hidden_size, intermediate_size):
     """As F.linear has it: sums of nothing are 0, outputs of no elements are empty."""
     inputs = [
         torch.randn(shape, device=device)
@@ -75,7 +73,7 @@ def test_empty_features(device, hidden_size, intermediate_size, recompute):
         )
     ]
     grad = torch.randn(3, hidden_size, device=device)
-    out, grads = run(lambda *args: ops.omni_mlp(*args, "silu", recompute), inputs, grad)
+    out, grads = run(omni_moe.ops.omni_mlp, inputs, grad)
     assert out.shape == (3, hidden_size) and not out.any()
     for got, like in zip(grads, inputs, strict=True):
         assert got.shape == like.shape and not got.any()
@@ -87,32 +85,6 @@ def test_activations(device, dtype, activation):
     inputs, grad = mlp_inputs((37,), 100, 52, device, dtype)
     inputs[1] *= 3  # beyond the linear part of every activation
     check_against_oracle(inputs, grad, activation)
-
-
-@on_dtypes
-def test_recompute_changes_nothing(device, dtype):
-    inputs, grad = mlp_inputs((37,), 100, 36, device, dtype)
-    kept, kept_grads = run(lambda *args: ops.omni_mlp(*args, "silu", False), inputs, grad)
-    again, again_grads = run(lambda *args: ops.omni_mlp(*args, "silu", True), inputs, grad)
-    for one, other in zip([kept, *kept_grads], [again, *again_grads], strict=True):
-        assert_bitwise(one, other)
-
-
-@on_devices
-def test_recompute_keeps_only_the_inputs(device):
-    inputs, _ = mlp_inputs((37,), 100, 36, device, torch.float32)
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-
-    def saved_elements(recompute):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
-        ):
-            ops.omni_mlp(*inputs, "silu", recompute)
-        return sum(sizes)
-
-    assert saved_elements(True) == sum(tensor.numel() for tensor in inputs)
-    assert saved_elements(False) == saved_elements(True) + 2 * 37 * 36
 
 
 @on_dtypes
@@ -128,53 +100,52 @@ def test_fused_weights(device):
     """gate and up as the two halves of one matrix, as some checkpoints keep them."""
     (x, gate, up, down), grad = mlp_inputs((37,), 100, 36, device, torch.float32)
     both = torch.cat([gate, up]).requires_grad_()
-    ops.omni_mlp(x, *both.chunk(2), down).backward(grad)
-    _, grads = run(ops.omni_mlp, (x, gate, up, down), grad)
+    omni_moe.ops.omni_mlp(x, *both.chunk(2), down).backward(grad)
+    _, grads = run(omni_moe.ops.omni_mlp, (x, gate, up, down), grad)
     assert_bitwise(both.grad, torch.cat(grads[1:3]))
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @pytest.mark.parametrize(
     "wanted", [w for w in itertools.product([False, True], repeat=4) if any(w)], ids=str
 )
 @on_devices
-def test_gradients_of_some_inputs(device, wanted, recompute):
+def test_gradients_of_some_inputs(device, wanted):
     inputs, grad = mlp_inputs((37,), 100, 36, device, torch.float32)
-    _, want = run(ops.omni_mlp, inputs, grad)
+    _, want = run(omni_moe.ops.omni_mlp, inputs, grad)
     leaves = [t.detach().requires_grad_(on) for t, on in zip(inputs, wanted, strict=True)]
-    ops.omni_mlp(*leaves, "silu", recompute).backward(grad)
+    omni_moe.ops.omni_mlp(*leaves).backward(grad)
     for leaf, want_grad, on, name in zip(leaves, want, wanted, GRADIENTS, strict=True):
         assert (leaf.grad is not None) == on, name
         if on:
             assert_bitwise(leaf.grad, want_grad, name)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(activation, recompute):
+def test_gradcheck(activation):
     inputs, _ = mlp_inputs((2, 2), 5, 4, "cpu", torch.float64)
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(
-        lambda *args: ops.omni_mlp(*args, activation, recompute), inputs
-    )
+    assert torch.autograd.gradcheck(lambda *args: omni_moe.ops.omni_mlp(*args, activation), inputs)
 
 
 @on_devices
-def test_save_gates(device):
-    """What the backward keeps: the two products, and the output of omni_mlp itself."""
+def test_save_for_backward(device):
+    """What the backward takes: the two products; the output is the same without them."""
     (x, gate_weight, up_weight, down_weight), _ = mlp_inputs((2, 9), 100, 36, device, torch.float32)
-    out, gate, up = ops.omni_mlp_save_gates(x, gate_weight, up_weight, down_weight, "silu")
-    assert_bitwise(out, ops.omni_mlp(x, gate_weight, up_weight, down_weight))
+    args = (x, gate_weight, up_weight, down_weight, "silu")
+    out, gate, up = ops.omni_mlp(*args, save_for_backward=True)
     assert_close(gate, x.double() @ gate_weight.double().t(), "gate", num_terms=100)
     assert_close(up, x.double() @ up_weight.double().t(), "up", num_terms=100)
+    alone, *nothing = ops.omni_mlp(*args)
+    assert_bitwise(out, alone)
+    assert [tensor.shape for tensor in nothing] == [(0,), (0,)]
 
 
 @on_devices
 def test_non_finite_inputs_stay_in_their_token(device):
     inputs, _ = mlp_inputs((37,), 100, 36, device, torch.float32)
-    clean = ops.omni_mlp(*inputs)
+    clean = omni_moe.ops.omni_mlp(*inputs)
     inputs[0][3, 5], inputs[0][4, 6] = float("nan"), float("inf")
-    got = ops.omni_mlp(*inputs)
+    got = omni_moe.ops.omni_mlp(*inputs)
     want = reference.omni_mlp(*(tensor.double() for tensor in inputs))
     assert_close(got, want)
     assert got[3].isnan().all()
@@ -185,5 +156,5 @@ def test_non_finite_inputs_stay_in_their_token(device):
 @on_devices
 def test_python_function(device):
     inputs, _ = mlp_inputs((37,), 100, 36, device, torch.float32)
-    got = omni_moe.ops.omni_mlp(*inputs, activation="gelu", recompute=True)
-    assert_bitwise(got, ops.omni_mlp(*inputs, "gelu"))
+    got = omni_moe.ops.omni_mlp(*inputs, activation="gelu")
+    assert_bitwise(got, ops.omni_mlp(*inputs, "gelu")[0])

@@ -17,6 +17,8 @@ from helpers import (
 )
 from torch.utils.checkpoint import checkpoint
 
+import omni_moe
+
 ops = torch.ops.omni_moe
 
 
@@ -38,20 +40,19 @@ def cases(device, dtype=torch.float32):
             logits,
             grad_scores,
         ),
-        "omni_expert": (lambda *args: ops.omni_expert(*args, indices), experts, grad_expert),
-        "flash_expert": (
-            lambda *args: ops.flash_expert(*args[:3], indices, args[3]),
+        "omni_expert": (
+            lambda *args: omni_moe.ops.omni_expert(*args, indices),
             experts,
             grad_expert,
         ),
-        "omni_mlp": (lambda *args: ops.omni_mlp(*args), mlp, grad_mlp),
-        "omni_mlp-recompute": (
-            lambda *args: ops.omni_mlp(*args, "silu", True),
-            mlp,
-            grad_mlp,
+        "flash_expert": (
+            lambda *args: omni_moe.ops.flash_expert(*args[:3], indices, args[3]),
+            experts,
+            grad_expert,
         ),
+        "omni_mlp": (lambda *args: omni_moe.ops.omni_mlp(*args), mlp, grad_mlp),
         "omni_expert_mlp": (
-            lambda *args: ops.omni_expert_mlp(*args[:4], indices, *args[4:]),
+            lambda *args: omni_moe.ops.omni_expert_mlp(*args[:4], indices, *args[4:]),
             [*experts, *mlp[1:]],
             grad_expert,
         ),
@@ -67,7 +68,6 @@ on_cases = pytest.mark.parametrize(
         "omni_expert",
         "flash_expert",
         "omni_mlp",
-        "omni_mlp-recompute",
         "omni_expert_mlp",
     ],
 )
@@ -174,9 +174,7 @@ def run_checkpointed(function, inputs, grad, use_reentrant):
     return out.detach(), [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize(
-    "case", ["omni_expert", "flash_expert", "omni_mlp", "omni_mlp-recompute", "omni_expert_mlp"]
-)
+@pytest.mark.parametrize("case", ["omni_expert", "flash_expert", "omni_mlp", "omni_expert_mlp"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @on_devices
 def test_autocast_of_experts_and_mlp(device, dtype, case):

@@ -55,68 +55,54 @@ def expert_samples(device):
         (transposed, up, down, routing[:1], indices[:1]),
         (*(tensor.bfloat16() for tensor in inputs), indices),
         (*with_grad(*inputs), indices, "silu", *with_grad(torch.randn_like(hidden))),
+        (*inputs, indices, "silu", None, True),
+        (*with_grad(*inputs), indices, "silu", None, True),
+        (*(tensor.bfloat16() for tensor in inputs), indices, "silu", hidden.bfloat16(), True),
     ]
-
-
-def expert_save_scores_samples(device):
-    samples = []
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, dtype)
-        samples.append((*inputs, indices, "silu"))
-        samples.append((*inputs, indices, "silu", torch.randn_like(inputs[0])))
-    return samples
 
 
 def expert_backward_samples(device):
     inputs, indices, grad = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
-    _, scores = ops.omni_expert_save_scores(*inputs, indices, "silu")
+    _, saved = ops.omni_expert(*inputs, indices, save_for_backward=True)
     masks = ([True] * 4, [False] * 4, [True, False, False, True], [False, True, False, False])
-    samples = [(grad, *inputs, indices, "silu", mask, scores) for mask in masks]
-    samples.append((grad, *inputs, indices, "silu", masks[0], strided(scores)))
-    samples.append((grad, *inputs, indices, "silu", masks[0], scores, torch.randn_like(grad)))
-    return [*samples, (strided(grad), *map(strided, inputs), indices.int(), "gelu_tanh", masks[0])]
-
-
-def flash_expert_samples(device):
-    (hidden, up, down, routing), indices, _ = expert_inputs(
-        ExpertShape(T, 10, 7, K), device, torch.float32
-    )
-    return [(*with_grad(hidden, up, down), indices, *with_grad(routing))]
+    samples = [(grad, *inputs, indices, saved, "silu", None, mask) for mask in masks]
+    strided_inputs = (strided(grad), *map(strided, inputs), indices.int(), strided(saved))
+    return [
+        *samples,
+        (grad, *inputs, indices, saved, "silu", torch.randn_like(grad), masks[0]),
+        (*strided_inputs, "gelu_tanh", None, masks[0]),
+    ]
 
 
 def mlp_samples(device):
     inputs, _ = mlp_inputs((2, T), 10, 6, device, torch.float32)
     x, *weights = inputs
     return [
-        (*with_grad(*inputs), "silu", False),
-        (*with_grad(*inputs), "silu", True),
-        (*with_grad(*map(strided, inputs)), "gelu", False),
+        (*with_grad(*inputs), "silu"),
+        (*with_grad(*map(strided, inputs)), "gelu"),
         (*with_grad(x), *weights),
         (x[:, :0], *with_grad(*weights)),
         (x[0, 0], *weights),
+        (*inputs, "silu", True),
+        (*with_grad(*inputs), "silu", True),
+        (x[0, 0], *map(strided, weights), "relu", True),
     ]
-
-
-def mlp_save_gates_samples(device):
-    inputs, _ = mlp_inputs((2, T), 10, 6, device, torch.float32)
-    return [(*inputs, "silu"), (inputs[0][0, 0], *map(strided, inputs[1:]), "relu")]
 
 
 def mlp_backward_samples(device):
     inputs, grad = mlp_inputs((2, T), 10, 6, device, torch.float32)
-    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
+    _, gate, up = ops.omni_mlp(*inputs, save_for_backward=True)
     masks = ([True] * 4, [False] * 4, [True, False, False, True])
     samples = [(grad, *inputs, gate, up, "silu", mask) for mask in masks]
     return [
         *samples,
-        (grad, *inputs, None, None, "silu", masks[0]),
         (strided(grad), *map(strided, inputs), strided(gate), strided(up), "silu", masks[0]),
     ]
 
 
 def mlp_backward_consume_samples(device):
     inputs, grad = mlp_inputs((2, T), 10, 6, device, torch.float32)
-    _, gate, up = ops.omni_mlp_save_gates(*inputs, "silu")
+    _, gate, up = ops.omni_mlp(*inputs, save_for_backward=True)
     return [
         (grad, *inputs, gate, up, "silu", [True] * 4),
         (grad, *inputs, gate.clone(), up.clone(), "gelu", [True, False, False, True]),
@@ -127,87 +113,45 @@ def expert_mlp_samples(device):
     experts, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
     (_, *weights), _ = mlp_inputs((T,), 10, 6, device, torch.float32)
     return [
-        (*with_grad(*experts), indices, *with_grad(*weights), "silu", recompute)
-        for recompute in (False, True)
-    ] + [(*experts[:3], *with_grad(experts[3]), indices.int(), *with_grad(*map(strided, weights)))]
-
-
-def expert_mlp_save_samples(device):
-    experts, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
-    (_, *weights), _ = mlp_inputs((T,), 10, 6, device, torch.float32)
-    strided_inputs = (*map(strided, experts), indices.int(), *map(strided, weights))
-    return [
+        (*with_grad(*experts), indices, *with_grad(*weights)),
+        (*experts[:3], *with_grad(experts[3]), indices.int(), *with_grad(*map(strided, weights))),
         (*experts, indices, *weights, "silu", True),
-        (*experts, indices, *weights, "silu", False),
-        (*strided_inputs, "gelu", True),
+        (*map(strided, experts), indices.int(), *map(strided, weights), "gelu", True),
     ]
 
 
-def batch_norm_samples(device):
-    logits = torch.randn(T, 10, device=device)
-    mean, var = torch.zeros(2, 10, device=device), torch.ones(2, 10, device=device)
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
-    buffers = (mean[0, :4], var[0, :4], counts[0], mean[1, :6], var[1, :6], counts[1])
-    apart = [buffer.clone() for buffer in buffers]
-    narrow = [b.bfloat16() if b.is_floating_point() else b.clone() for b in buffers]
-    none = [None] * 3
+def batch_norm_buffers(num_rows, num_cols, device, dtype=torch.float32):
     return [
-        (*with_grad(logits), 4, *apart, True, 0.1, 1e-5),
-        (*with_grad(strided(logits)), 4, *apart, True, 0.3, 1e-3),
-        (*with_grad(logits), 4, *apart, False, 0.1, 1e-5),
-        (logits, 4, *apart, True, 0.1, 1e-5),
-        (logits[:, :5], 4, *none, *none, True, 0.1, 1e-5),
-        (logits, 4, *apart[:2], None, *none, True, 0.1, 1e-5),
-        (logits[:0], 4, *apart, True, 0.1, 1e-5),
-        (logits.bfloat16(), 4, *narrow, True, 0.1, 1e-5),
-    ]
-
-
-def batch_norm_save_stats_samples(device):
-    return [
-        tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in sample)
-        for sample in batch_norm_samples(device)
-    ]
-
-
-def batch_norm_backward_samples(device):
-    shapes = ((T, 4), (T, 6), (T, 4), (T, 6), (10,))
-    saved = [torch.randn(shape, device=device) for shape in shapes]
-    return [
-        (*saved, True),
-        (*saved, False),
-        (*map(strided, saved), True),
-        (*(tensor[:0] for tensor in saved[:4]), saved[4], True),
-        (*(tensor.half() for tensor in saved[:4]), saved[4], True),
+        buffer
+        for size in (num_rows, num_cols)
+        for buffer in (
+            torch.zeros(size, device=device, dtype=dtype),
+            torch.ones(size, device=device, dtype=dtype),
+            torch.tensor(0, device=device),
+        )
     ]
 
 
 def router_logits_samples(device):
-    """Of one kernel where a device has it (the first two), and of several."""
-    hidden, gates = torch.randn(T, 8, device=device), torch.randn(2, 16, 8, device=device)
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
-    buffers = [torch.zeros(16, device=device), torch.ones(16, device=device), counts[0].clone()]
-    apart = [*buffers, *(buffer.clone() for buffer in buffers)]
-    short = [*(buffer[:6].clone() for buffer in buffers[:2]), None]
-    none = [None] * 3
-    half = [tensor.bfloat16() for tensor in (hidden, gates[0], gates[1])]
-    inputs = (hidden, gates[0].clone(), gates[1, :6].clone())
+    """Of one kernel where a device has it (the first), and of several."""
+    inputs = [torch.randn(size, 8, device=device) for size in (T, 16, 6)]
+    half = [tensor.bfloat16() for tensor in (*inputs[:2], torch.randn(16, 8, device=device))]
+    wide = batch_norm_buffers(16, 16, device)
+    buffers = batch_norm_buffers(16, 6, device)
     return [
-        (*with_grad(*half), *apart, True, 0.1, 1e-5),
-        (*half, *apart, False, 0.1, 1e-5),
-        (*with_grad(*inputs), *buffers, *short, True, 0.3, 1e-3),
-        (*inputs, *buffers, *short, True, 0.1, 1e-5),
-        (hidden, *with_grad(*inputs[1:]), *none, *none, True, 0.1, 1e-5),
-        (*with_grad(*map(strided, inputs)), *buffers, *short, False, 0.1, 1e-5),
-        (hidden[:0], *inputs[1:], *buffers, *none, True, 0.1, 1e-5),
+        (*with_grad(*half), wide, 0.1, 1e-5),
+        (*half, batch_norm_buffers(16, 16, device, torch.bfloat16), 0.1, 1e-5),
+        (*with_grad(*inputs), buffers, 0.3, 1e-3),
+        (*inputs, buffers),
+        (inputs[0], *with_grad(*inputs[1:]), []),
+        (*with_grad(*map(strided, inputs)), buffers),
+        (inputs[0][:0], *inputs[1:], buffers),
     ]
 
 
-def router_logits_save_stats_samples(device):
-    return [
-        tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in sample)
-        for sample in router_logits_samples(device)
-    ]
+def router_logits_eval_samples(device):
+    samples = [sample[:4] for sample in router_logits_samples(device)]
+    return [(*inputs, *stats[:2], *stats[3:5]) for *inputs, stats in samples if stats]
 
 
 def router_logits_backward_samples(device):
@@ -223,25 +167,18 @@ def router_logits_backward_samples(device):
 
 SAMPLES = {
     "omni_router": router_samples,
-    "omni_router_backward": router_backward_samples,
+    "_omni_router_backward": router_backward_samples,
     "omni_softmax_router": softmax_router_samples,
-    "omni_softmax_router_backward": softmax_router_backward_samples,
+    "_omni_softmax_router_backward": softmax_router_backward_samples,
     "omni_expert": expert_samples,
-    "omni_expert_save_scores": expert_save_scores_samples,
-    "omni_expert_backward": expert_backward_samples,
-    "flash_expert": flash_expert_samples,
+    "_omni_expert_backward": expert_backward_samples,
     "omni_mlp": mlp_samples,
-    "omni_mlp_save_gates": mlp_save_gates_samples,
-    "omni_mlp_backward": mlp_backward_samples,
-    "omni_mlp_backward_consume": mlp_backward_consume_samples,
+    "_omni_mlp_backward": mlp_backward_samples,
+    "_omni_mlp_backward_consume": mlp_backward_consume_samples,
     "omni_expert_mlp": expert_mlp_samples,
-    "omni_expert_mlp_save": expert_mlp_save_samples,
-    "omni_batch_norm": batch_norm_samples,
-    "omni_batch_norm_save_stats": batch_norm_save_stats_samples,
-    "omni_batch_norm_backward": batch_norm_backward_samples,
     "omni_router_logits": router_logits_samples,
-    "omni_router_logits_save_stats": router_logits_save_stats_samples,
-    "omni_router_logits_backward": router_logits_backward_samples,
+    "_omni_router_logits_eval": router_logits_eval_samples,
+    "_omni_router_logits_backward": router_logits_backward_samples,
 }
 TESTS = (
     "test_schema",

@@ -129,7 +129,9 @@ def test_library_needs_no_python(site):
 
 def test_libraries_find_each_other_beside_torch(site):
     """Run paths relative to the file, none of the machine that built it."""
-    for library in (site / "omni_moe").rglob("*.so"):
+    libraries = list((site / "omni_moe").rglob("*.so"))
+    assert len(libraries) == 2
+    for library in libraries:
         dynamic = run_checked(["readelf", "-d", str(library)])
         (run_path,) = re.findall(r"R(?:UN)?PATH.*\[(.*)\]", dynamic)
         entries = run_path.split(":")

@@ -15,6 +15,8 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+import omni_moe
+
 ops = torch.ops.omni_moe
 
 # Few values, close together and far apart: sums tie, collapse and cancel often.
@@ -118,7 +120,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def run_expert(inputs, indices, grad, activation):
-    return run(lambda *args: ops.omni_expert(*args, indices, activation), inputs, grad)
+    return run(lambda *args: omni_moe.ops.omni_expert(*args, indices, activation), inputs, grad)
 
 
 @on_devices

@@ -4,10 +4,12 @@ import pytest
 import torch
 from batch_norm_helpers import EPS, HALVES, MOMENTUM, Buffers, normalise
 from helpers import assert_bitwise, assert_close, needs_gpu, on_devices, on_dtypes, strided
-from router_logits_helpers import apply, make_inputs, ops, run, run_op
+from router_logits_helpers import apply, make_inputs, run, run_op
 
 import omni_moe
 from omni_moe import reference
+
+ops = torch.ops.omni_moe
 
 # Tokens, hidden size, rows, columns. First what Hopper's one kernel takes: one block and several,
 # all its block shapes, parts of tiles in every dimension. Then what it does not.
@@ -123,7 +125,7 @@ def test_products_are_not_rounded(dtype, shape):
     (hidden, *gates), _ = make_inputs(*shape, "cuda", dtype)
     buffers = Buffers.make(*shape[2:], "cuda", dtype)
     wide = [tensor.double() for tensor in (hidden, *gates)]
-    want = torch.cat(reference.omni_router_logits(*wide, *[None] * 6, True, MOMENTUM, EPS), 1)
+    want = torch.cat(reference.omni_router_logits(*wide, [], True, MOMENTUM, EPS), 1)
     got = torch.cat(apply((hidden, *gates), buffers), 1)
     products = torch.nn.functional.linear(hidden, torch.cat(gates))
     two_steps = torch.cat(normalise(products, shape[2], buffers), 1)
@@ -189,7 +191,7 @@ def test_without_buffers(device, dtype):
     inputs, _ = make_inputs(37, 72, 16, 24, device, dtype)
     buffers = Buffers.make(16, 24, device, dtype)
     want = apply(inputs, buffers)
-    got = ops.omni_router_logits(*inputs, *[None] * 6, True, MOMENTUM, EPS)
+    got = omni_moe.ops.omni_router_logits(*inputs, [], True, MOMENTUM, EPS)
     for one, other in zip(got, want, strict=True):
         assert_bitwise(one, other)
 
@@ -218,12 +220,33 @@ def test_gradcheck(training):
     assert torch.autograd.gradcheck(lambda *x: apply(x, buffers.clone(), training), leaves)
 
 
-def test_typed_function():
-    inputs, _ = make_inputs(5, 6, 3, 4, "cpu", torch.float32)
-    ours = Buffers.make(3, 4, "cpu", torch.float32)
-    theirs = ours.clone()
-    got = omni_moe.ops.omni_router_logits(*inputs, *ours.args(), True, MOMENTUM, EPS)
-    for one, other in zip(
-        [*got, *ours.args()], [*apply(inputs, theirs), *theirs.args()], strict=True
-    ):
-        assert_bitwise(one, other)
+@on_dtypes
+def test_backward_op(device, dtype):
+    """The formula on what the forward returns for it."""
+    (hidden, *gates), grads = make_inputs(199, 72, 64, 100, device, dtype)
+    buffers = Buffers.make(64, 100, device, dtype)
+    x, y, inv_std = ops.omni_router_logits(hidden, *gates, buffers.args(), MOMENTUM, EPS)
+    products = hidden.double() @ torch.cat(gates).double().T
+    want_inv_std = (products.var(0, correction=0) + EPS).rsqrt()
+    roundings = 1 if dtype in HALVES else 0
+    assert_close(
+        inv_std.to(dtype), want_inv_std, "inv_std", num_terms=271, intermediate_roundings=roundings
+    )
+    n, g = torch.cat([x, y], 1).double(), torch.cat(grads, 1).double()
+    for training in (True, False):
+        got_hidden, got_gates = ops._omni_router_logits_backward(
+            *grads, hidden, *gates, x, y, inv_std, training, [True, True]
+        )
+        want = g - g.mean(0) - n * (g * n).mean(0) if training else g
+        want = inv_std.double() * want
+        for got, product in (
+            (got_hidden, want @ torch.cat(gates).double()),
+            (got_gates, want.T @ hidden.double()),
+        ):
+            assert_close(
+                got,
+                product,
+                num_terms=271,
+                terms=20 * product.abs().max().item(),
+                intermediate_roundings=roundings,
+            )

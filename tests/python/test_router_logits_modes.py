@@ -1,14 +1,20 @@
 """The router's logits: repeatability, autograd, autocast, compile, graphs, streams, bad input."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from batch_norm_helpers import Buffers, make_logits, normalise
-from helpers import CUDA, assert_bitwise, needs_gpu, on_devices, on_dtypes
-from router_logits_helpers import apply, make_inputs, ops, run, run_op
+from batch_norm_helpers import Buffers, assert_same_run, make_logits, normalise, random_grads
+from batch_norm_helpers import run_op as run_norm
+from helpers import CUDA, assert_bitwise, assert_close, needs_gpu, on_devices, on_dtypes
+from router_logits_helpers import apply, make_inputs, run, run_op
 from torch.utils.checkpoint import checkpoint
+
+from omni_moe.ops import omni_router_logits
+
+ops = torch.ops.omni_moe
 
 # ---- modes ---------------------------------------------------------------------------------------
 
@@ -39,6 +45,67 @@ def test_training_raises_the_versions_of_the_buffers(device):
         assert [tensor._version for tensor in buffers.args()] == [v + 1 for v in versions]
         apply(inputs, buffers, training=False)
         assert [tensor._version for tensor in buffers.args()] == [v + 1 for v in versions]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_number_of_threads_does_not_show_in_the_norm(dtype):
+    logits = make_logits(1000, 64, 100, "cpu", dtype)
+    grads = random_grads(1000, 64, 100, "cpu", dtype)
+    buffers = Buffers.make(64, 100, "cpu", dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = run_norm(logits, 64, grads, buffers.clone())
+        for count in (2, 5):
+            torch.set_num_threads(count)
+            assert_same_run(run_norm(logits, 64, grads, buffers.clone()), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@on_devices
+def test_inference_mode(device):
+    inputs, _ = make_inputs(37, 72, 16, 24, device, torch.float32)
+    inputs[0].requires_grad_()
+    buffers = Buffers.make(16, 24, device, torch.float32)
+    want_buffers = buffers.clone()
+    want = apply(inputs, want_buffers)
+    with torch.inference_mode():
+        got = apply(inputs, buffers)
+        of_inference = want_buffers.clone()
+        assert all(out.is_inference() for out in got)
+        for one, other in zip(got, want, strict=True):
+            assert_bitwise(one.clone(), other)
+    for one, other in zip(buffers.args(), want_buffers.args(), strict=True):
+        assert_bitwise(one, other)
+    # Buffers that were made in inference mode can be read outside, not written.
+    apply(inputs, of_inference, training=False)
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        apply(inputs, of_inference, training=True)
+
+
+@on_devices
+def test_writing_an_output_before_backward_is_seen(device):
+    inputs, _ = make_inputs(5, 6, 3, 4, device, torch.float32)
+    inputs[0].requires_grad_()
+    x, y = apply(inputs, Buffers.make(3, 4, device, torch.float32))
+    loss = x.sum() + y.sum()
+    with torch.no_grad():
+        y.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@on_devices
+def test_evaluation_under_vmap(device):
+    """The op of an evaluation pass mutates nothing, so that torch.func can batch it."""
+    inputs, _ = make_inputs(3 * 37, 72, 16, 24, device, torch.float32)
+    hidden, *gates = inputs
+    buffers = Buffers.make(16, 24, device, torch.float32)
+    batched = torch.vmap(lambda tokens: apply([tokens, *gates], buffers, training=False))
+    want = apply(inputs, buffers, training=False)
+    for got, other in zip(batched(hidden.view(3, 37, 72)), want, strict=True):
+        assert_close(got.flatten(0, 1), other.double(), num_terms=72, terms=10)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -82,7 +149,7 @@ def test_double_backward():
     x, y = apply(inputs, Buffers.make(3, 4, "cpu", torch.float32))
     loss = x.pow(3).sum() + y.pow(3).sum()
     (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="omni_router_logits_backward is not implemented"):
+    with pytest.raises(RuntimeError, match="_omni_router_logits_backward is not implemented"):
         grad.sum().backward()
 
 
@@ -104,7 +171,7 @@ def test_compiled(device, training, backend):
     torch._dynamo.reset()
 
     def function(hidden, gate_x, gate_y, *buffers_and_options):
-        x, y = ops.omni_router_logits(hidden * 2, gate_x, gate_y, *buffers_and_options)
+        x, y = omni_router_logits(hidden * 2, gate_x, gate_y, *buffers_and_options)
         return x + 1, y * 2
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
@@ -206,7 +273,7 @@ def test_right_behind_what_it_reads():
 def test_one_token_in_training(device):
     inputs = [torch.zeros(size, 8, device=device) for size in (1, 3, 4)]
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        ops.omni_router_logits(*inputs, *[None] * 6, True)
+        omni_router_logits(*inputs, [], training=True)
 
 
 @pytest.mark.parametrize(
@@ -224,31 +291,76 @@ def test_bad_shapes(device, change, message):
     shapes = dict(enumerate([(5, 8), (3, 8), (4, 8)])) | change
     inputs = [torch.zeros(shape, device=device) for shape in shapes.values()]
     with pytest.raises(ValueError, match=re.escape("omni_router_logits: " + message)):
-        ops.omni_router_logits(*inputs, *[None] * 6, True)
+        omni_router_logits(*inputs, [], training=True)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
 def test_bad_values(device):
     hidden, gate_x, gate_y = (torch.zeros(size, 8, device=device) for size in (5, 3, 4))
-    none = [None] * 6
     with pytest.raises(ValueError, match="expected eps to be positive, but got 0"):
-        ops.omni_router_logits(hidden, gate_x, gate_y, *none, True, 0.1, 0.0)
-    with pytest.raises(ValueError, match="expected running_mean_x and running_var_x unless trai"):
-        ops.omni_router_logits(hidden, gate_x, gate_y, *none, False)
+        omni_router_logits(hidden, gate_x, gate_y, [], training=True, eps=0.0)
+    with pytest.raises(
+        ValueError, match="expected the 6 batch_norm_buffers unless training, but got 0"
+    ):
+        omni_router_logits(hidden, gate_x, gate_y, [], training=False)
     with pytest.raises(ValueError, match="expected hidden_states to be float32, float16 or bfloat"):
-        ops.omni_router_logits(hidden.int(), gate_x, gate_y, *none, True)
+        omni_router_logits(hidden.int(), gate_x, gate_y, [], training=True)
     with pytest.raises(ValueError, match="gate_y"):
-        ops.omni_router_logits(hidden, gate_x, gate_y.bfloat16(), *none, True)
-    mean = torch.zeros(5, device=device)
-    message = re.escape("running_mean_y.size(0) to equal the number of logits of its axis (4)")
-    with pytest.raises(ValueError, match=message):
-        ops.omni_router_logits(hidden, gate_x, gate_y, None, None, None, mean, mean, None, True)
-    if device != "meta":
-        wide = torch.zeros(8, device=device)[::2]
-        with pytest.raises(ValueError, match="running_var_y to be contiguous"):
-            ops.omni_router_logits(
-                hidden, gate_x, gate_y, None, None, None, torch.zeros_like(wide), wide, None, True
-            )
+        omni_router_logits(hidden, gate_x, gate_y.bfloat16(), [], training=True)
+    with pytest.raises(ValueError, match=r"batch_norm_buffers to be none or 6 .*got 5"):
+        omni_router_logits(hidden, gate_x, gate_y, [hidden] * 5, training=True)
+
+
+def bad_buffers(device):
+    good = Buffers.make(3, 4, "cpu", torch.float32).map(lambda t: t.to(device))
+    half, double = good.running_mean_x.half(), good.running_var_y.double()
+    wide = torch.zeros(8, device=device)
+    return [
+        (
+            replace(good, running_mean_x=torch.zeros(4, device=device)),
+            "expected running_mean_x.size(0) to equal the number of logits of its axis (3), but",
+        ),
+        (
+            replace(good, running_var_y=torch.zeros(1, 4, device=device)),
+            "expected running_var_y to have 1 dimensions, but got shape [1, 4]",
+        ),
+        (
+            replace(good, running_mean_x=half),
+            "expected running_mean_x to be Float or in the dtype of hidden_states (Float), but",
+        ),
+        (
+            replace(good, running_var_y=double),
+            "expected running_var_y to be Float or in the dtype of hidden_states (Float), but",
+        ),
+        (
+            replace(good, num_batches_tracked_x=torch.tensor(0, device=device).int()),
+            "expected num_batches_tracked_x to be int64, but got Int",
+        ),
+        (
+            replace(good, num_batches_tracked_y=torch.zeros(1, device=device).long()),
+            "expected num_batches_tracked_y to have 0 dimensions, but got shape [1]",
+        ),
+        (replace(good, running_mean_y=wide[::2]), "expected running_mean_y to be contiguous, but"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
+def test_bad_buffers(device, case):
+    buffers, message = bad_buffers(device)[case]
+    if device == "meta" and "contiguous" in message:
+        pytest.skip("memory has no layout there that matters")
+    inputs = [torch.zeros(size, 8, device=device) for size in (5, 3, 4)]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        apply(inputs, buffers)
+
+
+def test_running_statistics_of_two_dtypes():
+    buffers = Buffers.make(3, 4, "cpu", torch.float32)
+    buffers.running_var_y = buffers.running_var_y.bfloat16()
+    inputs = [torch.zeros(size, 8, dtype=torch.bfloat16) for size in (5, 3, 4)]
+    with pytest.raises(ValueError, match=r"in one dtype \(Float\), but got BFloat16 for running_v"):
+        apply(inputs, buffers)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +368,7 @@ def test_bad_values(device):
     [
         (
             {0: (5, 4)},
-            "grad_router_logits_x.size(1) to equal the number of rows of router_logits_x",
+            "grad_router_logits_x.size(1) to equal the number of rows of gate_x (3)",
         ),
         ({2: (6, 8)}, "router_logits_x.size(0) to equal the number of tokens of hidden_states (6)"),
         ({4: (5, 8)}, "router_logits_y.size(1) to equal the number of rows of gate_y (5)"),
@@ -269,4 +381,4 @@ def test_bad_shapes_in_backward(device, change, message):
     shapes = dict(enumerate(good)) | change
     tensors = [torch.zeros(shape, device=device) for shape in shapes.values()]
     with pytest.raises(ValueError, match=re.escape(message)):
-        ops.omni_router_logits_backward(*tensors, True, [True, True])
+        ops._omni_router_logits_backward(*tensors, True, [True, True])

@@ -63,7 +63,7 @@ def test_doge_as_the_stock_module(device, options):
     x = torch.randn(3, 7, H)
     with torch.no_grad():
         want, want_logits = stock(x)
-    # Its normalisation changes nothing, softmax having done it, but works in place: no backward.
+    # It normalises in place what softmax has normalised: the same values, but no backward.
     stock.norm_topk_prob = False
     got, got_logits = module(x.to(device))
     assert got.shape == want.shape and got_logits.shape == (2, 21, 8)
@@ -74,7 +74,7 @@ def test_doge_as_the_stock_module(device, options):
 
 @on_devices
 def test_doge_split_layout(device):
-    """The stock module told its logits in the order that its view reads: token by token."""
+    """The stock module, given its logits token by token, as its view reads them."""
     stock = stock_doge().to(device)
     module = OmniDogeCDMoE(doge_config(), router_layout="split").to(device)
     module.load_state_dict(stock.state_dict())

@@ -48,7 +48,7 @@ def test_grid_of_too_many_experts(op):
         getattr(ops, op)(x, y, 4)
 
 
-@pytest.mark.parametrize("op", ["omni_expert", "omni_expert_backward", "flash_expert", *MLPS])
+@pytest.mark.parametrize("op", [*EXPERTS, *MLPS])
 @pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
 def test_activation(device, op):
     message = (
@@ -62,30 +62,30 @@ def test_activation(device, op):
     ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
 )
 @pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.float64])
-def test_dtype_of_saved_scores(dtype, expected, given):
-    """Scores come in the dtype that sums are taken in."""
+def test_dtype_of_what_is_saved(dtype, expected, given):
+    """It comes in the dtype that sums are taken in."""
     arguments_of_dtype = {
         name: value.to(dtype)
         if isinstance(value, torch.Tensor) and value.is_floating_point()
         else value
-        for name, value in arguments("omni_expert_backward").items()
-    } | {"scores": torch.zeros(T, K, dtype=given)}
+        for name, value in arguments("_omni_expert_backward").items()
+    } | {"pre_activations": torch.zeros(T, K, dtype=given)}
     if given == expected:
-        call_with("omni_expert_backward", **arguments_of_dtype)
+        call_with("_omni_expert_backward", **arguments_of_dtype)
         return
-    with pytest.raises(ValueError, match="omni_expert_backward: expected scores to be "):
-        call_with("omni_expert_backward", **arguments_of_dtype)
+    with pytest.raises(ValueError, match="_omni_expert_backward: expected pre_activations to be "):
+        call_with("_omni_expert_backward", **arguments_of_dtype)
 
 
-@pytest.mark.parametrize("missing", ["gate", "up"])
-def test_saved_gates_come_together(missing):
-    kept = {"gate": "up", "up": "gate"}[missing]
-    with pytest.raises(ValueError, match=f"expected gate and up both or neither.*only {kept}"):
-        call_with("omni_mlp_backward", **{missing: None})
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_consumed_products_lie_apart(device):
+    given = arguments("_omni_mlp_backward_consume", device)
+    with pytest.raises(ValueError, match="expected gate and up in memory of their own"):
+        call_with("_omni_mlp_backward_consume", device, up=given["gate"], gate=given["gate"])
 
 
 @needs_gpu
-@pytest.mark.parametrize("op", ["omni_expert", "omni_expert_backward"])
+@pytest.mark.parametrize("op", ["omni_expert", "_omni_expert_backward"])
 def test_too_many_pairs_for_gradients_on_cuda(op):
     """Refused when the forward of a training step begins; expanded tensors take no memory."""
     pairs = (2**16, 2**15)
@@ -95,10 +95,10 @@ def test_too_many_pairs_for_gradients_on_cuda(op):
         "indices": torch.zeros(1, 1, dtype=torch.int32, device="cuda").expand(pairs),
         "addend": None,
     }
-    if op == "omni_expert_backward":
+    if op == "_omni_expert_backward":
         given |= {
             "grad_expert_states": given["hidden_states"].detach(),
-            "scores": given["routing_weights"],
+            "pre_activations": given["routing_weights"],
         }
     message = (
         f"{op}: expected indices to have at most 2147483647 elements for gradients on cuda:0, but "
@@ -110,12 +110,11 @@ def test_too_many_pairs_for_gradients_on_cuda(op):
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("value", [-1, E, 2**31 - 1, -(2**31)])
-@pytest.mark.parametrize("op", [*EXPERTS, "flash_expert"])
+@pytest.mark.parametrize("op", EXPERTS)
 def test_indices_out_of_range(op, value, index_dtype):
     indices = torch.zeros(T, K, dtype=index_dtype)
     indices[2, 1], indices[4, 0] = value, 10**6
-    name = "omni_expert" if op == "flash_expert" else op
-    message = f"{name}: expected indices in [0, {E}), but got {value} at indices[2, 1]"
+    message = f"{op}: expected indices in [0, {E}), but got {value} at indices[2, 1]"
     with pytest.raises(IndexError, match=re.escape(message)):
         call_with(op, indices=indices)
 
@@ -128,7 +127,7 @@ def test_indices_past_int32():
         call_with("omni_expert", indices=indices)
 
 
-@pytest.mark.parametrize("op", ["omni_router_backward", "omni_softmax_router_backward"])
+@pytest.mark.parametrize("op", ["_omni_router_backward", "_omni_softmax_router_backward"])
 def test_router_indices_out_of_range(op):
     indices = torch.zeros(T, K, dtype=torch.int32)
     indices[3, 2] = R * C
@@ -217,9 +216,9 @@ def test_check_indices_in_backward(device):
     """Autograd's threads see the context of the thread that calls backward."""
     given = arguments("omni_expert", device)
     hidden, ids = given["hidden_states"].requires_grad_(), given["indices"]
-    out = ops.omni_expert(*given.values())
+    out, _ = ops.omni_expert(*given.values())
     ids.data[2, 1] = E  # behind autograd's back: backward would refuse ids changed in place
-    message = rf"omni_expert_backward: .*but got {E} at indices\[2, 1\]"
+    message = rf"_omni_expert_backward: .*but got {E} at indices\[2, 1\]"
     with omni_moe.check_indices(), pytest.raises(IndexError, match=message):
         torch.autograd.grad(out.sum(), hidden)
 
@@ -239,12 +238,11 @@ def test_num_expert_sqrt(axis):
 @pytest.mark.parametrize(
     ("op", "backward"),
     [
-        ("omni_router", "omni_router_backward"),
-        ("omni_softmax_router", "omni_softmax_router_backward"),
-        ("omni_expert", "omni_expert_backward"),
-        ("flash_expert", "omni_expert_backward"),
-        ("omni_mlp", "omni_mlp_backward"),
-        ("omni_expert_mlp", "omni_(mlp|expert)_backward"),
+        ("omni_router", "_omni_router_backward"),
+        ("omni_softmax_router", "_omni_softmax_router_backward"),
+        ("omni_expert", "_omni_expert_backward"),
+        ("omni_mlp", "_omni_mlp_backward"),
+        ("omni_expert_mlp", "_omni_(mlp|expert)_backward"),
     ],
 )
 def test_double_backward(op, backward):
@@ -254,8 +252,7 @@ def test_double_backward(op, backward):
         for name, value in given.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    out = getattr(ops, op)(*given.values())
-    out = out if isinstance(out, torch.Tensor) else out[0]
+    out, *_ = getattr(ops, op)(*given.values())
     grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
     message = f"derivative for omni_moe::{backward} is not implemented"
     with pytest.raises(RuntimeError, match=message):

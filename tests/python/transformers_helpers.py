@@ -59,7 +59,7 @@ def omni_model(**options) -> PreTrainedModel:
 
 
 def replaced_model(family: str = "Llama", **options) -> PreTrainedModel:
-    """With experts that do something."""
+    """A model whose replaced layers have experts with outputs other than zero."""
     return wake_experts(replace_mlp(dense_model(family), **EXPERTS, **options))
 
 

@@ -13,12 +13,13 @@ struct ActivationResult {
   float derivative;  // act'(x)
 };
 
-// One template; what is not asked for is dead code.
+// One template serves both: a result that the caller does not use is dead code.
 template <Activation kActivation>
 __device__ __forceinline__ ActivationResult activate_with_derivative(float x) {
   if constexpr (kActivation == Activation::kSilu) {
     const float sigmoid = 1.0f / (1.0f + expf(-x));
-    // x / (1 + e^-x), not x * sigmoid: one rounding fewer, and what the reference divides.
+    // x / (1 + e^-x) has one rounding fewer than x * sigmoid, and it is what the reference
+    // computes.
     return {x / (1.0f + expf(-x)), sigmoid * (1.0f + x * (1.0f - sigmoid))};
   } else if constexpr (kActivation == Activation::kGelu) {
     constexpr float kSqrtHalf = 0.70710678118654752440f;
@@ -46,7 +47,8 @@ __device__ __forceinline__ float activate(float x) {
   return activate_with_derivative<kActivation>(x).value;
 }
 
-// 1 / (1 + e^-x) in four instructions, two of them of the special function unit.
+// 1 / (1 + e^-x) in four instructions, two of them of the special function unit. CUDA's own
+// functions (exp2f, __expf, __fdividef) surround these two with steps that keep denormals.
 __device__ __forceinline__ float fast_sigmoid(float x) {
   constexpr float kMinusLog2E = -1.44269504088896340736f;
   float power, sigmoid;
@@ -84,8 +86,8 @@ __device__ __forceinline__ float fast_activate(float x) {
   return fast_activate_with_derivative<kActivation>(x).value;
 }
 
-// Chosen at run time, for kernels that evaluate it once per row: a uniform branch there costs less
-// than five copies of the kernel.
+// The activation is chosen at run time in kernels that evaluate it once per row, where a uniform
+// branch costs less than five copies of the kernel.
 __device__ __forceinline__ ActivationResult activate_with_derivative(Activation activation,
                                                                      float x) {
   switch (activation) {
@@ -119,7 +121,8 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   __builtin_unreachable();
 }
 
-// grad * act'(x). A closed relu takes no product: as in torch, 0 whatever the gradient.
+// grad * act'(x). A closed relu gives 0 whatever the gradient, as in torch; a product with 0 would
+// turn an infinite gradient into NaN.
 __device__ __forceinline__ float through_derivative(Activation activation,
                                                     const ActivationResult& act, float grad) {
   const bool is_closed = activation == Activation::kRelu && act.derivative == 0.0f;

@@ -6,16 +6,17 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device_info.h"
+#include "cuda/common/operands.h"
+#include "omni_moe/cuda_plan.h"
 
 namespace omni_moe::cuda {
 
-// What the last `<<<>>>` of this thread returned. Reads and clears the non-sticky error, so that a
-// bad launch is reported by the call that made it.
+// Returns the status of this thread's last `<<<>>>`. It reads and clears the non-sticky error, so
+// that a bad launch is reported by the call that made it.
 inline cudaError_t launch_status() { return cudaGetLastError(); }
 
-// A call that returns its error also leaves it behind, and the next launch_status() would report it
-// for a launch that worked.
+// Clears the error that a failed call leaves behind beside returning it: the next launch_status()
+// would otherwise report it for a launch that worked.
 inline cudaError_t clear_failure(cudaError_t status) {
   if (status != cudaSuccess) (void)cudaGetLastError();
   return status;
@@ -29,9 +30,6 @@ cudaError_t run_steps(Steps&&... steps) {
   ((status = status == cudaSuccess ? steps() : status), ...);
   return clear_failure(status);
 }
-
-// Of the current device, and of the code in this library that runs on it.
-cudaError_t current_device_info(DeviceInfo* info);
 
 // A block gets more than 48 KB of shared memory only after its kernel has been opted in, once per
 // device. The limit belongs to the kernel, not to the launch: it is always set to all that the
@@ -54,10 +52,6 @@ cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
         return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     limit - static_cast<int>(attributes.sharedSizeBytes));
       });
-}
-
-inline bool is_aligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
 }  // namespace omni_moe::cuda

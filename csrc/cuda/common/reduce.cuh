@@ -1,4 +1,5 @@
-// Reductions whose order of additions is fixed by the lane and warp numbers alone.
+// Reductions whose order of additions is fixed by the lane and warp numbers alone, and whose result
+// every thread gets. CUB's give it to the first thread, from where it would have to be sent back.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,16 +33,6 @@ __device__ __forceinline__ void warp_sum(float (&values)[kCount]) {
       values[i] += __shfl_xor_sync(kFullWarp, values[i], offset);
     }
   }
-}
-
-// Sum over lanes 0 … lane.
-__device__ __forceinline__ unsigned warp_inclusive_scan(unsigned value, int lane) {
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const unsigned below = __shfl_up_sync(kFullWarp, value, offset);
-    if (lane >= offset) value += below;
-  }
-  return value;
 }
 
 // Reduction over a block of kWarps whole warps; every thread gets the result. `scratch` holds

@@ -8,9 +8,9 @@ namespace omni_moe {
 
 // What a BatchNorm of n columns carries from batch to batch.
 struct BatchNormBuffers {
-  void* running_mean;            // [n] of stats_dtype, or null: none
-  void* running_var;             // [n] of stats_dtype, or null: none
-  int64_t* num_batches_tracked;  // [] or null: none
+  void* running_mean = nullptr;            // [n] of stats_dtype, or null: none
+  void* running_var = nullptr;             // [n] of stats_dtype, or null: none
+  int64_t* num_batches_tracked = nullptr;  // [] or null: none
 };
 
 // training: mean and (biased) variance are those of the batch, and the buffers are updated:
@@ -19,7 +19,8 @@ struct BatchNormBuffers {
 // T = 1 has no unbiased variance; the torch boundary refuses it. T = 0 leaves the running
 // statistics as they are. Else: mean and variance are the running ones, nothing is updated.
 struct BatchNormForwardParams {
-  const void* logits;  // [T, R + C], rows logits_stride apart: of the grid's rows, then columns
+  const void* logits =
+      nullptr;         // [T, R + C], rows logits_stride apart: of the grid's rows, then columns
   void* normed_x;      // [T, R]
   void* normed_y;      // [T, C]
   void* inv_std;       // [R + C] 1 / sqrt(var + eps) in fp32 (fp64 for fp64), or null: not wanted
@@ -28,13 +29,13 @@ struct BatchNormForwardParams {
   int64_t num_tokens;
   int64_t num_rows;
   int64_t num_cols;
-  int64_t logits_stride;
+  int64_t logits_stride = 0;
   DType dtype;
   DType stats_dtype;  // dtype, or kFloat32
   bool training;
   double momentum;
   double eps;
-  void* workspace;  // CUDA: batch_norm_forward_workspace_size(params) bytes; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // With n = normed, for each column: training: grad = inv_std (g - mean(g) - n mean(g n)), means
@@ -51,7 +52,7 @@ struct BatchNormBackwardParams {
   int64_t num_cols;
   DType dtype;
   bool training;
-  void* workspace;  // CUDA: batch_norm_backward_workspace_size(params) bytes; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 }  // namespace omni_moe

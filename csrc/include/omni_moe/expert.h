@@ -8,52 +8,50 @@
 
 namespace omni_moe {
 
-// With s = hidden[t] · up[i], which the backward wants again. Indices must lie in [0, E); the torch
-// boundary (CPU) or the kernel (CUDA) sees to it.
-struct ExpertForwardParams {
-  const void* hidden_states;    // [T, H]
-  const void* up_weights;       // [E, H]
-  const void* down_weights;     // [E, H]
-  const void* routing_weights;  // [T, K]
-  const void* indices;          // [T, K], of index_type
-  const void* addend;           // [T, H], or null: none
-  void* expert_states;          // [T, H]
-  void* scores;                 // [T, K] s in fp32 (fp64 for fp64), or null: not wanted
-  int64_t num_tokens;
-  int64_t hidden_size;
-  int64_t num_experts;
-  int64_t num_experts_per_token;
+// What every pass over the experts is told of its operands.
+struct ExpertShape {
+  int64_t num_tokens;             // T
+  int64_t hidden_size;            // H
+  int64_t num_experts;            // E
+  int64_t num_experts_per_token;  // K
   DType dtype;
   IndexType index_type;
   Activation activation;
-  void* workspace;  // CUDA: expert_forward_workspace_size(params) bytes; CPU: unused
+};
+
+// The backward wants the pre-activations s = hidden[t] · up[i] again. Indices must lie in [0, E):
+// the torch boundary checks them for the CPU backend, the kernels of the CUDA backend themselves.
+struct ExpertForwardParams : ExpertShape {
+  const void* hidden_states = nullptr;    // [T, H]
+  const void* up_weights = nullptr;       // [E, H]
+  const void* down_weights = nullptr;     // [E, H]
+  const void* routing_weights = nullptr;  // [T, K]
+  const void* indices = nullptr;          // [T, K], of index_type
+  const void* addend = nullptr;           // [T, H], or null: none
+  void* expert_states = nullptr;          // [T, H]
+  void* pre_activations = nullptr;        // [T, K] s in fp32 (fp64 for fp64), or null: not wanted
+  void* workspace = nullptr;              // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // With s of the forward and g = grad[t] · down[i] for each pair (t, k), i = idx[t,k]:
 //   grad_routing[t,k] = act(s) g     grad_hidden[t] = addend[t] + Σ_k routing act'(s) g up[i]
 //   grad_down[i] += routing act(s) grad[t]     grad_up[i] += routing act'(s) g hidden[t]
 // Every row of the dense weight gradients is written once, those of idle experts with zeros.
-struct ExpertBackwardParams {
-  const void* grad_expert_states;  // [T, H]
-  const void* hidden_states;       // [T, H]
-  const void* up_weights;          // [E, H]
-  const void* down_weights;        // [E, H]
-  const void* routing_weights;     // [T, K]
-  const void* indices;             // [T, K], of index_type
-  const void* scores;              // [T, K], of the forward
-  const void* addend;              // [T, H] of grad_hidden_states, or null: none
-  void* grad_hidden_states;        // [T, H], or null: not wanted
-  void* grad_up_weights;           // [E, H], or null: not wanted
-  void* grad_down_weights;         // [E, H], or null: not wanted
-  void* grad_routing_weights;      // [T, K], or null: not wanted
-  int64_t num_tokens;
-  int64_t hidden_size;
-  int64_t num_experts;
-  int64_t num_experts_per_token;
-  DType dtype;
-  IndexType index_type;
-  Activation activation;
-  void* workspace;  // expert_backward_workspace_size(params) bytes
+struct ExpertBackwardParams : ExpertShape {
+  const void* grad_expert_states = nullptr;  // [T, H]
+  const void* hidden_states = nullptr;       // [T, H]
+  const void* up_weights = nullptr;          // [E, H]
+  const void* down_weights = nullptr;        // [E, H]
+  const void* routing_weights = nullptr;     // [T, K]
+  const void* indices = nullptr;             // [T, K], of index_type
+  const void* pre_activations = nullptr;     // [T, K] s, as the forward saved them
+  const void* addend = nullptr;              // [T, H] of grad_hidden_states, or null: none
+  void* grad_hidden_states = nullptr;        // [T, H], or null: not wanted
+  void* grad_up_weights = nullptr;           // [E, H], or null: not wanted
+  void* grad_down_weights = nullptr;         // [E, H], or null: not wanted
+  void* grad_routing_weights = nullptr;      // [T, K], or null: not wanted
+  // CUDA: plan.workspace_bytes bytes; CPU: expert_backward_workspace_size(params) bytes
+  void* workspace = nullptr;
 };
 
 }  // namespace omni_moe

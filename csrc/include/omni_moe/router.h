@@ -26,27 +26,25 @@ struct RouterForwardParams {
   int64_t num_experts_per_token;  // 0 <= K <= R * C < 2^31
   DType dtype;
   RouterScore score;
-  void*
-      workspace;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // kLogit: grad_x[row] = Σ grad_weights over the chosen pairs in that row, grad_y likewise.
 // kSoftmax, kSoftmaxTopK: through the softmax, recomputed from the logits.
 struct RouterBackwardParams {
-  const void* grad_weights;  // [T, K]
-  const void* logits_x;      // [T, R], unused (may be null) for kLogit
-  const void* logits_y;      // [T, C], unused (may be null) for kLogit
-  const int32_t* indices;    // [T, K]
-  void* grad_logits_x;       // [T, R]
-  void* grad_logits_y;       // [T, C]
+  const void* grad_weights;        // [T, K]
+  const void* logits_x = nullptr;  // [T, R], unused (may be null) for kLogit
+  const void* logits_y = nullptr;  // [T, C], unused (may be null) for kLogit
+  const int32_t* indices;          // [T, K]
+  void* grad_logits_x;             // [T, R]
+  void* grad_logits_y;             // [T, C]
   int64_t num_tokens;
   int64_t num_rows;
   int64_t num_cols;
   int64_t num_experts_per_token;
   DType dtype;
   RouterScore score;
-  void*
-      workspace;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 }  // namespace omni_moe

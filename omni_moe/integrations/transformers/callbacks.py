@@ -15,11 +15,11 @@ _METRICS = {"expert_usage": "share of experts used", "expert_unevenness": "uneve
 class ExpertLoadCallback(TrainerCallback):
     """Logs `expert_usage/<layer>` and `expert_unevenness/<layer>` of every OmniMoE layer.
 
-    Layers are numbered from 0, those with OmniMoE only. Each value is over the tokens that this
-    process trained on since the last one, padding included; what an evaluation chose is left out,
-    and so is what was trained between the last log and that evaluation. The values stand in
-    `trainer.state.log_history`; so that reporters (TensorBoard and others) see them too, use
-    `add_to` instead of passing the callback to the Trainer.
+    Only layers with OmniMoE are numbered, from 0. A value counts the tokens, padding included, that
+    this process has trained on since the log before it. Evaluations do not count; they also discard
+    what was counted since the last log. The values stand in `trainer.state.log_history`. Use
+    `add_to`, instead of passing the callback to the Trainer, to let reporters such as TensorBoard
+    see them too.
 
     Raises:
         ValueError: at the start of training, the model has no OmniMoE layer, or one without

@@ -47,13 +47,13 @@ class OmniDogeCDMoE(DogeCDMoE):
         scores, indices = omni_router(*router_logits, self.num_keys, self.top_k)
         expert_states = flash_expert(
             tokens,
-            self.down_embed.weight,
-            self.up_embed.weight,
-            indices,
-            scores.softmax(-1),
-            activation_name(self.act_fn),
+            down_weights=self.down_embed.weight,
+            up_weights=self.up_embed.weight,
+            indices=indices,
+            routing_weights=scores.softmax(-1),
+            activation=activation_name(self.act_fn),
         )
-        # Called as modules: Doge may have biases here, and adapters work.
+        # Called as modules, since Doge may have biases here; adapters work for the same reason.
         shared_states = self.down_proj(self.act_fn(self.gate_proj(tokens)) * self.up_proj(tokens))
         return (shared_states + expert_states).view_as(hidden_states), router_logits
 
@@ -92,7 +92,7 @@ def replace_doge_moe(model: nn.Module, router_layout: str = "hf_view") -> nn.Mod
     for module in modules:
         _check(module.num_experts, module.act_fn, router_layout)
     for module in modules:
-        # Only the forward differs, so the module itself goes on, with its hooks and parameters.
+        # Only the forward differs, so the module is kept, with its hooks and parameters.
         module.__class__ = OmniDogeCDMoE
         module.router_layout = router_layout
     return model

@@ -37,11 +37,11 @@ def omni_moe_experts_forward(
     hidden_states = hidden_states.masked_fill(~is_here.any(-1, keepdim=True), 0)
     return omni_expert(
         hidden_states,
-        up_weights,
-        down_weights,
-        top_k_weights.to(hidden_states.dtype).masked_fill(~is_here, 0),
-        top_k_index.where(is_here, 0),
-        activation,
+        up_weights=up_weights,
+        down_weights=down_weights,
+        routing_weights=top_k_weights.to(hidden_states.dtype).masked_fill(~is_here, 0),
+        indices=top_k_index.where(is_here, 0),
+        activation=activation,
     )
 
 

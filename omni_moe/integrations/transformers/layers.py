@@ -51,7 +51,7 @@ def activation_name(activation: str | nn.Module | None) -> str:
 def omni_moe_layers(model: nn.Module) -> dict[str, OmniMoE]:
     """The OmniMoE layers of a model by name, in the order of the model.
 
-    Where PEFT trains a copy of a layer (`modules_to_save`), the copy.
+    Where PEFT trains a copy of a layer (`modules_to_save`), the copy is returned, not the original.
     """
     return {
         name: module
@@ -68,8 +68,8 @@ def num_active_parameters(model: nn.Module, exclude_embeddings: bool = False) ->
 
     Args:
         model: any model with OmniMoE layers.
-        exclude_embeddings: leave the token embeddings out (other than `num_parameters`, which takes
-            expert tables for embeddings too).
+        exclude_embeddings: leave the token embeddings out. `num_parameters` leaves out the expert
+            tables as well, which it takes for embeddings.
     """
     active = sum(parameter.numel() for parameter in model.parameters())
     for layer in omni_moe_layers(model).values():
@@ -81,9 +81,9 @@ def num_active_parameters(model: nn.Module, exclude_embeddings: bool = False) ->
 
 
 def add_causal_lm(name: str) -> None:
-    """Makes the Trainer shift labels for models of this class where it computes the loss itself.
+    """Makes the Trainer shift the labels for models of this class under `label_smoothing_factor`.
 
-    It goes by the names of classes, for `label_smoothing_factor`.
+    It then computes the loss itself, and tells causal language models by the names of classes.
     """
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = name
 
@@ -93,10 +93,10 @@ class ModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """For classes of this package, what it is for the class underneath.
+        """A class of this package counts as custom code only if the class underneath does.
 
-        Transformers leaves modules of custom code alone that have no weights of their own, though
-        it may be they that fill the buffers of others.
+        Transformers does not initialise those modules of custom code that have no weights of their
+        own, although some of them fill the buffers of other modules.
         """
         base = next(base for base in cls.__mro__ if not base.__module__.startswith(__package__))
         if base is cls or cls.is_remote_code():
@@ -117,9 +117,9 @@ class ModelMixin:
 def with_router_loss(forward: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
     """The `forward` of a model class, which adds the router losses of its layers to its loss.
 
-    In training only, and where the model computes a loss, that is for `labels`. Signature and
-    outputs stay those of `forward`; one without `labels` is returned as it is. Not a forward hook,
-    since PEFT calls the model's forward itself.
+    It does so in training, where `labels` make the model compute a loss. Signature and outputs stay
+    those of `forward`; a forward without `labels` is returned as it is. A forward hook would not
+    do, since PEFT calls the model's forward directly.
     """
     if "labels" not in inspect.signature(forward).parameters:
         return forward
@@ -150,8 +150,8 @@ def _share_of_batch(
 ) -> Tensor | float:
     """This forward's share of the items over which the Trainer averages the loss.
 
-    Under gradient accumulation the model's loss is that of one micro-batch, divided by the number
-    of items in all of them; the router's loss is a mean already.
+    Under gradient accumulation the model divides the loss of a micro-batch by the number of items
+    in all micro-batches; the router's loss is a mean over its own micro-batch.
     """
     if num_items_in_batch is None or labels is None:
         return 1.0

@@ -2,9 +2,9 @@
 
 A replaced `LlamaForCausalLM` is an `OmniMoeLlamaForCausalLM`, a subclass that builds the recorded
 layers, and its config an `OmniMoeLlamaConfig`. On disk the config's model type is
-"omni_moe_replaced", which Auto classes know once this package is imported; without it they refuse
-the checkpoint instead of loading a model that lacks its experts. In memory `model_type` stays that
-of the base, for the libraries that choose by it.
+"omni_moe_replaced", which Auto classes know once this package is imported. Before that they refuse
+the checkpoint, and so do not load a model that lacks its experts. In memory `model_type` stays that
+of the base, since other libraries decide by it.
 """
 
 import copy
@@ -114,7 +114,7 @@ def mark_replaced(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 
 def _let_outputs_be_recorded(model: PreTrainedModel) -> None:
     """Registers the model's new class, as PreTrainedModel.__init__ does, for `hidden_states`."""
-    # Keyed by the class's name up to 5.17 and since; only how the key is passed has changed.
+    # Transformers keys this table by the class's name, and has changed how it passes the key.
     dict.__setitem__(
         output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs
     )

@@ -20,7 +20,7 @@ _SAME_FUNCTION_EPSILONS = 16  # the same in units of the dtype's epsilon, for bf
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The one ModuleList of `model` whose blocks hold MLPs with gate, up and down projections.
 
-    That of the language model, where there are others beside it.
+    If there are several, as beside a vision tower, that of the language model.
 
     Raises:
         ValueError: there is none, or more than one; or the model has an encoder as well.
@@ -132,7 +132,7 @@ def _from_mlp(mlp: nn.Module, options: dict[str, Any]) -> OmniMoE:
 
 @torch.no_grad()
 def _check_same_function(where: str, mlp: nn.Module, layer: OmniMoE) -> None:
-    """Some MLPs have the three projections but compute something else with them."""
+    """Refuses MLPs that have the three projections but compute something else with them."""
     weight, was_training = mlp.gate_proj.weight, mlp.training
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, weight.shape[1], generator=generator, device="cpu")

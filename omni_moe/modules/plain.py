@@ -1,0 +1,100 @@
+"""Which modules of a layer are plain, so that the layer may read their tensors.
+
+The fused operators take the weights of several modules and call none of them. That is right for
+modules as PyTorch makes them; one with a hook, an adapter (LoRA), a quantised or computed weight or
+a `forward` of its own has to be called. No module tells when it is changed, so each forward of a
+layer asks anew, about all nine modules in 3 µs: `module.weight` alone would take 1 µs, because
+Python looks for parameters, buffers and submodules only after all other attributes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from omni_moe.integrations.accelerate import forward_behind_placing_hook
+
+
+def plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+    """The weight of a plain module without bias, or None if the module has to be called.
+
+    Args:
+        module: any module.
+        kind: what a plain one is, `nn.Linear` or `nn.Embedding`.
+
+    Returns:
+        `module.weight`.
+    """
+    if not _is_unchanged(module, kind):
+        return None
+    # What `module.weight` finds, in the order in which it looks.
+    attributes, parameters = module.__dict__, module._parameters
+    if "bias" in attributes or parameters.get("bias") is not None:
+        return None
+    weight = attributes["weight"] if "weight" in attributes else parameters.get("weight")
+    return weight if _is_ordinary(weight) else None
+
+
+def plain_batch_norm_buffers(norm_x: nn.Module, norm_y: nn.Module) -> list[Tensor] | None:
+    """The buffers of two plain `nn.BatchNorm1d`, or None if these have to be called.
+
+    One operator runs both. So they must be two, with running statistics and without affine
+    parameters, and agree in mode, momentum, eps and dtype.
+
+    Returns:
+        Running mean (N,), running variance (N,) and number of batches () of `norm_x`, then those of
+        `norm_y`.
+    """
+    if norm_x is norm_y:
+        return None
+    buffers = []
+    for norm in (norm_x, norm_y):
+        if not _is_unchanged(norm, nn.BatchNorm1d) or norm.momentum is None:
+            return None
+        affine, own = norm._parameters, norm._buffers
+        # FSDP1 takes parameters out of the module: only one that is there as None does not exist.
+        if affine.get("weight", norm) is not None or affine.get("bias", norm) is not None:
+            return None
+        mean, var = own.get("running_mean"), own.get("running_var")
+        count = own.get("num_batches_tracked")
+        if mean is None or var is None or count is None:
+            return None
+        buffers += (mean, var, count)
+    agree = (
+        norm_x.training == norm_y.training
+        and norm_x.momentum == norm_y.momentum
+        and norm_x.eps == norm_y.eps
+        and buffers[0].dtype == buffers[3].dtype
+    )
+    return buffers if agree else None
+
+
+def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs the `forward` of `kind` and nothing else."""
+    state = module.__dict__
+    return (
+        type(module) is kind
+        and not state["_forward_hooks"]
+        and not state["_forward_pre_hooks"]
+        and not state["_backward_hooks"]
+        and not state["_backward_pre_hooks"]
+        and ("forward" not in state or _has_forward_of(module, kind))
+    )
+
+
+def _has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the `forward` set on the module itself is that of its class.
+
+    accelerate leaves it there when it removes its hooks.
+    """
+    forward = forward_behind_placing_hook(module)
+    function, instance = (getattr(forward, name, None) for name in ("__func__", "__self__"))
+    return function is kind.forward and instance is module
+
+
+def _is_ordinary(weight: Tensor | None) -> bool:
+    """Whether it is a tensor without functions of its own, as quantised weights have them."""
+    kind = type(weight)
+    return (
+        kind is nn.Parameter
+        or kind is Tensor
+        or getattr(kind, "__torch_function__", None) is torch._C._disabled_torch_function_impl
+    )
