@@ -4,6 +4,7 @@
 Orchestrating Atomic Experts at Scale" (arXiv 2602.05711).
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -151,7 +152,8 @@ class OmniMoE(nn.Module):
                 momentum=norm_x.momentum,
                 eps=norm_x.eps,
             )
-        return norm_x(gate_x(tokens)), norm_y(gate_y(tokens))
+        with _named_range("omni_moe.router"):
+            return norm_x(gate_x(tokens)), norm_y(gate_y(tokens))
 
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
@@ -192,8 +194,9 @@ class OmniMoE(nn.Module):
                 down_weight=down_weight,
                 activation=activation,
             )
-        gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
-        shared_states = self.down_proj(gate * self.up_proj(tokens))
+        with _named_range("omni_moe.mlp"):
+            gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
+            shared_states = self.down_proj(gate * self.up_proj(tokens))
         return omni_expert(
             tokens,
             up_weights=up_embed,
@@ -284,6 +287,13 @@ class OmniMoE(nn.Module):
 def _is_recomputing() -> bool:
     """Whether this forward is part of a backward pass, as under activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _named_range(name: str) -> contextlib.AbstractContextManager[object]:
+    """For profilers, as the ops have them for themselves; nothing without one."""
+    if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(name)
+    return contextlib.nullcontext()
 
 
 def router_loss(model: nn.Module) -> Tensor:
