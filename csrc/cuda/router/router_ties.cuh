@@ -1,5 +1,5 @@
 // What the warp kernel of the router does for rare tokens: pairs that tie with the K-th sum beyond
-// the candidates, and tokens with both infinities.
+// the candidates, tokens with both infinities, and sums of finite logits that overflow.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,10 +30,11 @@ struct Token {
   int num_rows;
   int num_cols;
   int k;
+  float unit = 1.0f;  // 0.5 where halves of the logits are compared
 
-  __device__ uint32_t key_at(int row, int col) const {
-    return ordered_key(to_float(logits_x[row]) + to_float(logits_y[col]));
-  }
+  __device__ float x(int row) const { return in_unit(to_float(logits_x[row]), unit); }
+  __device__ float y(int col) const { return in_unit(to_float(logits_y[col]), unit); }
+  __device__ uint32_t key_at(int row, int col) const { return ordered_key(x(row) + y(col)); }
 };
 
 // ---- Ties among the sorted tops -----------------------------------------------------------------
@@ -125,8 +126,7 @@ __device__ __noinline__ void warp_fill_ties(Token<T> token, uint32_t key, float 
   for (int row_begin = 0; row_begin < token.num_rows; row_begin += kWarpSize) {
     const int row = row_begin + lane;
     unsigned rows =
-        __ballot_sync(kFullWarp, row < token.num_rows &&
-                                     ordered_key(to_float(token.logits_x[row]) + max_y) >= key);
+        __ballot_sync(kFullWarp, row < token.num_rows && ordered_key(token.x(row) + max_y) >= key);
     for (; rows != 0; rows &= rows - 1) {
       const int tied_row = row_begin + __ffs(rows) - 1;
       for (int col_begin = 0; col_begin < token.num_cols; col_begin += kWarpSize) {
@@ -192,6 +192,39 @@ __device__ __forceinline__ bool warp_any_negative_inf(const T* logits, int n) {
     found |= to_float(logits[i]) == -INFINITY;
   }
   return __any_sync(kFullWarp, found);
+}
+
+// ---- Sums that overflow -------------------------------------------------------------------------
+
+template <class T>
+__device__ __noinline__ bool warp_can_overflow(Token<T> token) {
+  const int lane = threadIdx.x % kWarpSize;
+  float max_x = 0.0f;
+  float max_y = 0.0f;
+  for (int i = lane; i < token.num_rows; i += kWarpSize) {
+    max_x = fmaxf(max_x, finite_magnitude(to_float(token.logits_x[i])));
+  }
+  for (int i = lane; i < token.num_cols; i += kWarpSize) {
+    max_y = fmaxf(max_y, finite_magnitude(to_float(token.logits_y[i])));
+  }
+  return isinf(block_max<1>(max_x, nullptr) + block_max<1>(max_y, nullptr));
+}
+
+// Whether the choice has to be made once more by halves of the logits, which the sorted tops then
+// are.
+template <int kCapacity, class T>
+__device__ __forceinline__ bool warp_halve_overflowed(Token<T>& token,
+                                                      WarpStorage<kCapacity>& storage) {
+  if constexpr (!kSumsMayOverflow<T>) return false;
+  const bool is_infinite = key_of_entry(storage.entries[0]) >= kKeyOfInf ||
+                           key_of_entry(storage.entries[token.k - 1]) == kKeyOfNegativeInf;
+  if (!is_infinite || token.unit != 1.0f || !warp_can_overflow(token)) return false;
+  token.unit = 0.5f;
+  for (int i = threadIdx.x % kWarpSize; i < kCapacity; i += kWarpSize) {
+    for (TopOfAxis<kCapacity>& top : storage.axis) top.value[i] = in_unit(top.value[i], token.unit);
+  }
+  __syncwarp();
+  return true;
 }
 
 }  // namespace omni_moe::cuda
