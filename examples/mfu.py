@@ -1,6 +1,8 @@
 """Operations of a training step, and the share of a device's peak at which they ran (MFU)."""
 
+import argparse
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +24,21 @@ PEAK_TFLOPS = {
 }
 
 
+def add_peak_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peak-tflops",
+        type=_positive_float,
+        help="of the device, for its share in use (default: that of a known GPU)",
+    )
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text}")
+    return value
+
+
 def peak_tflops(device: torch.device, dtype: str) -> float | None:
     """Of a known GPU; None for other devices. `dtype`: bf16 or fp32."""
     if device.type != "cuda":
@@ -32,7 +49,9 @@ def peak_tflops(device: torch.device, dtype: str) -> float | None:
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy without data, which takes no memory."""
-    copies = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    copies = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
     copies |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     return copy.deepcopy(model, copies)
 

@@ -193,17 +193,16 @@ struct BlockRouter {
     const bool is_infinite = !grid.monotone || threshold <= kKeyOfNegativeInf ||
                              ordered_key(grid.x[0] + grid.y[0]) >= kKeyOfInf;
     if (!is_infinite) return false;
-    float max_x = 0.0f;
-    float max_y = 0.0f;
-    for (int i = threadIdx.x; i < num_rows; i += kThreads) {
-      max_x = fmaxf(max_x, finite_magnitude(grid.x[i]));
-    }
-    for (int i = threadIdx.x; i < num_cols; i += kThreads) {
-      max_y = fmaxf(max_y, finite_magnitude(grid.y[i]));
-    }
+    const auto largest_finite = [](const float* values, int n, float* sums) {
+      float largest = 0.0f;
+      for (int i = threadIdx.x; i < n; i += kThreads) {
+        if (isfinite(values[i])) largest = fmaxf(largest, fabsf(values[i]));
+      }
+      return block_max<kWarps>(largest, sums);
+    };
     __syncthreads();  // earlier readers of the scratch are done
-    return isinf(block_max<kWarps>(max_x, scratch.sums[0]) +
-                 block_max<kWarps>(max_y, scratch.sums[1]));
+    return isinf(largest_finite(grid.x, num_rows, scratch.sums[0]) +
+                 largest_finite(grid.y, num_cols, scratch.sums[1]));
   }
 
   // Multiplies the sorted values, but for `elements`.

@@ -89,11 +89,11 @@ __device__ __forceinline__ void warp_sort_axes(const Token<T>& token, RouterScor
   }
 }
 
-// Writes the weights and ids of the chosen entries. `unit` is what their keys have for 1.
+// Writes the weights and ids of the chosen entries.
 template <class T>
 __device__ __forceinline__ void warp_write_choice(const uint64_t* entries, int k, RouterScore score,
-                                                  float unit, const SoftmaxWeights<T>& weight_of,
-                                                  T* weights, int32_t* indices) {
+                                                  const SoftmaxWeights<T>& weight_of, T* weights,
+                                                  int32_t* indices) {
   const int lane = threadIdx.x % kWarpSize;
   float scale = 1.0f;
   if (score == RouterScore::kSoftmaxTopK) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ void warp_write_choice(const uint64_t* entries, int k
   for (int i = lane; i < k; i += kWarpSize) {
     const uint64_t entry = entries[i];
     const uint32_t id = id_of_entry(entry);
-    const float weight = score == RouterScore::kLogit ? sum_of_key(key_of_entry(entry), unit)
-                                                      : weight_of(id) / scale;
+    const float weight =
+        score == RouterScore::kLogit ? value_of_key(key_of_entry(entry)) : weight_of(id) / scale;
     weights[i] = from_float<T>(weight);
     indices[i] = static_cast<int32_t>(id);
   }
@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity
   if (t >= params.num_tokens) return;
   WarpStorage<kCapacity>& storage = block_storage[warp];
   const int k = static_cast<int>(params.num_experts_per_token);
-  Token<T> token{static_cast<const T*>(params.logits_x) + t * params.num_rows,
-                 static_cast<const T*>(params.logits_y) + t * params.num_cols,
-                 static_cast<int>(params.num_rows), static_cast<int>(params.num_cols), k};
+  const Token<T> token{static_cast<const T*>(params.logits_x) + t * params.num_rows,
+                       static_cast<const T*>(params.logits_y) + t * params.num_cols,
+                       static_cast<int>(params.num_rows), static_cast<int>(params.num_cols), k};
   const RouterScore score = params.score;
 
   // 1. The best k + 1 logits of each axis.
@@ -147,24 +147,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity
   }
 
   // 2. The k best pairs.
-  const bool both_infinities =
-      (may_exceed_finite(max_x) && warp_any_negative_inf(token.logits_y, token.num_cols)) ||
-      (may_exceed_finite(max_y) && warp_any_negative_inf(token.logits_x, token.num_rows));
-  // Once, or twice where sums overflow.
-#pragma unroll 1
-  do {
-    if (both_infinities) {
-      warp_choose_from_grid<kCapacity>(token, storage.entries);
-    } else {
-      warp_choose(token, num_top[0], num_top[1], num_candidates, storage);
-    }
-  } while (warp_halve_overflowed(token, storage));
+  // The largest sum tells most tokens apart from those whose sums the ranks do not order.
+  if (may_exceed_finite(max_x + max_y) && warp_ranks_mislead(token)) {
+    warp_choose_from_grid<kCapacity>(token, storage.entries);
+  } else {
+    warp_choose(token, num_top[0], num_top[1], num_candidates, storage);
+  }
 
   // 3. Weights and ids.
   const SoftmaxWeights<T> weight_of{
       token.logits_x, token.logits_y, static_cast<uint32_t>(token.num_cols),
       max_x,          max_y,          log_total};
-  warp_write_choice(storage.entries, k, score, token.unit, weight_of, weights, indices);
+  warp_write_choice(storage.entries, k, score, weight_of, weights, indices);
 }
 
 // ---- Launcher -----------------------------------------------------------------------------------

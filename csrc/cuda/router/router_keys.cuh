@@ -110,10 +110,6 @@ __device__ __forceinline__ bool may_exceed_finite(float max) { return !(max < IN
 template <class T>
 inline constexpr bool kSumsMayOverflow = !std::is_same_v<T, __half>;
 
-__device__ __forceinline__ float finite_magnitude(float logit) {
-  return isfinite(logit) ? fabsf(logit) : 0.0f;
-}
-
 // Not contracted with a sum that follows: keys of one pair are the same wherever they are computed.
 __device__ __forceinline__ float in_unit(float logit, float unit) { return __fmul_rn(logit, unit); }
 
