@@ -1,9 +1,13 @@
 """What train_hf.py and convert_hf.py share: text, optimiser, Trainer, results."""
 
+import calm_threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import json
 import math
+import re
 import sys
+import zipfile
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from lm_data import default_root, load_corpus
+from mfu import add_peak_option, describe, peak_tflops, training_flops, utilisation
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -20,7 +26,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from omni_moe.integrations.transformers import (
     ExpertLoadCallback,
@@ -55,6 +60,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--data", type=Path, default=default_root(), help="directory of .py files to train on")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    add_peak_option(parser)
     add("--report-to", default="none", help="tensorboard, wandb, ... (see TrainingArguments)")
     add("--prompt", default="class Parser:\n    def ", help="start of the generated sample")
     add("--sample-tokens", type=int, default=100, help="length of the generated sample")
@@ -178,6 +184,8 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
         seed=args.seed,
         report_to=args.report_to,
+        # A bar on a terminal alone: in a log file each step of it would be a line.
+        disable_tqdm=not sys.stderr.isatty(),
     )
     trainer = Trainer(
         model=model,
@@ -199,39 +207,112 @@ def train(args: argparse.Namespace, trainer: Trainer) -> None:
         f"{model.num_parameters():,}; {args.steps} steps of {args.batch} x {args.seq_len} tokens "
         f"on {trainer.args.device}"
     )
-    checkpoint = None
-    if args.resume:
-        checkpoint = get_last_checkpoint(args.out) if args.out.exists() else None
-        if checkpoint is None:
-            sys.exit(f"--resume: expected a checkpoint in {args.out}, found none")
+    checkpoint = checkpoint_to_resume(args.out) if args.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # the model and its tokenizer, in --out itself
     report(args, trainer, trainer.evaluate()["eval_loss"])
 
 
+def checkpoint_to_resume(out: Path) -> str:
+    """The newest whole checkpoint in `out`; one whose writing was cut short is passed over."""
+    found = {
+        int(number.group(1)): path
+        for path in out.glob("checkpoint-*")
+        if (number := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
+    for _, path in sorted(found.items(), reverse=True):
+        fault = fault_of_checkpoint(path)
+        if fault is None:
+            return str(path)
+        print(f"--resume: passing over {path}, which is not whole: {fault}", file=sys.stderr)
+    found_none = "found none that is whole" if found else "found none"
+    sys.exit(f"--resume: expected a checkpoint in {out}, {found_none}")
+
+
+def fault_of_checkpoint(path: Path) -> str | None:
+    """What a checkpoint of the Trainer lacks, without reading its weights; None if it is whole."""
+    # The Trainer writes this file last, so that with it all others are there.
+    state = path / "trainer_state.json"
+    if not state.exists():
+        return f"there is no {state.name}"
+    for file in sorted(path.iterdir()):
+        if not is_whole(file):
+            return f"{file.name} is cut off"
+    index = path / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    weights = shards or {"model.safetensors"}
+    missing = sorted(name for name in weights if not (path / name).exists())
+    return f"there is no {missing[0]}" if missing else None
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file that was cut off would be of another length than it says of itself."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix in (".pt", ".pth", ".bin"):
+            return zipfile.is_zipfile(file)
+    except (ValueError, SafetensorError):
+        return False
+    return True
+
+
 def report(args: argparse.Namespace, trainer: Trainer, held_out_loss: float) -> None:
-    """Generates a sample and writes loss.png, expert_load.png and metrics.json."""
+    """Generates a sample and writes loss.png, expert_load.png and metrics.json.
+
+    A run that diverged has no sample.
+    """
     history = trainer.state.log_history
-    plot_losses(history, args.out / "loss.png")
-    plot_expert_load(history, args.out / "expert_load.png")
     logged = [entry for entry in history if "loss" in entry]
     usage = [value for name, value in logged[-1].items() if name.startswith("expert_usage/")]
-    sample = generate(trainer, args.prompt, args.sample_tokens, args.seed)
+    speed = speed_of(args, trainer, logged[-1]["train_tokens_per_second"])
     metrics = {
         "held_out_loss": held_out_loss,
         "tokens_per_second": logged[-1]["train_tokens_per_second"],
         "expert_usage": usage,
         "num_parameters": trainer.model.num_parameters(),
         "num_active_parameters": num_active_parameters(trainer.model),
-        "sample": sample,
+        **speed,
         "log_history": history,
     }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_metrics(args, metrics)
+    plot_losses(history, args.out / "loss.png")
+    plot_expert_load(history, args.out / "expert_load.png")
     print(f"\nheld-out loss {held_out_loss:.3f} nats per token")
-    print(f"{metrics['tokens_per_second']:.0f} tokens per second")
+    print(f"{metrics['tokens_per_second']:.0f} tokens per second, {describe(speed)}")
     print("experts used per layer:", ", ".join(f"{share:.1%}" for share in usage))
-    print(f"\nsample\n{sample}\n")
+    if math.isfinite(held_out_loss):
+        metrics["sample"] = generate(trainer, args.prompt, args.sample_tokens, args.seed)
+        print(f"\nsample\n{metrics['sample']}\n")
+        write_metrics(args, metrics)
+    else:
+        print("\nThe training diverged: there is no sample.\n")
     print(f"Wrote the model, loss.png, expert_load.png and metrics.json to {args.out}")
+
+
+def write_metrics(args: argparse.Namespace, metrics: dict) -> None:
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+
+
+def speed_of(
+    args: argparse.Namespace, trainer: Trainer, tokens_per_second: float
+) -> dict[str, float | None]:
+    """Operations a second and MFU, of all devices, from the tokens a second."""
+    ids = torch.zeros(args.batch, args.seq_len, dtype=torch.int64, device="meta")
+
+    def loss_of(model: PreTrainedModel) -> Tensor:
+        model.gradient_checkpointing_disable()
+        # Without a cache Transformers looks for packed sequences in the values of the positions.
+        return model(input_ids=ids, labels=ids, use_cache=True).loss
+
+    flops_per_token = training_flops(trainer.model, loss_of) / ids.numel()
+    device = trainer.args.device
+    peak = args.peak_tflops or peak_tflops(device, "bf16" if args.bf16 else "fp32")
+    num_devices = trainer.args.world_size
+    return utilisation(flops_per_token * tokens_per_second, peak and num_devices * peak)
 
 
 def generate(trainer: Trainer, prompt: str, num_tokens: int, seed: int) -> str:

@@ -12,11 +12,15 @@ run continues exactly, since the order of the batches is the only randomness aft
 Written to --out: checkpoint.pt, metrics.json, loss.png, expert_usage.png.
 """
 
+import calm_threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import json
 import math
 import os
+import pickle
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,6 +37,7 @@ from lm_data import (
 )
 from lm_model import ByteLM, DenseMLP, active_parameters, dense_width
 from lm_plots import plot_expert_usage, plot_losses
+from mfu import add_peak_option, describe, peak_tflops, training_flops, utilisation
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -75,6 +80,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("fp32", "bf16"), help="bf16: autocast (default on a GPU)")
+    add_peak_option(parser)
     add("--data", type=Path, default=default_root(), help="directory of .py files to train on")
     add("--out", type=Path, default=Path("runs/train_lm"), help="directory of the results")
     add("--eval-every", type=positive_int, default=100, help="steps between held-out points")
@@ -114,6 +120,7 @@ class Learner:
         self.optimizer = make_optimizer(self.model, args)
         self.train_bits: list[float] = []
         self.held_out_bits: list[tuple[int, float]] = []
+        self.step_seconds: list[float] = []  # of this process
 
     def _bits(self, windows: Tensor) -> Tensor:
         windows = windows.to(self.device)
@@ -122,6 +129,7 @@ class Learner:
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) / math.log(2)
 
     def train_step(self, windows: Tensor, lr_factor: float) -> None:
+        start = time.perf_counter()
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
@@ -130,7 +138,17 @@ class Learner:
         bits.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
-        self.train_bits.append(bits.item())
+        self.train_bits.append(bits.item())  # waits for the device
+        self.step_seconds.append(time.perf_counter() - start)
+
+    def speed(self, args: argparse.Namespace) -> dict[str, float | None] | None:
+        """Operations a second and MFU at the median step; None where there was no step."""
+        if not self.step_seconds:
+            return None
+        ids = torch.zeros(args.batch, args.seq_len, dtype=torch.int64, device="meta")
+        step_flops = training_flops(self.model, lambda model: model(ids).sum())
+        peak = args.peak_tflops or peak_tflops(self.device, args.dtype)
+        return utilisation(step_flops / statistics.median(self.step_seconds), peak)
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> float:
@@ -202,6 +220,9 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * decay))
 
 
+CHECKPOINT_KEYS = {"settings", "step", "batch_generator", "learners"}
+
+
 class Checkpoint:
     """The state of a run on disk; replaced in one piece, so never half written."""
 
@@ -226,17 +247,32 @@ class Checkpoint:
         """Restores everything and returns the number of steps done."""
         if not self.path.exists():
             sys.exit(f"--resume: expected a checkpoint at {self.path}, found none")
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = self._read()
         for name, value in self.settings.items():
-            if state["settings"][name] != value:
+            made_with = state["settings"].get(name)
+            if made_with != value:
                 sys.exit(
-                    f"--resume: the checkpoint was made with {name} = "
-                    f"{state['settings'][name]}, this run has {value}"
+                    f"--resume: the checkpoint was made with {name} = {made_with}, "
+                    f"this run has {value}"
                 )
         self.batch_generator.set_state(state["batch_generator"])
         for name, learner in self.learners.items():
             learner.load_state_dict(state["learners"][name])
         return state["step"]
+
+    def _read(self) -> dict:
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        # What torch says of an empty file, of one cut off and of one that is no checkpoint.
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0] or "it is empty"
+        else:
+            if isinstance(state, dict) and CHECKPOINT_KEYS <= state.keys():
+                return state
+            reason = "it is a file of another program"
+        sys.exit(
+            f"--resume: expected a whole checkpoint at {self.path}, but cannot read it: {reason}"
+        )
 
 
 class StopSignals:
@@ -270,7 +306,9 @@ def train(
 ) -> int | None:
     """Runs the remaining steps. Returns the signal that stopped it early, if one did."""
     learners = checkpoint.learners
-    with StopSignals() as stop, tqdm(total=args.steps, initial=first_step, unit="step") as bar:
+    # A bar on a terminal alone: in a log file each step of it would be a line.
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=None)
+    with StopSignals() as stop, bar:
         for step in range(first_step, args.steps):
             windows = random_windows(text, args.batch, args.seq_len, checkpoint.batch_generator)
             for learner in learners.values():
@@ -279,6 +317,9 @@ def train(
             if done % args.eval_every == 0 or done == args.steps:
                 for learner in learners.values():
                     learner.held_out_bits.append((done, learner.evaluate(curve)))
+                if bar.disable:
+                    losses = (f"{n} {x.held_out_bits[-1][1]:.3f}" for n, x in learners.items())
+                    print(f"step {done}: held-out bits per byte {', '.join(losses)}", flush=True)
             bar.update()
             bar.set_postfix({n: f"{x.train_bits[-1]:.2f}" for n, x in learners.items()})
             if done % args.checkpoint_every == 0 or done == args.steps or stop.received:
@@ -291,7 +332,10 @@ def train(
 
 
 def report(args: argparse.Namespace, learners: dict[str, Learner], bits: dict[str, float]) -> None:
-    """Prints the result, generates a sample and writes the plots and metrics.json."""
+    """Prints the result, generates a sample and writes the plots and metrics.json.
+
+    A run that diverged has no sample.
+    """
     omni_model = learners["OmniMoE"].model
     layers = [module for module in omni_model.modules() if isinstance(module, OmniMoE)]
     loads = [layer.expert_load() for layer in layers]
@@ -302,11 +346,13 @@ def report(args: argparse.Namespace, learners: dict[str, Learner], bits: dict[st
         "total_parameters": {
             n: sum(p.numel() for p in x.model.parameters()) for n, x in learners.items()
         },
+        "speed": {n: x.speed(args) for n, x in learners.items()},
         "expert_usage": [load.usage for load in loads],
         "expert_unevenness": [load.unevenness for load in loads],
         "train_bits_per_byte": {n: x.train_bits for n, x in learners.items()},
         "held_out_curve": {n: x.held_out_bits for n, x in learners.items()},
     }
+    write_metrics(args, metrics)
     plot_losses(
         metrics["train_bits_per_byte"],
         metrics["held_out_curve"],
@@ -320,18 +366,32 @@ def report(args: argparse.Namespace, learners: dict[str, Learner], bits: dict[st
         print(f"  {name:8} {value:.3f}")
     print("experts used per layer:", ", ".join(f"{load.usage:.1%}" for load in loads))
     print("unevenness per layer (KL):", ", ".join(f"{load.unevenness:.2f}" for load in loads))
+    for name, speed in metrics["speed"].items():
+        if speed is not None:
+            print(f"{name}: {describe(speed)}")
 
-    sample = omni_model.generate(
+    if math.isfinite(bits["OmniMoE"]):
+        metrics["sample"] = sample_of(args, omni_model)
+        print(f"\nsample from the OmniMoE model\n{metrics['sample']}\n")
+        write_metrics(args, metrics)
+    else:
+        print("\nThe training of the OmniMoE model diverged: there is no sample.\n")
+    print(f"Wrote checkpoint.pt, metrics.json, loss.png and expert_usage.png to {args.out}")
+
+
+def write_metrics(args: argparse.Namespace, metrics: dict) -> None:
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+
+
+def sample_of(args: argparse.Namespace, model: ByteLM) -> str:
+    sample = model.generate(
         args.prompt.encode(),
         num_bytes=args.sample_bytes,
         window=args.seq_len,
         temperature=SAMPLE_TEMPERATURE,
         seed=args.seed,
     )
-    metrics["sample"] = sample.decode(errors="replace")
-    print(f"\nsample from the OmniMoE model\n{metrics['sample']}\n")
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print(f"Wrote checkpoint.pt, metrics.json, loss.png and expert_usage.png to {args.out}")
+    return sample.decode(errors="replace")
 
 
 def main() -> int:

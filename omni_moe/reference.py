@@ -24,9 +24,17 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _best_pairs(logits_x: Tensor, logits_y: Tensor, num_pairs: int) -> Tensor:
-    """Ids (T, K) int64 of the best sums: descending, equal sums by ascending id, NaN first."""
-    sums = (logits_x.unsqueeze(-1) + logits_y.unsqueeze(-2)).detach().flatten(-2)
-    return sums.sort(dim=-1, descending=True, stable=True).indices[..., :num_pairs]
+    """Ids (T, K) int64 of the best sums: descending, equal sums by ascending id, NaN first.
+
+    Sums of finite logits that overflow are compared as their halves.
+    """
+    x, y = logits_x.detach().unsqueeze(-1), logits_y.detach().unsqueeze(-2)
+    sums, halves = (x + y).flatten(-2), (x / 2 + y / 2).flatten(-2)
+    beyond = torch.where(sums.isinf(), halves, torch.zeros_like(halves))
+    order = beyond.sort(dim=-1, descending=True, stable=True).indices
+    sums = sums.gather(-1, order)
+    best = sums.sort(dim=-1, descending=True, stable=True).indices[..., :num_pairs]
+    return order.gather(-1, best)
 
 
 def _pair_sums(values_x: Tensor, values_y: Tensor, indices: Tensor) -> Tensor:

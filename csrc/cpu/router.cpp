@@ -5,7 +5,8 @@
 // K ln K of them. Any other pair has i · j - 1 > K pairs whose sums are no smaller, as fp addition
 // is monotone: the K largest sums are found without it, and where its sum equals the K-th, more
 // than K candidates reach that sum. Then, and only then, may a pair that was not chosen have the
-// smaller id (two different logits can round to one sum), and the tie is settled by ids.
+// smaller id (two different logits can round to one sum), and the tie is settled by ids. Sums of
+// finite logits that overflow would tie, too: their halves are compared instead.
 // O(R + C + K log K) a token.
 #include <algorithm>
 #include <limits>
@@ -82,6 +83,23 @@ struct Axis {
     return sum_of_lanes<Acc>(sum);
   }
 
+  // The largest magnitude of a finite logit.
+  Acc largest_finite() const {
+    Acc largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Acc magnitude = std::abs(logits[i]);
+      if (magnitude < kInfinity<Acc>) largest = std::max(largest, magnitude);
+    }
+    return largest;
+  }
+
+  // `relative` stays that of the logits themselves.
+  void halve() {
+    for (std::vector<Acc>* values : {&logits, &best}) {
+      for (Acc& value : *values) value *= Acc(0.5);
+    }
+  }
+
   bool has(Acc value) const {
     return std::find(logits.begin(), logits.begin() + n, value) != logits.begin() + n;
   }
@@ -131,12 +149,28 @@ class TokenRouter {
 
   template <typename T>
   void load_sorted(const T* logits_x, const T* logits_y) {
+    unit_ = 1;
     x.load_sorted(logits_x, selector_);
     y.load_sorted(logits_y, selector_);
   }
 
   // Fills `chosen` from the sorted axes.
   void choose() {
+    choose_by_sums();
+    if (!may_have_overflowed()) return;
+    // Half of a sum is exact unless it is smaller than the smallest normal number, beside a logit
+    // of the size of the largest.
+    unit_ = Acc(0.5);
+    x.halve();
+    y.halve();
+    choose_by_sums();
+  }
+
+  // What a key of `chosen` has for 1.
+  Acc unit() const { return unit_; }
+
+ private:
+  void choose_by_sums() {
     if (sums_to_nan_by_infinities()) return choose_from_grid();
     make_candidates();
     // One more than K: whether it ties with the K-th.
@@ -146,7 +180,13 @@ class TokenRouter {
     settle_ties(wanted > k_ && candidates_.keys[order_[k_]] == chosen.keys[k_ - 1]);
   }
 
- private:
+  // An infinite sum among the chosen may hide finite ones that are larger.
+  bool may_have_overflowed() const {
+    const bool is_infinite = chosen.keys[0] >= to_key<Acc>(kInfinity<Acc>) ||
+                             chosen.keys[k_ - 1] == to_key<Acc>(-kInfinity<Acc>);
+    return is_infinite && x.largest_finite() + y.largest_finite() == kInfinity<Acc>;
+  }
+
   // The region i · j <= K + 1 as the rows of the first ranks, up to the root, and the columns of
   // the first ranks below those rows.
   std::vector<Run> make_runs() const {
@@ -275,12 +315,13 @@ class TokenRouter {
         if (to_key<Acc>(value + y.logits[col]) != key) continue;
         chosen.keys[at] = key;
         chosen.ids[at] = static_cast<int32_t>(row * y.n + col);
-        chosen.relative[at++] = (value - x.best[0]) + (y.logits[col] - y.best[0]);
+        chosen.relative[at++] = ((value - x.best[0]) + (y.logits[col] - y.best[0])) / unit_;
       }
     }
   }
 
   const int64_t k_;
+  Acc unit_ = 1;
   const std::vector<Run> runs_;
   const int64_t num_candidates_;
   Pairs<Acc> candidates_;
@@ -288,16 +329,16 @@ class TokenRouter {
   std::vector<int32_t> order_;  // positions of candidates
 };
 
-// weights[K] = what is written for `chosen`, and whole vectors of it. `total` is Σ over the whole
-// grid of exp(relative sum); only kSoftmax uses it.
+// weights[K] = what is written for `chosen`, and whole vectors of it. `unit` is that of its keys.
+// `total` is Σ over the whole grid of exp(relative sum); only kSoftmax uses it.
 template <typename Acc>
-void score_chosen(RouterScore score, Acc total, const Pairs<Acc>& chosen,
+void score_chosen(RouterScore score, Acc unit, Acc total, const Pairs<Acc>& chosen,
                   std::vector<Acc>& weights) {
   const int64_t padded = weights.size();
   Vec<Acc> sum = {};
   for (int64_t i = 0; i < padded; i += kLanes<Acc>) {
     const auto keys = load_keys<Acc>(chosen.keys.data() + i);
-    const Vec<Acc> weight = score == RouterScore::kLogit ? from_key<Acc, Vec<Acc>>(keys)
+    const Vec<Acc> weight = score == RouterScore::kLogit ? from_key<Acc, Vec<Acc>>(keys) / unit
                                                          : exp_of(load(chosen.relative.data() + i));
     store(weights.data() + i, weight);
     sum += weight;
@@ -332,7 +373,7 @@ void router_forward_tokens(const RouterForwardParams& p, int64_t begin, int64_t 
       continue;
     }
     router.choose();
-    score_chosen(p.score, total, router.chosen, scores);
+    score_chosen(p.score, router.unit(), total, router.chosen, scores);
     narrow(scores.data(), weights, k);
     std::copy_n(router.chosen.ids.data(), k, indices);
   }

@@ -8,6 +8,7 @@
 #include "backend.h"
 #include "checks.h"
 #include "huge_pages.h"
+#include "named_range.h"
 #include "omni_moe/expert.h"
 
 // ---- Schemas -----------------------------------------------------------------------------------
@@ -147,6 +148,7 @@ ExpertShape shape_of(const Tensor& hidden_states, const Tensor& up_weights, cons
 
 void run_experts(const ExpertOperands& operands, std::string_view activation,
                  const OptionalTensor& addend, const std::tuple<Tensor, Tensor>& outputs) {
+  const NamedRange range(kExpertsRange);
   const auto& [expert_states, pre_activations] = outputs;
   const bool save_for_backward = pre_activations.dim() == 2;
   check_indices(operands.op, operands.indices, operands.up_weights.size(0));
@@ -188,6 +190,7 @@ Gradients expert_backward_kernel(const Tensor& grad_expert_states, const Tensor&
                                  const Tensor& routing_weights, const Tensor& indices,
                                  const Tensor& pre_activations, std::string_view activation,
                                  const OptionalTensor& addend, Mask<4> output_mask) {
+  const NamedRange range(kExpertsRange);
   const auto outputs = expert_backward_outputs(grad_expert_states, hidden_states, up_weights,
                                                down_weights, routing_weights, indices,
                                                pre_activations, activation, addend, output_mask);

@@ -3,6 +3,7 @@
 #include "checks.h"
 #include "experts.h"
 #include "mlp.h"
+#include "named_range.h"
 
 // ---- Schema ------------------------------------------------------------------------------------
 
@@ -62,6 +63,7 @@ Outputs expert_mlp_kernel(const Tensor& hidden_states, const Tensor& up_embed,
   const auto& [output, pre_activations, gate, up] = outputs;
   run_experts(operands_of(hidden_states, up_embed, down_embed, routing_weights, indices),
               activation, /*addend=*/std::nullopt, {output, pre_activations});
+  const NamedRange range(kMlpRange);
   const Tensor activated =
       gated_linear(hidden_states, gate_weight, up_weight,
                    parse_activation(omni_expert_mlp.name, activation), {gate, up});

@@ -12,6 +12,7 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "named_range.h"
 #include "omni_moe/mlp.h"
 
 // ---- Schemas -----------------------------------------------------------------------------------
@@ -182,6 +183,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> mlp_kernel(const Tensor& x, const Tensor& gate_weight,
                                               const Tensor& up_weight, const Tensor& down_weight,
                                               std::string_view activation, bool save_for_backward) {
+  const NamedRange range(kMlpRange);
   const auto guard = without_autocast();
   const auto outputs =
       mlp_outputs(x, gate_weight, up_weight, down_weight, activation, save_for_backward);
@@ -260,6 +262,7 @@ Gradients backward_of_products(const Tensor& grad_output, const Tensor& x,
                                const Tensor& gate_weight, const Tensor& up_weight,
                                const Tensor& down_weight, const Tensor& gate, const Tensor& up,
                                bool owns_products, Activation activation, Mask<4> output_mask) {
+  const NamedRange range(kMlpRange);
   const Tensor rows = as_rows(x), grad = as_rows(grad_output).contiguous();
 
   // 1. Through the down product and the activation; act(gate) * up again, for the weight gradient.

@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "named_range.h"
 #include "ops.h"
 
 // ---- Schemas -----------------------------------------------------------------------------------
@@ -114,6 +115,7 @@ Pair softmax_router_backward_outputs(const Tensor& grad_routing_weights,
 
 Pair route(Pair outputs, const Tensor& router_logits_x, const Tensor& router_logits_y,
            RouterScore score) {
+  const NamedRange range(kRouterRange);
   const Tensor x = router_logits_x.contiguous(), y = router_logits_y.contiguous();
   auto& [weights, indices] = outputs;
   launch(RouterForwardParams{.logits_x = x.const_data_ptr(),
@@ -145,6 +147,7 @@ Pair softmax_router_kernel(const Tensor& router_logits_x, const Tensor& router_l
 
 Pair router_backward_kernel(const Tensor& grad_scores, const Tensor& indices, c10::SymInt num_rows,
                             c10::SymInt num_cols) {
+  const NamedRange range(kRouterRange);
   auto outputs = router_backward_outputs(grad_scores, indices, num_rows, num_cols);
   auto& [grad_x, grad_y] = outputs;
   const Tensor grad = grad_scores.contiguous(), ids = indices.contiguous();
@@ -166,6 +169,7 @@ Pair router_backward_kernel(const Tensor& grad_scores, const Tensor& indices, c1
 Pair softmax_router_backward_kernel(const Tensor& grad_routing_weights,
                                     const Tensor& router_logits_x, const Tensor& router_logits_y,
                                     const Tensor& indices, bool norm_topk_prob) {
+  const NamedRange range(kRouterRange);
   auto outputs = softmax_router_backward_outputs(grad_routing_weights, router_logits_x,
                                                  router_logits_y, indices, norm_topk_prob);
   auto& [grad_x, grad_y] = outputs;

@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "named_range.h"
 #include "ops.h"
 
 // ---- Schemas -----------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ BatchNormBuffers pointers_to(at::TensorList buffers, bool training) {
 void fill_normed(const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
                  at::TensorList buffers, bool training, double momentum, double eps,
                  const Normed& outputs) {
+  const NamedRange range(kRouterRange);
   const auto guard = without_autocast();
   const auto& [x, y, inv_std] = outputs;
   const bool has_buffers = !buffers.empty();
@@ -251,6 +253,7 @@ std::tuple<Tensor, Tensor> backward_kernel(const Tensor& grad_router_logits_x,
                                            const Tensor& gate_y, const Tensor& router_logits_x,
                                            const Tensor& router_logits_y, const Tensor& inv_std,
                                            bool training, Mask<2> output_mask) {
+  const NamedRange range(kRouterRange);
   const auto guard = without_autocast();
   auto [grad_hidden, grad_gates] =
       backward_outputs(grad_router_logits_x, grad_router_logits_y, hidden_states, gate_x, gate_y,

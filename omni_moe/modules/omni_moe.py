@@ -4,6 +4,8 @@
 Orchestrating Atomic Experts at Scale" (arXiv 2602.05711).
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,8 @@ class OmniMoE(nn.Module):
 
     Args:
         config: sizes and options, see `OmniMoEConfig`.
+        device: of parameters and buffers, as in the modules of torch.nn.
+        dtype: of parameters and running statistics, as in the modules of torch.nn.
 
     Shape:
         Input (B, S, H) or (T, H), output the same shape and dtype (under autocast its dtype); T = 0
@@ -48,7 +52,9 @@ class OmniMoE(nn.Module):
 
     With `config.track_expert_load` each forward adds its choices to a counter on the device,
     without synchronising; `expert_load()` reads it. A forward that activation checkpointing
-    repeats is not counted again, unless it is that of a layer which is compiled by itself.
+    repeats is not counted again, unless it is that of a layer which is compiled by itself. The
+    counter is in no state dict, and there is none as long as the layer is on the meta device: it
+    starts from zero where the layer gets its memory.
 
     With `config.router_aux_loss_coef` or `router_z_loss_coef` each forward in training mode with
     gradients enabled leaves the weighted sum of these losses, over its own tokens, in `aux_loss`, a
@@ -61,32 +67,35 @@ class OmniMoE(nn.Module):
     # The last forward was in training mode, but without gradients, so that it left no `aux_loss`.
     _aux_loss_is_missing: bool = False
 
-    def __init__(self, config: OmniMoEConfig) -> None:
+    def __init__(
+        self,
+        config: OmniMoEConfig,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         num_rows, num_cols = config.grid
 
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, **factory)
 
-        self.router_gate_x = nn.Linear(hidden_size, num_rows, bias=False)
-        self.router_gate_y = nn.Linear(hidden_size, num_cols, bias=False)
+        self.router_gate_x = nn.Linear(hidden_size, num_rows, bias=False, **factory)
+        self.router_gate_y = nn.Linear(hidden_size, num_cols, bias=False, **factory)
         if config.router_norm == "batch_norm":
-            self.router_norm_x = nn.BatchNorm1d(num_rows, affine=False)
-            self.router_norm_y = nn.BatchNorm1d(num_cols, affine=False)
+            self.router_norm_x = nn.BatchNorm1d(num_rows, affine=False, **factory)
+            self.router_norm_y = nn.BatchNorm1d(num_cols, affine=False, **factory)
         else:
             self.router_norm_x = nn.Identity()
             self.router_norm_y = nn.Identity()
 
-        self.up_embed = nn.Embedding(config.num_experts, hidden_size)
-        self.down_embed = nn.Embedding(config.num_experts, hidden_size)
+        self.up_embed = nn.Embedding(config.num_experts, hidden_size, **factory)
+        self.down_embed = nn.Embedding(config.num_experts, hidden_size, **factory)
 
-        counts = torch.zeros(config.num_experts, dtype=torch.int64)
-        self.register_buffer(
-            "expert_counts", counts if config.track_expert_load else None, persistent=False
-        )
+        self.register_buffer("expert_counts", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,7 +124,7 @@ class OmniMoE(nn.Module):
         if config.has_router_loss:
             self._router_losses(logits_x, logits_y, indices)
         if config.track_expert_load and not _is_recomputing():
-            add_expert_counts(self.expert_counts, indices)
+            self._count(indices)
 
         outputs = self._experts_and_mlp(tokens, routing_weights, indices)
         return outputs.view_as(hidden_states) if is_batch else outputs
@@ -143,7 +152,8 @@ class OmniMoE(nn.Module):
                 momentum=norm_x.momentum,
                 eps=norm_x.eps,
             )
-        return norm_x(gate_x(tokens)), norm_y(gate_y(tokens))
+        with _named_range("omni_moe.router"):
+            return norm_x(gate_x(tokens)), norm_y(gate_y(tokens))
 
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
@@ -184,8 +194,9 @@ class OmniMoE(nn.Module):
                 down_weight=down_weight,
                 activation=activation,
             )
-        gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
-        shared_states = self.down_proj(gate * self.up_proj(tokens))
+        with _named_range("omni_moe.mlp"):
+            gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
+            shared_states = self.down_proj(gate * self.up_proj(tokens))
         return omni_expert(
             tokens,
             up_weights=up_embed,
@@ -216,7 +227,11 @@ class OmniMoE(nn.Module):
             raise RuntimeError(
                 "expert_load: expected track_expert_load=True in the config, got False"
             )
-        counts = self.expert_counts.clone()
+        if self.expert_counts is None:
+            weight = self.up_embed.weight
+            counts = self._zero_counts("cpu" if weight.is_meta else weight.device)
+        else:
+            counts = self.expert_counts.clone()
         frequency = counts.double() / counts.sum()
         unevenness = torch.special.xlogy(frequency, frequency * counts.numel()).sum()
         usage = (counts > 0).double().mean()
@@ -226,6 +241,34 @@ class OmniMoE(nn.Module):
         """Forget all choices counted so far."""
         if self.expert_counts is not None:
             self.expert_counts.zero_()
+        elif self.config.track_expert_load and not self.up_embed.weight.is_meta:
+            self.expert_counts = self._zero_counts(self.up_embed.weight.device)
+
+    def _count(self, indices: Tensor) -> None:
+        # A layer built on the meta device may get its parameters one by one, by assignment.
+        if self.expert_counts is None or self.expert_counts.device != indices.device:
+            if indices.is_meta:
+                return
+            zeros = self._zero_counts(indices.device)
+            counts = self.expert_counts
+            self.expert_counts = zeros if counts is None else zeros.copy_(counts)
+        add_expert_counts(self.expert_counts, indices)
+
+    def _zero_counts(self, device: torch.device | str) -> Tensor:
+        # A tensor of inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            return torch.zeros(self.config.num_experts, dtype=torch.int64, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OmniMoE":
+        # `to_empty` would leave in the counter what memory held, and no state dict has it.
+        counts = self.expert_counts
+        super()._apply(fn, recurse)
+        moved = self.expert_counts
+        if moved is None:
+            self.reset_expert_load()
+        elif moved is not counts:
+            self.expert_counts = None if moved.is_meta else moved.copy_(counts)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy and pickle, which refuse tensors that are part of a graph.
@@ -244,6 +287,13 @@ class OmniMoE(nn.Module):
 def _is_recomputing() -> bool:
     """Whether this forward is part of a backward pass, as under activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _named_range(name: str) -> contextlib.AbstractContextManager[object]:
+    """For profilers, as the ops have them for themselves; nothing without one."""
+    if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(name)
+    return contextlib.nullcontext()
 
 
 def router_loss(model: nn.Module) -> Tensor:

@@ -18,7 +18,7 @@ def plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
 
     Args:
         module: any module.
-        kind: what a plain one is, `nn.Linear` or `nn.Embedding`.
+        kind: what a plain one is, `nn.Linear` or `nn.Embedding` (without any of its options).
 
     Returns:
         `module.weight`.
@@ -27,6 +27,8 @@ def plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
         return None
     # What `module.weight` finds, in the order in which it looks.
     attributes, parameters = module.__dict__, module._parameters
+    if kind is nn.Embedding and _has_options(attributes):
+        return None
     if "bias" in attributes or parameters.get("bias") is not None:
         return None
     weight = attributes["weight"] if "weight" in attributes else parameters.get("weight")
@@ -49,6 +51,8 @@ def plain_batch_norm_buffers(norm_x: nn.Module, norm_y: nn.Module) -> list[Tenso
     for norm in (norm_x, norm_y):
         if not _is_unchanged(norm, nn.BatchNorm1d) or norm.momentum is None:
             return None
+        if not norm.track_running_stats:  # set to False later on, with the buffers still there
+            return None
         affine, own = norm._parameters, norm._buffers
         # FSDP1 takes parameters out of the module: only one that is there as None does not exist.
         if affine.get("weight", norm) is not None or affine.get("bias", norm) is not None:
@@ -65,6 +69,16 @@ def plain_batch_norm_buffers(norm_x: nn.Module, norm_y: nn.Module) -> list[Tenso
         and buffers[0].dtype == buffers[3].dtype
     )
     return buffers if agree else None
+
+
+def _has_options(embedding: dict[str, object]) -> bool:
+    """Whether calling an embedding with these attributes does more than read rows."""
+    return (
+        embedding["max_norm"] is not None
+        or embedding["padding_idx"] is not None
+        or embedding["scale_grad_by_freq"]
+        or embedding["sparse"]
+    )
 
 
 def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -24,7 +24,7 @@ def omni_router(
 
     The Cartesian-product router of the paper (`S_ij = p_r[i] + p_c[j]`). Sums are taken and
     compared in fp32 (fp64 for fp64 logits); equal sums come in ascending id order, NaN sorts first
-    as in `torch.topk`. The operator `torch.ops.omni_moe.omni_router` also takes R != C.
+    as in `torch.topk`, and sums of finite logits that overflow keep their order. The operator `torch.ops.omni_moe.omni_router` also takes R != C.
 
     Args:
         router_logits_x: (T, R) logits of the grid's rows; fp32, fp16, bf16 (fp64 on CPU).

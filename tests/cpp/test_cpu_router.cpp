@@ -29,21 +29,25 @@ struct RouterOracle {
 };
 
 // The whole grid, sorted: descending sums (in the accumulator's type), NaN first, ascending ids.
+// Infinite sums are told apart by their halves.
 template <typename Acc>
 RouterOracle route(const Buffer& x, const Buffer& y, const RouterShape& shape, RouterScore score) {
   RouterOracle oracle;
   const auto [num_tokens, num_rows, num_cols, k] = shape;
   for (int64_t t = 0; t < num_tokens; ++t) {
-    std::vector<Acc> sums;
+    std::vector<Acc> sums, beyond;
     for (int64_t r = 0; r < num_rows; ++r) {
       for (int64_t c = 0; c < num_cols; ++c) {
-        sums.push_back(Acc(x[t * num_rows + r]) + Acc(y[t * num_cols + c]));
+        const Acc row = x[t * num_rows + r], col = y[t * num_cols + c], half = 0.5;
+        sums.push_back(row + col);
+        beyond.push_back(std::isinf(sums.back()) ? half * row + half * col : Acc(0));
       }
     }
     std::vector<int32_t> ids(sums.size());
     std::iota(ids.begin(), ids.end(), 0);
     std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) {
-      return std::isnan(sums[a]) ? !std::isnan(sums[b]) : sums[a] > sums[b];
+      if (std::isnan(sums[a]) || std::isnan(sums[b])) return !std::isnan(sums[b]);
+      return sums[a] != sums[b] ? sums[a] > sums[b] : beyond[a] > beyond[b];
     });
     const double log_sum =
         log_sum_exp(x, t * num_rows, num_rows) + log_sum_exp(y, t * num_cols, num_cols);
@@ -132,6 +136,32 @@ TEST_P(CpuKernels, RouterNonFiniteLogits) {
         SCOPED_TRACE(testing::Message() << "dtype " << int(dtype) << ", K " << k);
         check_router(GetParam(), serial_, dtype, x, y, shape, score);
       }
+    }
+  }
+}
+
+TEST_P(CpuKernels, RouterSumsThatOverflow) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    const double largest = dtype == DType::kFloat64 ? std::numeric_limits<double>::max()
+                                                    : std::numeric_limits<float>::max();
+    const double shares[] = {1, 0.75, 0.5, -1, -0.5, 0.625, 1e-30, -kInf, kInf};
+    for (const int64_t k : {1, 2, 5, 40, 63}) {
+      // The oracle of softmax weights subtracts sums, which have lost all digits here.
+      const RouterShape shape = {60, 7, 9, k};
+      Buffer x(dtype, 60 * 7), y(dtype, 60 * 9);
+      const auto fill = [&](Buffer& logits, int64_t n) {
+        for (int64_t t = 0; t < 60; ++t) {
+          // Finite at first, then with one or both infinities.
+          const int64_t choices = t < 30 ? 7 : t < 50 ? 8 : 9;
+          for (int64_t i = 0; i < n; ++i) {
+            logits.set(t * n + i, largest * shares[random_.below(choices)]);
+          }
+        }
+      };
+      fill(x, 7);
+      fill(y, 9);
+      SCOPED_TRACE(testing::Message() << "dtype " << int(dtype) << ", K " << k);
+      check_router(GetParam(), serial_, dtype, x, y, shape, RouterScore::kLogit);
     }
   }
 }

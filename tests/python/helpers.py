@@ -193,12 +193,15 @@ def brute_force_router(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores (in the dtype of x) and int32 ids: a sort of the full grid, sums in fp32 or fp64."""
     wide = np.float64 if x.dtype == torch.float64 else np.float32
     rows, cols = (t.detach().cpu().double().numpy().astype(wide) for t in (x, y))
-    with np.errstate(invalid="ignore"):  # inf - inf
+    half = wide(0.5)
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf, finite sums past the largest
         sums = rows[:, :, None] + cols[:, None, :]
-    sums = sums.reshape(len(rows), rows.shape[1] * cols.shape[1])
+        halves = half * rows[:, :, None] + half * cols[:, None, :]
+    sums, halves = (s.reshape(len(rows), rows.shape[1] * cols.shape[1]) for s in (sums, halves))
     nan = np.isnan(sums)
     ids = np.broadcast_to(np.arange(sums.shape[1]), sums.shape)
-    order = np.lexsort((ids, -np.where(nan, 0, sums), ~nan), axis=-1)[:, :k]
+    beyond = np.where(np.isinf(sums), halves, 0)
+    order = np.lexsort((ids, -beyond, -np.where(nan, 0, sums), ~nan), axis=-1)[:, :k]
     scores = torch.from_numpy(np.take_along_axis(sums, order, axis=-1))
     return scores.to(x.dtype), torch.from_numpy(order.astype(np.int32))
 

@@ -8,6 +8,7 @@ import torch
 from helpers import assert_bitwise, assert_close
 from test_module import E, H, I, K, make_layer
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
 from omni_moe import reference
@@ -68,6 +69,10 @@ def average_without_momentum(layer):
     layer.router_norm_x.momentum = layer.router_norm_y.momentum = None
 
 
+def stop_tracking(layer):
+    layer.router_norm_x.track_running_stats = layer.router_norm_y.track_running_stats = False
+
+
 def share_the_norm(layer):
     layer.router_norm_y = layer.router_norm_x
 
@@ -90,6 +95,11 @@ CHANGES = {
     ),
     "no running statistics": forget_statistics,
     "average without momentum": average_without_momentum,
+    "statistics not tracked any more": stop_tracking,
+    "max_norm of up": lambda layer: setattr(layer.up_embed, "max_norm", 0.5),
+    "max_norm of down": lambda layer: setattr(layer.down_embed, "max_norm", 0.5),
+    "padding_idx of up": lambda layer: setattr(layer.up_embed, "padding_idx", 3),
+    "padding_idx of down": lambda layer: setattr(layer.down_embed, "padding_idx", 3),
     "one norm for both axes": share_the_norm,
     "momentum of one norm": lambda layer: setattr(layer.router_norm_y, "momentum", 0.5),
     "eps of one norm": lambda layer: setattr(layer.router_norm_y, "eps", 0.5),
@@ -164,6 +174,23 @@ def test_changes_after_a_forward_are_noticed(change):
     for name, module in plain_modules.items():
         setattr(layer, name, module)
     assert_bitwise(layer(x), before)
+
+
+@pytest.mark.parametrize("option", ["sparse", "scale_grad_by_freq"])
+@pytest.mark.parametrize("name", ["up_embed", "down_embed"])
+def test_embeddings_with_options_of_their_gradient_are_called(name, option, monkeypatch):
+    layer = make_layer()
+    embedding = layer.get_submodule(name)
+    setattr(embedding, option, True)
+    layer(torch.randn(37, H, dtype=torch.float64)).sum().backward()
+    assert embedding.weight.grad.is_sparse == (option == "sparse")
+    called = []
+    forward = nn.Embedding.forward
+    monkeypatch.setattr(
+        nn.Embedding, "forward", lambda self, ids: called.append(self) or forward(self, ids)
+    )
+    layer(torch.randn(37, H, dtype=torch.float64))
+    assert called == [embedding]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -251,6 +278,20 @@ def test_gates_of_two_dtypes_are_refused():
     layer.router_gate_y.bfloat16()
     with pytest.raises(RuntimeError, match="dtype"):
         layer(torch.randn(37, H))
+
+
+def test_hooks_for_all_modules_see_the_layer_alone():
+    """As the docs say: such a hook is no change of one module."""
+    layer = make_layer()
+    x = torch.randn(37, H, dtype=torch.float64)
+    seen = []
+    with register_module_forward_hook(lambda module, args, output: seen.append(module)):
+        layer(x)
+    assert seen == [layer]
+    layer.up_proj.register_forward_hook(lambda *args: None)
+    with register_module_forward_hook(lambda module, args, output: seen.append(module)):
+        layer(x)
+    assert seen[1:] == [layer.gate_proj, layer.up_proj, layer.down_proj, layer]
 
 
 def test_hooks_see_what_they_saw():

@@ -101,6 +101,30 @@ def test_state_dict_round_trip():
     assert_bitwise(other(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["meta", "cpu", CUDA])
+def test_device_and_dtype_arguments(device, dtype):
+    """As the modules of torch.nn have them; what they give is what `.to` gives."""
+    config = OmniMoEConfig(
+        hidden_size=H,
+        intermediate_size=I,
+        num_experts=E,
+        num_experts_per_token=K,
+        track_expert_load=True,
+    )
+    layer = OmniMoE(config, device=device, dtype=dtype)
+    wanted = OmniMoE(config).to(device, dtype)
+    for got, want in (
+        (dict(layer.named_parameters()), dict(wanted.named_parameters())),
+        (dict(layer.named_buffers()), dict(wanted.named_buffers())),
+    ):
+        assert {n: (t.device, t.dtype) for n, t in got.items()} == {
+            n: (t.device, t.dtype) for n, t in want.items()
+        }
+    x = torch.randn(37, H, device=device, dtype=dtype)
+    assert layer(x).dtype == x.dtype and layer(x).device == x.device
+
+
 def test_reset_parameters():
     layer = OmniMoE(
         OmniMoEConfig(

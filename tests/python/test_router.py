@@ -281,6 +281,99 @@ def test_large_logits_keep_their_digits(device, dtype):
         assert_close(weights, want, accumulation_factor=4)
 
 
+# ---- sums past the largest number ----------------------------------------------------------------
+
+
+def huge_logits(num_rows, num_cols, device, dtype):
+    """(T, R) and (T, C) of finite logits whose sums overflow upwards, downwards or both."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if torch.finfo(dtype).max < torch.finfo(wide).max / 4:
+        pytest.skip(f"no sum of {dtype} overflows {wide}")
+    num_tokens = 40
+    logits = []
+    for size in (num_rows, num_cols):
+        shares = 2 * torch.rand(num_tokens, size, dtype=torch.float64) - 1
+        shares[4:8] = shares[4:8].abs()  # no sum is finite for most of them
+        shares[8:12] = -shares[8:12].abs()
+        shares[12:20] = (4 * shares[12:20]).round() / 4  # ties, and the largest number itself
+        shares[20:24, 1::2] *= 1e-30
+        shares[24:28, 1:] *= 1e-30  # a single one
+        logits.append((shares * torch.finfo(wide).max).to(dtype))
+    largest = torch.finfo(dtype).max
+    x, y = (tensor.clamp(-largest, largest).to(device) for tensor in logits)
+    x[28:32, ::2], y[30:34, 1::3] = -INF, -INF
+    x[34:36], y[34:36] = -largest, -largest  # as attention masks are made
+    x[34, 1], y[34, 2] = 3, 1
+    return x, y
+
+
+@pytest.mark.parametrize(("num_rows", "num_cols"), [(7, 9), (70, 90)])
+@pytest.mark.parametrize("k", [1, 2, 5, 20, 63, 200, 6300])
+@on_dtypes
+def test_sums_that_overflow(device, dtype, k, num_rows, num_cols):
+    """Their order is that of the sums without a largest number."""
+    if k > num_rows * num_cols:
+        pytest.skip("more than there are")
+    x, y = huge_logits(num_rows, num_cols, device, dtype)
+    want_scores, want_indices = brute_force_router(x, y, k)
+    scores, indices = ops.omni_router(x, y, k)
+    assert_bitwise(indices.cpu(), want_indices, "indices")
+    assert_bitwise(scores.cpu(), want_scores, "scores")
+    _, indices = reference.omni_router(x, y, k)
+    assert_bitwise(indices.cpu(), want_indices, "indices of the reference")
+    for norm_topk_prob in (False, True):
+        weights, indices = ops.omni_softmax_router(x, y, k, norm_topk_prob)
+        assert_bitwise(indices.cpu(), want_indices, f"indices, norm_topk_prob={norm_topk_prob}")
+        want = softmax_router_weights(
+            x.cpu().double(), y.cpu().double(), want_indices, norm_topk_prob
+        )
+        assert_close(weights, want, "weights", num_terms=k)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@on_dtypes
+def test_sums_that_overflow_beside_infinities(device, dtype, k):
+    x, y = huge_logits(7, 9, device, dtype)
+    x[::2, 3], y[1::3, 4], x[::5, 5], y[::4, 6] = INF, INF, NAN, -INF
+    want_scores, want_indices = brute_force_router(x, y, k)
+    scores, indices = ops.omni_router(x, y, k)
+    assert_bitwise(indices.cpu(), want_indices, "indices")
+    assert_bitwise(scores.cpu(), want_scores, "scores")
+
+
+@on_devices
+def test_example_of_sums_that_overflow(device):
+    logits = torch.tensor([[1e38, 2e38, 3e38]], device=device)
+    weights, indices = ops.omni_softmax_router(logits, logits, 2, True)
+    assert indices.tolist() == [[8, 5]] and weights.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("score", ["logit", "softmax", "softmax-topk"])
+@pytest.mark.parametrize(("num_rows", "num_cols", "k"), [(7, 9, 20), (70, 90, 200)])
+@on_dtypes
+def test_gradients_of_sums_that_overflow(device, dtype, num_rows, num_cols, k, score):
+    x, y = huge_logits(num_rows, num_cols, device, dtype)
+    _, indices = brute_force_router(x, y, k)
+    grad = torch.randn(len(x), k).to(device, dtype)
+    is_topk = score == "softmax-topk"
+
+    def route(x, y):
+        if score == "logit":
+            return ops.omni_router(x, y, k)[0]
+        return ops.omni_softmax_router(x, y, k, is_topk)[0]
+
+    def want_route(x, y):
+        if score == "logit":
+            return router_scores(x, y, indices)
+        return softmax_router_weights(x, y, indices, is_topk)
+
+    _, grads = run(route, (x, y), grad)
+    _, want = run_in_double(want_route, (x, y), grad)
+    for name, got, oracle in zip(("grad_x", "grad_y"), grads, want, strict=True):
+        terms = grad.double().abs().sum(1).max().item()
+        assert_close(got, oracle, name, terms=terms)
+
+
 # ---- layout, partial gradients, gradcheck --------------------------------------------------------
 
 

@@ -1,15 +1,21 @@
 """examples/train_lm.py with tiny sizes: its outputs, Ctrl-C, and a resumed run."""
 
+import fcntl
 import json
 import os
+import runpy
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import environment
+
+import omni_moe
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -50,6 +56,8 @@ def whole_run(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     done = run_script(corpus, out)
     assert done.returncode == 0, done.stderr
+    (out / "stdout").write_text(done.stdout)
+    (out / "stderr").write_text(done.stderr)
     return out
 
 
@@ -64,31 +72,45 @@ def test_outputs(whole_run):
     assert all(0 < usage <= 1 for usage in metrics["expert_usage"])
     for plot in ("loss.png", "expert_usage.png"):
         assert (whole_run / plot).read_bytes().startswith(b"\x89PNG")
+    assert len(metrics["sample"]) > 0
+
+
+def test_log_file(whole_run):
+    """Where no terminal is, the losses are printed, and no bar at each step."""
+    printed = (whole_run / "stdout").read_text()
+    for step in (50, 100, 150):
+        assert f"\nstep {step}: held-out bits per byte OmniMoE " in printed
+    for stream in (printed, (whole_run / "stderr").read_text()):
+        assert "step/s" not in stream and "\r" not in stream
 
 
 def test_interrupted_and_resumed(corpus, whole_run, tmp_path):
     """SIGINT leaves a checkpoint that loads; going on from it gives the uninterrupted run."""
+    terminal, errors = os.openpty()
+    fcntl.ioctl(errors, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
     process = subprocess.Popen(
         command(corpus, tmp_path, "--checkpoint-every", "1000"),
-        stderr=subprocess.PIPE,
+        stderr=errors,
         stdout=subprocess.PIPE,
         env=environment(),
     )
+    os.close(errors)
     progress = b""
     while b" 1/" not in progress and b"% " not in progress.replace(b"  0%", b""):
-        chunk = os.read(process.stderr.fileno(), 4096)
+        chunk = os.read(terminal, 4096)
         assert chunk, progress
         progress += chunk
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGINT, stderr
+    stdout, _ = process.communicate(timeout=120)
+    os.close(terminal)
+    assert process.returncode == 128 + signal.SIGINT
     assert b"Continue with --resume" in stdout
 
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < NUM_STEPS
     assert not (tmp_path / "metrics.json").exists()
 
-    done = run_script(corpus, tmp_path, "--resume")
+    done = run_script(corpus, tmp_path, "--resume", "--peak-tflops", "1e-3")
     assert done.returncode == 0, done.stderr
     want = json.loads((whole_run / "metrics.json").read_text())
     got = json.loads((tmp_path / "metrics.json").read_text())
@@ -97,9 +119,96 @@ def test_interrupted_and_resumed(corpus, whole_run, tmp_path):
             flat_got, flat_want = (torch.tensor(x[key][name]).flatten() for x in (got, want))
             torch.testing.assert_close(flat_got, flat_want, rtol=1e-5, atol=0)
     assert got["expert_usage"] == want["expert_usage"]
+    for name in ("OmniMoE", "dense"):
+        assert want["speed"][name]["tflops_per_second"] > 0 and want["speed"][name]["mfu"] is None
+        speed = got["speed"][name]
+        assert speed["mfu"] == pytest.approx(speed["tflops_per_second"] / 1e-3)
+    assert "of the device's peak (MFU)" in done.stdout
 
 
 def test_resuming_with_other_settings_is_refused(corpus, whole_run):
     done = run_script(corpus, whole_run, "--resume", "--hidden", "32")
     assert done.returncode != 0
     assert "the checkpoint was made with hidden = 16, this run has 32" in done.stderr
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+SPOILED = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": cut_off,
+    "cut off early": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "text": lambda path: path.write_text("not a checkpoint"),
+    "other tensors": lambda path: torch.save({"weight": torch.zeros(3)}, path),
+    "one tensor": lambda path: torch.save(torch.zeros(3), path),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_resuming_from_a_spoiled_checkpoint(how, corpus, whole_run, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes((whole_run / "checkpoint.pt").read_bytes())
+    SPOILED[how](path)
+    done = run_script(corpus, tmp_path, "--resume")
+    assert done.returncode == 1
+    assert f"--resume: expected a whole checkpoint at {path}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_diverged_run(corpus, tmp_path):
+    """All results but a sample, of which there is none."""
+    done = run_script(corpus, tmp_path, "--lr", "1e9", "--embedding-lr", "1e9", "--steps", "30")
+    assert done.returncode == 0, done.stderr
+    assert "The training of the OmniMoE model diverged" in done.stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(metrics["train_bits_per_byte"]["OmniMoE"]) == 30
+    assert (
+        metrics["held_out_bits_per_byte"]["OmniMoE"] != metrics["held_out_bits_per_byte"]["OmniMoE"]
+    )
+    assert "sample" not in metrics
+    for plot in ("loss.png", "expert_usage.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", ["train_lm.py", "train_hf.py", "convert_hf.py"])
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_that_wait_sleep(script, chosen):
+    """Unless the user says otherwise: on shared cores, threads that spin starve each other."""
+    if script != "train_lm.py":
+        pytest.importorskip("transformers")
+    variables = environment() | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        variables.pop(name, None)
+    if chosen:
+        variables["OMP_WAIT_POLICY"] = chosen
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name(script)), "--help"],
+        capture_output=True,
+        text=True,
+        env=variables,
+    )
+    assert done.returncode == 0
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("the OpenMP of this torch is not GNU's")
+    assert ("GOMP_SPINCOUNT = '0'" in done.stderr) == (chosen is None)
+
+
+def test_operations_of_a_training_step(monkeypatch):
+    """Counted without touching the model: three times those of the forward pass."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    functions = runpy.run_path(str(SCRIPT.with_name("mfu.py")))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 64}
+    config = omni_moe.OmniMoEConfig(**sizes, num_experts_per_token=4, track_expert_load=True)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), omni_moe.OmniMoE(config))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.empty(15, 16, device="meta")
+    flops = functions["training_flops"](model, lambda model: model(x).sum())
+    assert flops == 3 * 46080 + 2 * (15 * 2 * 16 * 16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not model[1].expert_load().counts.any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert functions["utilisation"](2e12, 8) == {"tflops_per_second": 2, "mfu": 0.25}
+    assert functions["utilisation"](2e12, None)["mfu"] is None

@@ -1,5 +1,7 @@
 """examples/train_hf.py and convert_hf.py with tiny sizes: outputs reload, generate, resume."""
 
+import contextlib
+import io
 import json
 import runpy
 import shutil
@@ -58,7 +60,12 @@ def device_options(device: str) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("train")
-    run_example("train_hf.py", *SIZES, *TRAINING, "--cpu", "--data", corpus, "--out", out)
+    options = [*SIZES, *TRAINING, "--cpu", "--peak-tflops", "1e-3"]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        run_example("train_hf.py", *options, "--data", corpus, "--out", out)
+    (out / "stdout").write_text(stdout.getvalue())
+    (out / "stderr").write_text(stderr.getvalue())
     return out
 
 
@@ -121,11 +128,33 @@ def test_training(trained):
     metrics = check_results(trained)
     assert len(metrics["expert_usage"]) == 2
     assert metrics["sample"].startswith("class Parser:\n    def ")
+    assert metrics["tflops_per_second"] > 0
+    assert metrics["mfu"] == pytest.approx(metrics["tflops_per_second"] / 1e-3)
+    assert "of the device's peak (MFU)" in (trained / "stdout").read_text()
     model = reload_and_generate(trained)
     assert type(model).__name__ == "OmniMoeForCausalLM" and len(omni_moe_layers(model)) == 2
     tokenizer = AutoTokenizer.from_pretrained(trained)
     text = "def f(x):\n\treturn 'ß → 2'\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_log_file(trained):
+    """Where no terminal is, the Trainer prints its log, and no bar at each step."""
+    printed, errors = ((trained / name).read_text() for name in ("stdout", "stderr"))
+    assert printed.count("'loss': ") == NUM_STEPS // 5
+    assert f"{NUM_STEPS}/{NUM_STEPS}" not in printed + errors
+
+
+def test_diverged_run(corpus, tmp_path, capsys):
+    """All results but a sample, of which there is none."""
+    options = [*SIZES, *TRAINING, "--lr", "1e9", "--expert-lr", "1e9", "--cpu"]
+    run_example("train_hf.py", *options, "--data", corpus, "--out", tmp_path)
+    assert "The training diverged" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["held_out_loss"] != metrics["held_out_loss"] and "sample" not in metrics
+    assert metrics["tokens_per_second"] > 0
+    for plot in ("loss.png", "expert_load.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
 
 @needs_gpu
@@ -149,6 +178,59 @@ def test_resuming(trained, corpus, tmp_path):
     for name in ("loss", "expert_usage/0", "expert_unevenness/1"):
         got, want = ([entry[name] for entry in log if name in entry] for log in logs)
         assert got == want, name
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def keep_only(*names):
+    def remove_others(checkpoint: Path) -> None:
+        for file in checkpoint.iterdir():
+            if file.name not in names:
+                file.unlink()
+
+    return remove_others
+
+
+# What a process that was killed while it saved may leave, and what a full disk does.
+UNFINISHED = {
+    "nothing": keep_only(),
+    "weights alone": keep_only("config.json", "model.safetensors"),
+    "all but the state": lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+    "state cut off": lambda checkpoint: cut_off(checkpoint / "trainer_state.json"),
+    "empty state": lambda checkpoint: (checkpoint / "trainer_state.json").write_text(""),
+    "weights cut off": lambda checkpoint: cut_off(checkpoint / "model.safetensors"),
+    "empty weights": lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b""),
+    "no weights": lambda checkpoint: (checkpoint / "model.safetensors").unlink(),
+    "optimizer cut off": lambda checkpoint: cut_off(checkpoint / "optimizer.pt"),
+}
+
+
+@pytest.mark.parametrize("how", UNFINISHED)
+def test_unfinished_checkpoints_are_passed_over(how, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    find = runpy.run_path(str(EXAMPLES / "hf_training.py"))["checkpoint_to_resume"]
+    whole, newest = f"checkpoint-{NUM_STEPS // 2}", f"checkpoint-{NUM_STEPS}"
+    for name in (whole, newest):
+        shutil.copytree(trained / name, tmp_path / name)
+    assert find(tmp_path) == str(tmp_path / newest)
+    UNFINISHED[how](tmp_path / newest)
+    assert find(tmp_path) == str(tmp_path / whole)
+    assert f"passing over {tmp_path / newest}, which is not whole" in capsys.readouterr().err
+    UNFINISHED[how](tmp_path / whole)
+    with pytest.raises(SystemExit, match=r"--resume: expected a checkpoint .* none that is whole"):
+        find(tmp_path)
+
+
+def test_resuming_beside_an_unfinished_checkpoint(trained, corpus, tmp_path):
+    middle, newest = (f"checkpoint-{steps}" for steps in (NUM_STEPS // 2, NUM_STEPS - 1))
+    shutil.copytree(trained / middle, tmp_path / middle)
+    shutil.copytree(trained / middle, tmp_path / newest)
+    UNFINISHED["all but the state"](tmp_path / newest)
+    options = [*SIZES, *TRAINING, "--cpu", "--data", corpus, "--out", tmp_path]
+    run_example("train_hf.py", *options, "--resume")
+    assert_same_weights(tmp_path, trained)
 
 
 def assert_same_weights(got_in: Path, wanted_in: Path) -> None:

@@ -132,6 +132,10 @@ def test_wrong_doge():
         replace_doge_moe(DogeForCausalLM(doge_config()), router_layout="x")
     with pytest.raises(ValueError, match=r"expected a Doge model with config.is_moe=True"):
         replace_doge_moe(DogeForCausalLM(doge_config(is_moe=False)))
+    model = DogeForCausalLM(doge_config())
+    model.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp: activation: .* got Tanh"):
+        replace_doge_moe(model)
 
 
 # ---- the experts interface -----------------------------------------------------------------------
@@ -239,7 +243,10 @@ def test_experts_that_are_not_atomic():
             module(x, ids, weights)
 
     refused(experts(moe_intermediate_size=2), "NemotronHExperts to have width 1, got 2")
-    refused(experts(mlp_hidden_act="relu2"), r"activation: expected one of .* got ReLUSquared")
+    refused(
+        experts(mlp_hidden_act="relu2"),
+        r"NemotronHExperts: activation: expected one of .* got ReLUSq",
+    )
     for flag, what in (("has_gate", "no gate"), ("has_bias", "no bias")):
         module = experts()
         setattr(module, flag, True)

@@ -181,8 +181,12 @@ def test_wrong_models():
         replace_mlp(transformers.T5GemmaForConditionalGeneration(t5gemma), **EXPERTS)
     with pytest.raises(ValueError, match="layer 0: gate_proj: expected a Linear without bias"):
         replace_mlp(dense_model(mlp_bias=True), **EXPERTS)
-    with pytest.raises(ValueError, match=r"activation: expected one of silu.* got Tanh"):
+    with pytest.raises(ValueError, match=r"layer 0: activation: expected one of silu.* got Tanh"):
         replace_mlp(dense_model(hidden_act="tanh"), **EXPERTS)
+    one_of_two = dense_model()
+    one_of_two.model.layers[1].mlp.act_fn = nn.Tanh()
+    with pytest.raises(ValueError, match=r"layer 1: activation: expected one of .* got Tanh"):
+        replace_mlp(one_of_two, **EXPERTS)
     with pytest.raises(ValueError, match="layer 0: expected a dense MLP, got an OmniMoE layer"):
         replace_mlp(omni_model(), **EXPERTS)
 

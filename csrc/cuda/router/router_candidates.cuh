@@ -147,7 +147,8 @@ __device__ __forceinline__ void warp_choose(const Token<T>& token, int num_x, in
 
   // 4. Ties with the k-th sum outside the candidates.
   const uint32_t kth_key = overfull ? low : key_of_entry(storage.entries[token.k - 1]);
-  bool outside = overfull;
+  // Sums of finite logits that overflow to -inf are not in order either.
+  bool outside = overfull || (kSumsMayOverflow<T> && kth_key == kKeyOfNegativeInf);
   int above = 0;
 #pragma unroll
   for (int i = 0; i < kCapacity / kWarpSize; ++i) {
@@ -159,7 +160,7 @@ __device__ __forceinline__ void warp_choose(const Token<T>& token, int num_x, in
     __syncwarp();  // all have read the entries that the ties overwrite
     if (!warp_fill_ties_from_tops(storage, token.num_rows, token.num_cols, num_x, num_y, kth_key,
                                   above)) {
-      warp_fill_ties(token, kth_key, y.value[0], above, storage.entries);
+      warp_fill_ties<kCapacity>(token, kth_key, y.value[0], above, storage.entries);
     }
   }
 }

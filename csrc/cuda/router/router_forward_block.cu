@@ -136,6 +136,7 @@ struct BlockRouter {
 
   const Key* elements;  // the sorted axes, x then y: one of the two above
   SortedGrid grid;      // their values: the other
+  float unit = 1.0f;    // 0.5 while `grid` has halves of the logits
 
   // 1. Both axes sorted.
   __device__ void sort_axes() {
@@ -186,6 +187,35 @@ struct BlockRouter {
     return low;
   }
 
+  // Whether finite logits have a sum that overflows, where an infinite one may be among the chosen.
+  __device__ bool may_have_overflowed(uint32_t threshold) {
+    if constexpr (!kSumsMayOverflow<T>) return false;
+    const bool is_infinite = !grid.monotone || threshold <= kKeyOfNegativeInf ||
+                             ordered_key(grid.x[0] + grid.y[0]) >= kKeyOfInf;
+    if (!is_infinite) return false;
+    const auto largest_finite = [](const float* values, int n, float* sums) {
+      float largest = 0.0f;
+      for (int i = threadIdx.x; i < n; i += kThreads) {
+        if (isfinite(values[i])) largest = fmaxf(largest, fabsf(values[i]));
+      }
+      return block_max<kWarps>(largest, sums);
+    };
+    __syncthreads();  // earlier readers of the scratch are done
+    return isinf(largest_finite(grid.x, num_rows, scratch.sums[0]) +
+                 largest_finite(grid.y, num_cols, scratch.sums[1]));
+  }
+
+  // Multiplies the sorted values, but for `elements`.
+  __device__ void scale_grid(float factor) {
+    auto* values = const_cast<float*>(grid.x);
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_rows + num_cols; i += kThreads) {
+      values[i] = in_unit(values[i], factor);
+    }
+    __syncthreads();
+    unit *= factor;
+  }
+
   // 3. entries[0 …) = the pairs with a key >= threshold, a warp per row; returns how many.
   __device__ int list_entries(uint32_t threshold) {
     const int lane = threadIdx.x % kWarpSize;
@@ -229,13 +259,13 @@ struct BlockRouter {
   // 4. indices[filled … k) = the pairs of key `key` with the smallest ids; weights[filled … k) =
   // their sum.
   __device__ void write_ties(uint32_t key, int filled, T* weights, int32_t* indices) {
-    const T sum = from_float<T>(value_of_key(key));
+    const T sum = from_float<T>(sum_of_key(key, unit));
     const int lane = threadIdx.x % kWarpSize;
     for (int tile = 0; filled < k && tile < num_rows; tile += kThreads) {
       const int row = tile + threadIdx.x;
       int ties = 0;
       if (row < num_rows) {
-        const float x_value = to_float(logits_x[row]);
+        const float x_value = in_unit(to_float(logits_x[row]), unit);
         ties = grid.count_in_row(x_value, key) - grid.count_in_row(x_value, key + 1);
       }
       block_exclusive_scan(ties, scratch);
@@ -243,10 +273,11 @@ struct BlockRouter {
       for (int i = threadIdx.x / kWarpSize; i < tile_rows; i += kWarps) {
         int slot = filled + scratch.row_begin[i];
         const int end = min(filled + scratch.row_begin[i + 1], k);
-        const float x_value = to_float(logits_x[tile + i]);
+        const float x_value = in_unit(to_float(logits_x[tile + i]), unit);
         for (int col_begin = 0; slot < end; col_begin += kWarpSize) {
           const int col = col_begin + lane;
-          const bool tied = col < num_cols && ordered_key(x_value + to_float(logits_y[col])) == key;
+          const bool tied = col < num_cols &&
+                            ordered_key(x_value + in_unit(to_float(logits_y[col]), unit)) == key;
           const unsigned mask = __ballot_sync(kFullWarp, tied);
           const int target = slot + __popc(mask & ((1u << lane) - 1));
           if (tied && target < end) {
@@ -296,7 +327,13 @@ struct BlockRouter {
       return;
     }
     bool tied;
-    const uint32_t threshold = find_threshold(tied);
+    uint32_t threshold;
+#pragma unroll 1
+    while (true) {  // once, or twice where sums overflow
+      threshold = find_threshold(tied);
+      if (unit != 1.0f || !may_have_overflowed(threshold)) break;
+      scale_grid(0.5f);
+    }
     const int num_listed = list_entries(tied ? threshold + 1 : threshold);
     __syncthreads();
     block_sort_chunks(num_listed, entries, 0, [&](int i) { return entries[i]; });
@@ -305,12 +342,13 @@ struct BlockRouter {
 
     for (int i = threadIdx.x; i < num_sorted; i += kThreads) {
       const uint64_t entry = sorted[i];
-      weights[i] = from_float<T>(value_of_key(key_of_entry(entry)));
+      weights[i] = from_float<T>(sum_of_key(key_of_entry(entry), unit));
       indices[i] = static_cast<int32_t>(id_of_entry(entry));
     }
     if (tied) write_ties(threshold, num_sorted, weights, indices);
     if (score == RouterScore::kLogit) return;
     __syncthreads();  // every thread's ids are there
+    if (unit != 1.0f) scale_grid(2.0f);
     write_softmax_weights(score, weights, indices);
   }
 };

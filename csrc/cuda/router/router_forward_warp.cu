@@ -147,10 +147,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity
   }
 
   // 2. The k best pairs.
-  const bool both_infinities =
-      (may_exceed_finite(max_x) && warp_any_negative_inf(token.logits_y, token.num_cols)) ||
-      (may_exceed_finite(max_y) && warp_any_negative_inf(token.logits_x, token.num_rows));
-  if (both_infinities) {
+  // The largest sum tells most tokens apart from those whose sums the ranks do not order.
+  if (may_exceed_finite(max_x + max_y) && warp_ranks_mislead(token)) {
     warp_choose_from_grid<kCapacity>(token, storage.entries);
   } else {
     warp_choose(token, num_top[0], num_top[1], num_candidates, storage);

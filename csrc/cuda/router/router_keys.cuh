@@ -19,6 +19,7 @@ namespace omni_moe::cuda {
 // The key of an fp32 value is an unsigned integer: keys are in torch.topk's order, NaN greatest.
 
 inline constexpr uint32_t kKeyOfNegativeInf = 0x007fffffu;
+inline constexpr uint32_t kKeyOfInf = 0xff800000u;
 inline constexpr uint32_t kKeyOfNaN = 0xffc00000u;  // the quiet NaN; no key exceeds it
 
 __device__ __forceinline__ uint32_t ordered_key(float value) {
@@ -100,6 +101,23 @@ struct AxisElement<T, uint32_t> {
 // Sums descend along a sorted axis but for one case: inf + -inf = NaN sorts first, though its terms
 // do not. `max` is the greatest logit of an axis (NaN greatest).
 __device__ __forceinline__ bool may_exceed_finite(float max) { return !(max < INFINITY); }
+
+// ---- Sums that overflow -------------------------------------------------------------------------
+
+// Sums of finite logits past the largest fp32 number would tie at infinity. Where an infinite sum
+// is chosen, and finite logits are so large, the choice is made once more by halves of the logits.
+// These are exact unless smaller than the smallest normal number.
+template <class T>
+inline constexpr bool kSumsMayOverflow = !std::is_same_v<T, __half>;
+
+// Not contracted with a sum that follows: keys of one pair are the same wherever they are computed.
+__device__ __forceinline__ float in_unit(float logit, float unit) { return __fmul_rn(logit, unit); }
+
+// The sum that a key made in this unit stands for.
+__device__ __forceinline__ float sum_of_key(uint32_t key, float unit) {
+  const float value = value_of_key(key);
+  return unit == 1.0f ? value : 2.0f * value;
+}
 
 // ---- Thresholds ---------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 // What the warp kernel of the router does for rare tokens: pairs that tie with the K-th sum beyond
-// the candidates, and tokens with both infinities.
+// the candidates, tokens with both infinities, and sums of finite logits that overflow.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,8 +31,10 @@ struct Token {
   int num_cols;
   int k;
 
-  __device__ uint32_t key_at(int row, int col) const {
-    return ordered_key(to_float(logits_x[row]) + to_float(logits_y[col]));
+  // Of a sum in this unit: 0.5 for halves of the logits.
+  __device__ uint32_t key_at(int row, int col, float unit = 1.0f) const {
+    return ordered_key(in_unit(to_float(logits_x[row]), unit) +
+                       in_unit(to_float(logits_y[col]), unit));
   }
 };
 
@@ -76,6 +78,7 @@ __device__ __noinline__ bool warp_fill_ties_from_tops(WarpStorage<kCapacity>& st
   const TopOfAxis<kCapacity>& x = storage.axis[0];
   const TopOfAxis<kCapacity>& y = storage.axis[1];
   const int lane = threadIdx.x % kWarpSize;
+  if (key == kKeyOfNegativeInf) return false;  // finite logits may have overflowed to it
   if (num_x < num_rows && ordered_key(x.value[num_x - 1] + y.value[0]) >= key) return false;
   if (num_y < num_cols && ordered_key(x.value[0] + y.value[num_y - 1]) >= key) return false;
   // How many of a row's sums, which descend, reach a key.
@@ -114,24 +117,62 @@ __device__ __noinline__ bool warp_fill_ties_from_tops(WarpStorage<kCapacity>& st
 
 // ---- Scans of the grid --------------------------------------------------------------------------
 
-// For tokens with infinities, and for more ties than the sorted tops show; both are rare.
+// For tokens with infinities or sums that overflow, and for more ties than the sorted tops show;
+// all are rare.
+
+// What a token's logits say about its sums.
+struct Extremes {
+  bool mixes_infinities;  // inf + -inf is among the sums
+  bool overflows;         // a sum of finite logits may be infinite
+};
+
+template <class T>
+__device__ __forceinline__ Extremes warp_extremes(const Token<T>& token) {
+  const int lane = threadIdx.x % kWarpSize;
+  bool exceeds[2] = {false, false};
+  bool has_negative_inf[2] = {false, false};
+  float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int axis = 0; axis < 2; ++axis) {
+    const T* logits = axis == 0 ? token.logits_x : token.logits_y;
+    const int n = axis == 0 ? token.num_rows : token.num_cols;
+#pragma unroll 1
+    for (int i = lane; i < n; i += kWarpSize) {
+      const float logit = to_float(logits[i]);
+      exceeds[axis] |= may_exceed_finite(logit);
+      has_negative_inf[axis] |= logit == -INFINITY;
+      if (isfinite(logit)) largest[axis] = fmaxf(largest[axis], fabsf(logit));
+    }
+    exceeds[axis] = __any_sync(kFullWarp, exceeds[axis]);
+    has_negative_inf[axis] = __any_sync(kFullWarp, has_negative_inf[axis]);
+    largest[axis] = block_max<1>(largest[axis], nullptr);
+  }
+  return {(exceeds[0] && has_negative_inf[1]) || (exceeds[1] && has_negative_inf[0]),
+          isinf(largest[0] + largest[1])};
+}
+
+// Whether sums do not descend along the sorted axes, or overflow to a tie.
+template <class T>
+__device__ __noinline__ bool warp_ranks_mislead(Token<T> token) {
+  const Extremes extremes = warp_extremes(token);
+  return extremes.mixes_infinities || extremes.overflows;
+}
 
 // entries[filled … k) = the pairs of key `key` with the smallest ids. Rows whose best sum is
 // smaller are skipped; max_y = NaN skips none.
 template <class T>
-__device__ __noinline__ void warp_fill_ties(Token<T> token, uint32_t key, float max_y, int filled,
-                                            uint64_t* entries) {
+__device__ __forceinline__ void warp_scan_ties(const Token<T>& token, uint32_t key, float max_y,
+                                               float unit, int filled, uint64_t* entries) {
   const int lane = threadIdx.x % kWarpSize;
   for (int row_begin = 0; row_begin < token.num_rows; row_begin += kWarpSize) {
     const int row = row_begin + lane;
-    unsigned rows =
-        __ballot_sync(kFullWarp, row < token.num_rows &&
-                                     ordered_key(to_float(token.logits_x[row]) + max_y) >= key);
+    const float x = row < token.num_rows ? in_unit(to_float(token.logits_x[row]), unit) : 0.0f;
+    unsigned rows = __ballot_sync(kFullWarp, row < token.num_rows && ordered_key(x + max_y) >= key);
     for (; rows != 0; rows &= rows - 1) {
       const int tied_row = row_begin + __ffs(rows) - 1;
       for (int col_begin = 0; col_begin < token.num_cols; col_begin += kWarpSize) {
         const int col = col_begin + lane;
-        const bool tied = col < token.num_cols && token.key_at(tied_row, col) == key;
+        const bool tied = col < token.num_cols && token.key_at(tied_row, col, unit) == key;
         const unsigned ties = __ballot_sync(kFullWarp, tied);
         const int slot = filled + __popc(ties & ((1u << lane) - 1));
         if (tied && slot < token.k) {
@@ -147,16 +188,17 @@ __device__ __noinline__ void warp_fill_ties(Token<T> token, uint32_t key, float 
   }
 }
 
-// The selection without any assumption on the order of sums, for tokens with both infinities: every
-// probe counts over the whole grid.
+// The selection without any assumption on the order of sums: every probe counts over the whole
+// grid. By halves of the logits where sums of finite ones overflow.
 template <int kCapacity, class T>
 __device__ __noinline__ void warp_choose_from_grid(Token<T> token, uint64_t* entries) {
   const int lane = threadIdx.x % kWarpSize;
+  const float unit = kSumsMayOverflow<T> && warp_extremes(token).overflows ? 0.5f : 1.0f;
   const auto count = [&](uint32_t threshold) {
     int n = 0;
     for (int row = 0; row < token.num_rows; ++row) {
       for (int col = lane; col < token.num_cols; col += kWarpSize) {
-        n += token.key_at(row, col) >= threshold ? 1 : 0;
+        n += token.key_at(row, col, unit) >= threshold ? 1 : 0;
       }
     }
     return __reduce_add_sync(kFullWarp, n);
@@ -171,7 +213,7 @@ __device__ __noinline__ void warp_choose_from_grid(Token<T> token, uint64_t* ent
   for (int row = 0; row < token.num_rows; ++row) {
     for (int col_begin = 0; col_begin < token.num_cols; col_begin += kWarpSize) {
       const int col = col_begin + lane;
-      const uint32_t key = col < token.num_cols ? token.key_at(row, col) : 0;
+      const uint32_t key = col < token.num_cols ? token.key_at(row, col, unit) : 0;
       const unsigned chosen = __ballot_sync(kFullWarp, key >= threshold);
       if (key >= threshold) {
         entries[filled + __popc(chosen & ((1u << lane) - 1))] =
@@ -181,17 +223,25 @@ __device__ __noinline__ void warp_choose_from_grid(Token<T> token, uint64_t* ent
     }
   }
   warp_sort_entries<kCapacity>(entries, filled);
-  if (tied) warp_fill_ties(token, low, __uint_as_float(0x7fc00000u), filled, entries);
+  if (tied) warp_scan_ties(token, low, __uint_as_float(0x7fc00000u), unit, filled, entries);
+  if (unit == 1.0f) return;
+  for (int i = lane; i < token.k; i += kWarpSize) {
+    const uint32_t key = ordered_key(sum_of_key(key_of_entry(entries[i]), unit));
+    entries[i] = make_entry(key, id_of_entry(entries[i]));
+  }
+  __syncwarp();
 }
 
-template <class T>
-__device__ __forceinline__ bool warp_any_negative_inf(const T* logits, int n) {
-  bool found = false;
-#pragma unroll 1
-  for (int i = threadIdx.x % kWarpSize; i < n; i += kWarpSize) {
-    found |= to_float(logits[i]) == -INFINITY;
+// entries[filled … k) = the pairs of key `key` with the smallest ids; all of them anew where the
+// key is that of -inf, to which sums of finite logits overflow.
+template <int kCapacity, class T>
+__device__ __noinline__ void warp_fill_ties(Token<T> token, uint32_t key, float max_y, int filled,
+                                            uint64_t* entries) {
+  if (kSumsMayOverflow<T> && key == kKeyOfNegativeInf && warp_extremes(token).overflows) {
+    warp_choose_from_grid<kCapacity>(token, entries);
+  } else {
+    warp_scan_ties(token, key, max_y, 1.0f, filled, entries);
   }
-  return __any_sync(kFullWarp, found);
 }
 
 }  // namespace omni_moe::cuda

@@ -13,6 +13,8 @@ enum class RouterScore : int8_t {
 };
 
 // Order: descending s, compared in fp32 (fp64 for kFloat64); equal s by ascending id; NaN first.
+// Sums of finite logits that overflow keep their order: beside such logits all sums are compared as
+// halves.
 // Where a log_softmax is NaN (a NaN or +inf logit, or all logits -inf) every weight of that token
 // is NaN and its ids are 0 … K-1.
 struct RouterForwardParams {

@@ -83,26 +83,28 @@ def replace_doge_moe(model: nn.Module, router_layout: str = "hf_view") -> nn.Mod
     Raises:
         ValueError: there is no `DogeCDMoE`, or one that `OmniDogeCDMoE` cannot be.
     """
-    modules = [module for module in model.modules() if isinstance(module, DogeCDMoE)]
+    modules = {n: module for n, module in model.named_modules() if isinstance(module, DogeCDMoE)}
     if not modules:
         raise ValueError(
             f"model: expected a Doge model with config.is_moe=True, got {type(model).__name__} "
             "without a DogeCDMoE"
         )
-    for module in modules:
-        _check(module.num_experts, module.act_fn, router_layout)
-    for module in modules:
+    for name, module in modules.items():
+        _check(module.num_experts, module.act_fn, router_layout, where=f"{name}: ")
+    for module in modules.values():
         # Only the forward differs, so the module is kept, with its hooks and parameters.
         module.__class__ = OmniDogeCDMoE
         module.router_layout = router_layout
     return model
 
 
-def _check(num_experts: int, activation: str | nn.Module, router_layout: str) -> None:
+def _check(
+    num_experts: int, activation: str | nn.Module, router_layout: str, where: str = ""
+) -> None:
     if math.isqrt(num_experts) ** 2 != num_experts:
-        raise ValueError(f"num_experts: expected a square, got {num_experts}")
+        raise ValueError(f"{where}num_experts: expected a square, got {num_experts}")
     if router_layout not in ROUTER_LAYOUTS:
         raise ValueError(
             f"router_layout: expected one of {', '.join(ROUTER_LAYOUTS)}, got {router_layout!r}"
         )
-    activation_name(activation)
+    activation_name(activation, where)

@@ -59,7 +59,7 @@ def _atomic_weights(experts: nn.Module) -> tuple[Tensor, Tensor, str]:
         raise ValueError(f"{kind} width 1, got {experts.up_proj.shape[width_dim]}")
     up_weights = experts.up_proj.squeeze(width_dim)
     down_weights = experts.down_proj.squeeze(3 - width_dim)
-    return up_weights, down_weights, activation_name(experts.act_fn)
+    return up_weights, down_weights, activation_name(experts.act_fn, f"{type(experts).__name__}: ")
 
 
 ALL_EXPERTS_FUNCTIONS.register("omni_moe", omni_moe_experts_forward)

@@ -34,8 +34,12 @@ ACTIVATIONS = {
 _ACTIVATION_OF_TYPE = {type(ACT2FN[name]): ours for name, ours in ACTIVATIONS.items()}
 
 
-def activation_name(activation: str | nn.Module | None) -> str:
+def activation_name(activation: str | nn.Module | None, where: str = "") -> str:
     """Our name of an activation of Transformers, given by its name or as a module.
+
+    Args:
+        activation: the name or the module.
+        where: what the error shall name besides, as "layer 3: ".
 
     Raises:
         ValueError: there is no kernel for it.
@@ -44,7 +48,7 @@ def activation_name(activation: str | nn.Module | None) -> str:
     ours = ACTIVATIONS.get(activation) if is_name else _ACTIVATION_OF_TYPE.get(type(activation))
     if ours is None:
         got = repr(activation) if is_name else type(activation).__name__
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {got}")
+        raise ValueError(f"{where}activation: expected one of {', '.join(ACTIVATIONS)}, got {got}")
     return ours
 
 

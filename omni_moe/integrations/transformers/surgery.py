@@ -108,18 +108,18 @@ def _build_layer(where: str, block: nn.Module, options: dict[str, Any]) -> tuple
                 f"{where}: {part}: expected weights on a device, got offloaded ones; replace the "
                 "MLPs of the model on the CPU, save it, and load it with offloading"
             )
-    layer = _from_mlp(mlp, options)
+    layer = _from_mlp(where, mlp, options)
     if mlp.gate_proj.weight.device.type != "meta":
         _check_same_function(where, mlp, layer)
     return name, layer
 
 
-def _from_mlp(mlp: nn.Module, options: dict[str, Any]) -> OmniMoE:
+def _from_mlp(where: str, mlp: nn.Module, options: dict[str, Any]) -> OmniMoE:
     weight = mlp.gate_proj.weight
     config = OmniMoEConfig(
         hidden_size=weight.shape[1],
         intermediate_size=weight.shape[0],
-        hidden_act=activation_name(getattr(mlp, "act_fn", None)),
+        hidden_act=activation_name(getattr(mlp, "act_fn", None), f"{where}: "),
         **options,
     )
     with weight.device:
