@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from omni_moe.activations import ACTIVATION_FUNCTIONS
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
-from omni_moe.modules.plain import plain_batch_norm_buffers, plain_weight
+from omni_moe.modules.plain import (
+    call_norm,
+    floating_dtype,
+    plain_batch_norm_buffers,
+    plain_weight,
+)
 from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class ExpertLoad(NamedTuple):
@@ -74,8 +81,10 @@ class OmniMoE(nn.Module):
         self.router_gate_x = nn.Linear(hidden_size, num_rows, bias=False)
         self.router_gate_y = nn.Linear(hidden_size, num_cols, bias=False)
         if config.router_norm == "batch_norm":
-            self.router_norm_x = nn.BatchNorm1d(num_rows, affine=False)
-            self.router_norm_y = nn.BatchNorm1d(num_cols, affine=False)
+            # Statistics in bf16 would stand still: a tenth of a small change rounds to nothing.
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.router_norm_x = nn.BatchNorm1d(num_rows, affine=False, dtype=dtype)
+            self.router_norm_y = nn.BatchNorm1d(num_cols, affine=False, dtype=dtype)
         else:
             self.router_norm_x = nn.Identity()
             self.router_norm_y = nn.Identity()
@@ -112,6 +121,8 @@ class OmniMoE(nn.Module):
         routing_weights, indices = omni_softmax_router(
             logits_x, logits_y, config.num_experts_per_token, config.norm_topk_prob
         )
+        if logits_x.dtype != tokens.dtype and not _is_autocast(tokens):
+            routing_weights = routing_weights.to(tokens.dtype)
         if config.has_router_loss:
             self._router_losses(logits_x, logits_y, indices)
         if config.track_expert_load and not _is_recomputing():
@@ -131,6 +142,10 @@ class OmniMoE(nn.Module):
         gate_x, gate_y = modules["router_gate_x"], modules["router_gate_y"]
         norm_x, norm_y = modules["router_norm_x"], modules["router_norm_y"]
         weight_x, weight_y = plain_weight(gate_x, nn.Linear), plain_weight(gate_y, nn.Linear)
+        # A router in fp32 beside experts in fp16 is common: Transformers keeps gates so.
+        gate_dtype = floating_dtype(gate_x) if weight_x is None else weight_x.dtype
+        if gate_dtype == torch.float32 and tokens.dtype in _HALVES and not _is_autocast(tokens):
+            tokens = tokens.float()
         buffers = plain_batch_norm_buffers(norm_x, norm_y)
         is_plain = weight_x is not None and weight_y is not None and buffers is not None
         if is_plain and weight_x.dtype == weight_y.dtype:
@@ -143,7 +158,7 @@ class OmniMoE(nn.Module):
                 momentum=norm_x.momentum,
                 eps=norm_x.eps,
             )
-        return norm_x(gate_x(tokens)), norm_y(gate_y(tokens))
+        return call_norm(norm_x, gate_x(tokens)), call_norm(norm_y, gate_y(tokens))
 
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
@@ -239,6 +254,10 @@ class OmniMoE(nn.Module):
             f"num_experts_per_token={config.num_experts_per_token}, "
             f"hidden_act={config.hidden_act}, norm_topk_prob={config.norm_topk_prob}"
         )
+
+
+def _is_autocast(tokens: Tensor) -> bool:
+    return not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)
 
 
 def _is_recomputing() -> bool:
