@@ -4,6 +4,8 @@
 Orchestrating Atomic Experts at Scale" (arXiv 2602.05711).
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,10 @@ from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
 
 _HALVES = (torch.float16, torch.bfloat16)
+_WITHOUT_GRADIENTS = (
+    "router_loss: expected layers that ran with gradients enabled, got one that ran under "
+    "no_grad in training mode; with activation checkpointing use use_reentrant=False"
+)
 
 
 class ExpertLoad(NamedTuple):
@@ -31,6 +37,15 @@ class ExpertLoad(NamedTuple):
     usage: float  # share of experts chosen at least once, in [0, 1]
     unevenness: float  # KL(z || uniform) in nats, z the normalised retrieval frequency
     counts: Tensor  # (E,) int64, how often each expert was chosen
+
+
+class RouterOutputs(NamedTuple):
+    """What the router of one layer made of the tokens of one forward."""
+
+    logits_x: Tensor  # (T, R)
+    logits_y: Tensor  # (T, C)
+    indices: Tensor  # (T, K)
+    had_grad_enabled: bool
 
 
 class OmniMoE(nn.Module):
@@ -65,6 +80,8 @@ class OmniMoE(nn.Module):
     """
 
     aux_loss: Tensor | None = None
+    # Where a model that wants the router's outputs gets them, see `recorded_router_outputs`.
+    _recorded: "list[RouterOutputs] | None" = None
     # The last forward was in training mode, but without gradients, so that it left no `aux_loss`.
     _aux_loss_is_missing: bool = False
 
@@ -123,6 +140,9 @@ class OmniMoE(nn.Module):
         )
         if logits_x.dtype != tokens.dtype and not _is_autocast(tokens):
             routing_weights = routing_weights.to(tokens.dtype)
+        if self._recorded is not None and not _is_recomputing():
+            has_grad = torch.is_grad_enabled()
+            self._recorded.append(RouterOutputs(logits_x, logits_y, indices, has_grad))
         if config.has_router_loss:
             self._router_losses(logits_x, logits_y, indices)
         if config.track_expert_load and not _is_recomputing():
@@ -170,15 +190,10 @@ class OmniMoE(nn.Module):
             self.aux_loss = None
         if not (self.training and has_grad):
             return
-        losses = []
-        if config.router_aux_loss_coef > 0:
-            balance = load_balancing_loss(logits_x, logits_y, indices)
-            losses.append(config.router_aux_loss_coef * balance)
-        if config.router_z_loss_coef > 0:
-            losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
+        loss = weighted_router_loss(config, logits_x, logits_y, indices)
         # The loss of a recomputed forward would keep its graph, and with it the activations.
         if not is_recomputing:
-            self.aux_loss = sum(losses)
+            self.aux_loss = loss
 
     def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
         modules, activation = self._modules, self.config.hidden_act
@@ -244,7 +259,12 @@ class OmniMoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy and pickle, which refuse tensors that are part of a graph.
-        return {**super().__getstate__(), "aux_loss": None, "_aux_loss_is_missing": False}
+        return {
+            **super().__getstate__(),
+            "aux_loss": None,
+            "_aux_loss_is_missing": False,
+            "_recorded": None,
+        }
 
     def extra_repr(self) -> str:
         config = self.config
@@ -265,6 +285,44 @@ def _is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def weighted_router_loss(
+    config: OmniMoEConfig, logits_x: Tensor, logits_y: Tensor, indices: Tensor
+) -> Tensor | None:
+    """The sum of the losses that the config asks for, in its weights; None if there are none."""
+    losses = []
+    if config.router_aux_loss_coef > 0:
+        balance = load_balancing_loss(logits_x, logits_y, indices)
+        losses.append(config.router_aux_loss_coef * balance)
+    if config.router_z_loss_coef > 0:
+        losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
+    return sum(losses) if losses else None
+
+
+@contextlib.contextmanager
+def recorded_router_outputs(layers: Iterable[OmniMoE]) -> Iterator[list[list[RouterOutputs]]]:
+    """For each layer a list, to which every forward inside the block adds what its router made.
+
+    Forwards that activation checkpointing repeats are left out.
+
+    Raises:
+        RuntimeError: at the end, if gradients are enabled, but a layer in training mode ran without
+            them, as reentrant activation checkpointing does: no loss would have an effect.
+    """
+    layers = list(layers)
+    recorded = [[] for _ in layers]
+    for layer, outputs in zip(layers, recorded, strict=True):
+        layer._recorded = outputs
+    try:
+        yield recorded
+    finally:
+        for layer in layers:
+            layer._recorded = None
+    if torch.is_grad_enabled():
+        for layer, outputs in zip(layers, recorded, strict=True):
+            if layer.training and not all(one.had_grad_enabled for one in outputs):
+                raise RuntimeError(_WITHOUT_GRADIENTS)
+
+
 def router_loss(model: nn.Module) -> Tensor:
     """The sum of `aux_loss` over the OmniMoE layers of a model, to be added to its training loss.
 
@@ -283,10 +341,7 @@ def router_loss(model: nn.Module) -> Tensor:
     """
     layers = [module for module in model.modules() if isinstance(module, OmniMoE)]
     if torch.is_grad_enabled() and any(layer._aux_loss_is_missing for layer in layers):
-        raise RuntimeError(
-            "router_loss: expected layers that ran with gradients enabled, got one that ran under "
-            "no_grad in training mode; with activation checkpointing use use_reentrant=False"
-        )
+        raise RuntimeError(_WITHOUT_GRADIENTS)
     losses = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
     if not losses:
         parameter = next(model.parameters(), None)

@@ -43,7 +43,7 @@ FAMILIES = {
 
 
 def family_config(family: str, **options) -> PreTrainedConfig:
-    return FAMILIES[family](**SIZES, **options)
+    return FAMILIES[family](**(SIZES | options))
 
 
 def dense_model(family: str = "Llama", **options) -> PreTrainedModel:
