@@ -38,6 +38,14 @@ class ExpertLoad(NamedTuple):
     unevenness: float  # KL(z || uniform) in nats, z the normalised retrieval frequency
     counts: Tensor  # (E,) int64, how often each expert was chosen
 
+    @classmethod
+    def of(cls, counts: Tensor) -> "ExpertLoad":
+        """Waits for the device of the counts."""
+        frequency = counts.double() / counts.sum()
+        unevenness = torch.special.xlogy(frequency, frequency * counts.numel()).sum()
+        usage = (counts > 0).double().mean()
+        return cls(usage.item(), unevenness.item(), counts)
+
 
 class RouterOutputs(NamedTuple):
     """What the router of one layer made of the tokens of one forward."""
@@ -80,8 +88,8 @@ class OmniMoE(nn.Module):
     """
 
     aux_loss: Tensor | None = None
-    # Where a model that wants the router's outputs gets them, see `recorded_router_outputs`.
-    _recorded: "list[RouterOutputs] | None" = None
+    # Who wants the router's outputs gets them here: lists, or what can be appended to as a list.
+    _recorders: tuple[Any, ...] = ()
     # The last forward was in training mode, but without gradients, so that it left no `aux_loss`.
     _aux_loss_is_missing: bool = False
 
@@ -140,9 +148,10 @@ class OmniMoE(nn.Module):
         )
         if logits_x.dtype != tokens.dtype and not _is_autocast(tokens):
             routing_weights = routing_weights.to(tokens.dtype)
-        if self._recorded is not None and not _is_recomputing():
-            has_grad = torch.is_grad_enabled()
-            self._recorded.append(RouterOutputs(logits_x, logits_y, indices, has_grad))
+        if self._recorders and not _is_recomputing():
+            recorded = RouterOutputs(logits_x, logits_y, indices, torch.is_grad_enabled())
+            for recorder in self._recorders:
+                recorder.append(recorded)
         if config.has_router_loss:
             self._router_losses(logits_x, logits_y, indices)
         if config.track_expert_load and not _is_recomputing():
@@ -246,11 +255,7 @@ class OmniMoE(nn.Module):
             raise RuntimeError(
                 "expert_load: expected track_expert_load=True in the config, got False"
             )
-        counts = self.expert_counts.clone()
-        frequency = counts.double() / counts.sum()
-        unevenness = torch.special.xlogy(frequency, frequency * counts.numel()).sum()
-        usage = (counts > 0).double().mean()
-        return ExpertLoad(usage.item(), unevenness.item(), counts)
+        return ExpertLoad.of(self.expert_counts.clone())
 
     def reset_expert_load(self) -> None:
         """Forget all choices counted so far."""
@@ -299,28 +304,45 @@ def weighted_router_loss(
 
 
 @contextlib.contextmanager
-def recorded_router_outputs(layers: Iterable[OmniMoE]) -> Iterator[list[list[RouterOutputs]]]:
-    """For each layer a list, to which every forward inside the block adds what its router made.
+def recording(layers: Iterable[OmniMoE], recorders: Iterable[Any]) -> Iterator[None]:
+    """Inside the block every forward of a layer appends its `RouterOutputs` to a recorder.
 
     Forwards that activation checkpointing repeats are left out.
+
+    Args:
+        layers: any.
+        recorders: one for each layer, a list or what has an `append` as lists have it.
+    """
+    pairs = list(zip(layers, recorders, strict=True))
+    for layer, recorder in pairs:
+        layer._recorders = (*layer._recorders, recorder)
+    try:
+        yield
+    finally:
+        for layer, recorder in pairs:
+            layer._recorders = tuple(one for one in layer._recorders if one is not recorder)
+
+
+@contextlib.contextmanager
+def recorded_router_outputs(layers: list[OmniMoE]) -> Iterator[list[list[RouterOutputs]]]:
+    """For each layer the list of what its router made in the forwards inside the block.
 
     Raises:
         RuntimeError: at the end, if gradients are enabled, but a layer in training mode ran without
             them, as reentrant activation checkpointing does: no loss would have an effect.
     """
-    layers = list(layers)
     recorded = [[] for _ in layers]
-    for layer, outputs in zip(layers, recorded, strict=True):
-        layer._recorded = outputs
-    try:
+    with recording(layers, recorded):
         yield recorded
-    finally:
-        for layer in layers:
-            layer._recorded = None
     if torch.is_grad_enabled():
         for layer, outputs in zip(layers, recorded, strict=True):
             if layer.training and not all(one.had_grad_enabled for one in outputs):
                 raise RuntimeError(_WITHOUT_GRADIENTS)
+
+
+def is_recorded(layers: list[OmniMoE]) -> bool:
+    """Whether code further out is inside `recorded_router_outputs`."""
+    return any(isinstance(one, list) for layer in layers for one in layer._recorders)
 
 
 def router_loss(model: nn.Module) -> Tensor:

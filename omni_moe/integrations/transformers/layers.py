@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from omni_moe import OmniMoE, load_balancing_loss, router_loss
 from omni_moe.modules.omni_moe import (
     RouterOutputs,
+    is_recorded,
     recorded_router_outputs,
     weighted_router_loss,
 )
@@ -157,6 +158,13 @@ class ModelMixin:
         for layer in fresh:
             layer.reset_expert_load()
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT takes from it what an adapter is saved with; its prefix tells that a PeftModel asks.
+        is_of_adapter = getattr(self, "_hf_peft_config_loaded", False) and not kwargs.get("prefix")
+        if is_of_adapter or kwargs.get("prefix") in ("base_model.", "base_model.model."):
+            _warn_of_unsaved_statistics(self)
+        return super().state_dict(*args, **kwargs)
+
     def num_active_parameters(self, exclude_embeddings: bool = False) -> int:
         """Parameters that take part in one token's output; all are `num_parameters()`."""
         return num_active_parameters(self, exclude_embeddings)
@@ -166,6 +174,23 @@ class ModelMixin:
         config = self.config.get_text_config()
         for layer in omni_moe_layers(self).values():
             set_coefficients(layer, config.router_aux_loss_coef, config.router_z_loss_coef)
+
+
+def _warn_of_unsaved_statistics(model: nn.Module) -> None:
+    """Warns where an adapter leaves out running statistics, which its training has moved."""
+    for name, layer in omni_moe_layers(model).items():
+        norms = (layer.router_norm_x, layer.router_norm_y)
+        are_plain = all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms)
+        # A layer that is saved as a whole has plain norms, too.
+        if are_plain and "modules_to_save" not in name and norms[0].num_batches_tracked > 0:
+            warnings.warn(
+                "router_norm_x and router_norm_y: the adapter is saved without the running "
+                "statistics of the routers, which training moves, and will compute something else "
+                "when it is loaded; give its config "
+                'modules_to_save=["router_norm_x", "router_norm_y"]',
+                stacklevel=3,
+            )
+            return
 
 
 def is_initialized(module: nn.Module) -> bool:
@@ -218,7 +243,7 @@ def with_router_outputs(forward: Callable[..., ModelOutput]) -> Callable[..., Mo
         config = self.config.get_text_config()
         layers = list(omni_moe_layers(self).values())
         # A model around this one asks the layers already, and answers.
-        is_inner = any(layer._recorded is not None for layer in layers)
+        is_inner = is_recorded(layers)
         if has_loss and not is_inner:
             self._follow_config()
         if not is_asked or is_inner:
