@@ -312,22 +312,21 @@ def dense_router_logits(
     return tuple(logits)
 
 
-@functools.cache
+_MOE_OUTPUT_CLASSES: dict[type[ModelOutput], type[ModelOutput]] = {
+    BaseModelOutputWithPast: MoeModelOutputWithPast,
+    CausalLMOutputWithPast: MoeCausalLMOutputWithPast,
+}
+
+
 def moe_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
     """The class of outputs that are those of `base` with those of routers beside them."""
-    known = {
-        BaseModelOutputWithPast: MoeModelOutputWithPast,
-        CausalLMOutputWithPast: MoeCausalLMOutputWithPast,
-    }
-    if base in known:
-        return known[base]
-    fields = {"aux_loss": Tensor | None, "router_logits": tuple[Tensor, ...] | None}
-    new = [name for name in fields if name not in base.__dataclass_fields__]
-    namespace = dict.fromkeys(new) | {
-        "__annotations__": {name: fields[name] for name in new},
-        "__module__": __name__,
-    }
-    return dataclasses.dataclass(type(f"Moe{base.__name__}", (base,), namespace))
+    if base not in _MOE_OUTPUT_CLASSES:
+        fields = {"aux_loss": Tensor | None, "router_logits": tuple[Tensor, ...] | None}
+        new = {name: kind for name, kind in fields.items() if not hasattr(base, name)}
+        namespace = dict.fromkeys(new) | {"__annotations__": new, "__module__": __name__}
+        made = dataclasses.dataclass(type(f"Moe{base.__name__}", (base,), namespace))
+        _MOE_OUTPUT_CLASSES[base] = made
+    return _MOE_OUTPUT_CLASSES[base]
 
 
 def _is_training(model: nn.Module) -> bool:

@@ -135,7 +135,14 @@ def mark_replaced(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
                 module.config = config
         _adopt(model, type(config))
         _adopt(model.base_model, type(config))
-    model.config.omni_moe["replaced"].append(arguments)
+    replaced, text_config = model.config.omni_moe["replaced"], model.config.get_text_config()
+    if not has_own_experts(text_config):
+        # Unless somebody has changed the coefficient, it follows the calls.
+        if vars(text_config).get("router_aux_loss_coef") == _largest(
+            replaced, "router_aux_loss_coef"
+        ):
+            del text_config.router_aux_loss_coef
+    replaced.append(arguments)
     _declare_experts(model.config)
     # As those of a loaded model, the layers' weights are there to stay.
     for layer in omni_moe_layers(model).values():
@@ -171,17 +178,14 @@ def _largest(replaced: list[dict[str, Any]], name: str) -> Any:
 def _declare_experts(config: PreTrainedConfig) -> None:
     """Gives the config the fields by which trainers know a mixture of experts, where it has none.
 
-    After several calls of `replace_mlp` they are the largest of each; a coefficient of the load
-    balancing loss that somebody has changed stays.
+    After several calls of `replace_mlp` they are the largest of each.
     """
     text_config, replaced = config.get_text_config(), config.omni_moe["replaced"]
     if has_own_experts(text_config):
         return
     fields = vars(text_config)
-    earlier = _largest(replaced[:-1], "router_aux_loss_coef")
-    if fields.get("router_aux_loss_coef", earlier) == earlier:
-        text_config.router_aux_loss_coef = _largest(replaced, "router_aux_loss_coef")
-    text_config.output_router_logits = fields.get("output_router_logits", False)
+    fields.setdefault("router_aux_loss_coef", _largest(replaced, "router_aux_loss_coef"))
+    fields.setdefault("output_router_logits", False)
     text_config.num_experts = _largest(replaced, "num_experts")
     text_config.num_experts_per_tok = _largest(replaced, "num_experts_per_token")
 
