@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 import socket
+import warnings
 
 import pytest
 import torch
@@ -439,6 +440,65 @@ def test_lora(peft, kind, targets, examples, tmp_path):
         assert_bitwise(again(ids).logits, model.eval()(ids).logits)
     merged = again.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, model(ids).logits)
+
+
+def saving_warns(model, out, **options) -> bool:
+    """Whether it is said that running statistics are left out."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(out, **options)
+    messages = [str(warning.message) for warning in caught]
+    found = [m for m in messages if "saved without the running statistics of the routers" in m]
+    assert len(found) <= 1
+    return bool(found)
+
+
+@pytest.mark.parametrize("how", ["PeftModel", "add_adapter", "Trainer"])
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+def test_adapters_without_running_statistics(peft, kind, how, examples, tmp_path):
+    """They compute something else when they are loaded, which is said as they are saved."""
+
+    def trained(**options):
+        base = replaced_model(**options) if kind == "replaced" else omni_model(**options)
+        base.save_pretrained(tmp_path / "base")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=to_save)
+        if how == "add_adapter":
+            try:
+                base.add_adapter(config)
+            except ValueError as error:
+                pytest.skip(str(error))  # this Transformers wants a newer PEFT
+            model = base
+        else:
+            model = peft.get_peft_model(base, config)
+        if how == "Trainer":
+            make_trainer(model, examples, tmp_path, max_steps=1).train()
+        else:
+            model.train()(random_ids())
+        return model
+
+    norms = ["router_norm_x", "router_norm_y"]
+    ids = random_ids()
+    for to_save, options, expected in (
+        (None, {}, True),
+        (["layers.0.mlp"], {}, True),
+        (norms, {}, False),
+        (["mlp"], {}, False),
+        (None, {"router_norm": "none"}, False),
+    ):
+        if options and kind == "replaced":
+            continue  # has no statistics to wake
+        model = trained(**options)
+        assert saving_warns(model, tmp_path / "adapter") == expected, to_save
+        if how == "add_adapter":
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+            again.load_adapter(tmp_path / "adapter")
+        else:
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+            again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+        with torch.no_grad():
+            same = torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+        assert same != expected, to_save
+    assert not saving_warns(replaced_model().train(), tmp_path / "whole")
 
 
 def test_training_the_experts_themselves(peft, examples, tmp_path):

@@ -146,7 +146,11 @@ class ModelMixin:
         Transformers does not initialise those modules of custom code that have no weights of their
         own, although some of them fill the buffers of other modules.
         """
-        base = next(base for base in cls.__mro__ if not base.__module__.startswith(__package__))
+        base = next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, PreTrainedModel) and not base.__module__.startswith(__package__)
+        )
         if base is cls or cls.is_remote_code():
             return super().is_custom_code()
         return base.is_custom_code()
