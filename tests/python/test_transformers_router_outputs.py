@@ -220,6 +220,32 @@ def test_adapters():
     torch.testing.assert_close(got.loss, want.loss)
 
 
+def test_copies_of_layers_in_adapters():
+    """Of two adapters and the layer under them, the one that runs answers."""
+    peft = pytest.importorskip("peft")
+    model = make_model("replaced", **LOSSES).train()
+    ids = random_ids()
+    want = model(ids, labels=ids, output_router_logits=True)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"])
+    adapted = peft.get_peft_model(model, lora)
+    adapted.add_adapter("other", lora)
+    with adapted.disable_adapter():
+        without = adapted(ids, labels=ids, output_router_logits=True)
+    model.config.router_aux_loss_coef = 0.25
+    for got in (without, adapted(ids, labels=ids, output_router_logits=True)):
+        assert len(got.router_logits) == 3
+        torch.testing.assert_close(got.aux_loss, want.aux_loss)
+    torch.testing.assert_close(without.loss, want.loss)
+    torch.testing.assert_close(got.loss, want.loss - 0.25 * want.aux_loss)
+
+
+def test_a_forward_without_a_loss_needs_none():
+    """Under reentrant checkpointing there is no loss to add, and nothing asks for one."""
+    model = make_model("scratch", **LOSSES).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert model(random_ids(), use_cache=False).loss is None
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(use_reentrant):
     model = make_model("scratch", **LOSSES).train()
@@ -260,6 +286,15 @@ def test_copies_of_the_decoder():
         assert type(copied.base_model) is type(model.base_model)
         assert type(copied.base_model).__name__ == "OmniMoeLlamaModel"
     assert omni_config().output_router_logits is False
+
+
+def test_custom_code_is_saved():
+    """What registers itself stands in the config, and nothing else."""
+    config = omni_config()
+    assert "AutoModelForCausalLM" in config.auto_map
+    assert "auto_map" not in config.to_dict()
+    config.auto_map["AutoModelForCausalLM"] = "modeling.Own"
+    assert config.to_dict()["auto_map"] == {"AutoModelForCausalLM": "modeling.Own"}
 
 
 # ---- initialisation around a replaced model ------------------------------------------------------

@@ -116,11 +116,23 @@ class ConfigMixin:
         It asks so where `transformers` has no class of the checkpoint's name. Transformers itself
         goes on using the classes of this package, which are registered, whatever stands here.
         """
-        return self.__dict__.get("auto_map", dict(self._model_names))
+        return self.__dict__.get("auto_map") or _AutoMap(self)
 
     @auto_map.setter
     def auto_map(self, value: dict[str, str]) -> None:
         self.__dict__["auto_map"] = value
+
+
+class _AutoMap(dict):
+    """Not saved with the config, except what is added: custom code that registers itself."""
+
+    def __init__(self, config: ConfigMixin) -> None:
+        super().__init__(config._model_names)
+        self._config = config
+
+    def __setitem__(self, name: str, value: str) -> None:
+        super().__setitem__(name, value)
+        self._config.auto_map = {name: value}
 
 
 def register(auto_class: type, config_class: type, model_class: Any) -> None:
@@ -176,8 +188,9 @@ class ModelMixin:
     def _follow_config(self) -> None:
         """Gives the layers the coefficients of the config, which trainers set between forwards."""
         config = self.config.get_text_config()
-        for layer in omni_moe_layers(self).values():
-            set_coefficients(layer, config.router_aux_loss_coef, config.router_z_loss_coef)
+        for layer in self.modules():
+            if isinstance(layer, OmniMoE):
+                set_coefficients(layer, config.router_aux_loss_coef, config.router_z_loss_coef)
 
 
 def _warn_of_unsaved_statistics(model: nn.Module) -> None:
@@ -186,7 +199,7 @@ def _warn_of_unsaved_statistics(model: nn.Module) -> None:
         norms = (layer.router_norm_x, layer.router_norm_y)
         are_plain = all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms)
         # A layer that is saved as a whole has plain norms, too.
-        if are_plain and "modules_to_save" not in name and norms[0].num_batches_tracked > 0:
+        if are_plain and "modules_to_save" not in name and _has_moved(norms[0]):
             warnings.warn(
                 "router_norm_x and router_norm_y: the adapter is saved without the running "
                 "statistics of the routers, which training moves, and will compute something else "
@@ -195,6 +208,11 @@ def _warn_of_unsaved_statistics(model: nn.Module) -> None:
                 stacklevel=3,
             )
             return
+
+
+def _has_moved(norm: nn.Module) -> bool:
+    count = norm.num_batches_tracked
+    return count is not None and not count.is_meta and bool(count > 0)
 
 
 def is_initialized(module: nn.Module) -> bool:
@@ -245,14 +263,16 @@ def with_router_outputs(forward: Callable[..., ModelOutput]) -> Callable[..., Mo
     @can_return_tuple
     def answer(self: PreTrainedModel, *args: Any, is_asked: bool, **kwargs: Any) -> ModelOutput:
         config = self.config.get_text_config()
-        layers = list(omni_moe_layers(self).values())
+        # All of them: without its adapter PEFT runs the layer of which it trains a copy.
+        layers = [module for module in self.modules() if isinstance(module, OmniMoE)]
         # A model around this one asks the layers already, and answers.
         is_inner = is_recorded(layers)
         if has_loss and not is_inner:
             self._follow_config()
         if not is_asked or is_inner:
             outputs = forward(self, *args, return_dict=True, **kwargs)
-            if has_loss and not is_inner and any(layer.config.has_router_loss for layer in layers):
+            has_router_loss = any(layer.config.has_router_loss for layer in layers)
+            if has_loss and not is_inner and has_router_loss and outputs.loss is not None:
                 _add_to_loss(self, outputs, kwargs, router_loss(self))
             return outputs
 

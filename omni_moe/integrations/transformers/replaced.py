@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import output_capturing
 
+from omni_moe import OmniMoE
 from omni_moe.integrations.transformers.layers import (
     ConfigMixin,
     ModelMixin,
@@ -65,17 +66,15 @@ class _ReplacedModelMixin(ModelMixin):
 
     def _follow_config(self) -> None:
         text_config = self.config.get_text_config()
-        aux_loss = getattr(text_config, "router_aux_loss_coef", None)
-        # The same as recorded: the layers have been built so, each call's with its own.
-        if has_own_experts(text_config) or aux_loss is None:
+        if has_own_experts(text_config):
             return
-        replaced = self.config.omni_moe["replaced"]
-        is_changed = aux_loss != _largest(replaced, "router_aux_loss_coef")
-        of_layer = {index: arguments for arguments in replaced for index in arguments["layers"]}
-        for index, layer in zip(sorted(of_layer), omni_moe_layers(self).values(), strict=True):
-            recorded = of_layer[index].get("router_aux_loss_coef", 0.0)
-            z_loss = of_layer[index].get("router_z_loss_coef", 0.0)
-            set_coefficients(layer, aux_loss if is_changed else recorded, z_loss)
+        aux_loss = text_config.router_aux_loss_coef
+        recorded = _largest(self.config.omni_moe["replaced"], "router_aux_loss_coef")
+        for layer in self.modules():
+            if isinstance(layer, OmniMoE) and hasattr(layer, "given_coefficients"):
+                # Each call of `replace_mlp` has its own coefficients, until somebody sets one.
+                own, z_loss = layer.given_coefficients
+                set_coefficients(layer, own if aux_loss == recorded else aux_loss, z_loss)
 
 
 @functools.cache

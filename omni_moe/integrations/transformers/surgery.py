@@ -130,6 +130,8 @@ def _from_mlp(mlp: nn.Module, options: dict[str, Any]) -> OmniMoE:
     for part in _PROJECTIONS:
         setattr(layer, part, getattr(mlp, part))
     nn.init.zeros_(layer.down_embed.weight)
+    # The model's config may change them, and change them back.
+    layer.given_coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
     return layer.train(mlp.training)
 
 
