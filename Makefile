@@ -10,6 +10,8 @@ PYTHON ?= python3
 TORCH ?= 2
 TRANSFORMERS ?= 5
 VENV ?= .venv
+# ON: TRL and bitsandbytes as well, without which their tests skip.
+TRAINERS ?= OFF
 # ON: warnings are errors. Not for a user's compiler, which may know more of them.
 WERROR ?= OFF
 # Object files are those of one environment.
@@ -24,7 +26,7 @@ CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'csrc/*.cu
 
 # Versions are part of the stamps' names, so that another one is installed and built when asked for.
 # The tree holds one built library, hence one stamp of it, which names the environment.
-READY := $(VENV)/.ready-torch$(TORCH)-transformers$(TRANSFORMERS)
+READY := $(VENV)/.ready-torch$(TORCH)-transformers$(TRANSFORMERS)$(if $(filter ON,$(TRAINERS)),-trainers)
 BUILT := build/.built$(subst /,_,$(VENV))-torch$(TORCH)
 
 .PHONY: all demo test test-cpp test-python test-sanitize bench lint format clean gtest
@@ -69,7 +71,8 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"  # the first that knows dependency groups
 	$(BIN)/python -m pip install --quiet --upgrade "torch==$(TORCH).*" \
-	  "transformers==$(TRANSFORMERS).*" --group build --group test --group lint
+	  "transformers==$(TRANSFORMERS).*" --group build --group test --group lint \
+	  $(if $(filter ON,$(TRAINERS)),--group trainers)
 	rm -f $(VENV)/.ready*
 	touch $@
 

@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -102,14 +103,15 @@ enum class AutocastTo {
   kWidestInput,    // for ops that compute in fp32 inside: their inputs only agree on one dtype
 };
 
-// An op's autocast kernel. PyTorch's own wrapper would cast the tensors of lists, too; here those
-// are buffers, which an op updates in place.
-template <c10::DeviceType kDevice, AutocastTo kTo, const auto& op>
+// An op's autocast kernel, which casts the tensors among the first kNumCast arguments. PyTorch's
+// own wrapper would cast the tensors of lists, too; here those are buffers, which an op updates in
+// place.
+template <c10::DeviceType kDevice, AutocastTo kTo, const auto& op, size_t kNumCast>
 struct Autocast;
 
 template <c10::DeviceType kDevice, AutocastTo kTo, OpName kName, typename Result, typename... Args,
-          const Op<kName, Result(Args...)>& op>
-struct Autocast<kDevice, kTo, op> {
+          const Op<kName, Result(Args...)>& op, size_t kNumCast>
+struct Autocast<kDevice, kTo, op, kNumCast> {
   static Result call(Args... args) {
     // The op runs once more, outside autocast.
     const c10::impl::ExcludeDispatchKeyGuard guard(
@@ -120,10 +122,22 @@ struct Autocast<kDevice, kTo, op> {
     } else {
       (widen(dtype, args), ...);
     }
-    return op(cast(dtype, args)...);
+    return [&]<size_t... i>(std::index_sequence<i...>) {
+      return op(cast_if<(i < kNumCast)>(dtype, args)...);
+    }
+    (std::index_sequence_for<Args...>());
   }
 
  private:
+  template <bool kCast, typename Arg>
+  static auto cast_if(at::ScalarType dtype, const Arg& input) {
+    if constexpr (kCast) {
+      return cast(dtype, input);
+    } else {
+      return input;
+    }
+  }
+
   static Tensor cast(at::ScalarType dtype, const Tensor& input) {
     return at::autocast::cached_cast(dtype, input, kDevice);
   }
@@ -172,12 +186,14 @@ void register_no_gradient(torch::Library& m, const OpHandle& op) {
                                   torch::autograd::autogradNotImplementedFallback()));
 }
 
-template <const auto& op, AutocastTo kTo>
+inline constexpr size_t kAllArguments = std::numeric_limits<size_t>::max();
+
+template <const auto& op, AutocastTo kTo, size_t kNumCast = kAllArguments>
 void register_autocast(torch::Library& m) {
-  m.impl(op.name,
-         torch::dispatch(c10::DispatchKey::AutocastCPU, Autocast<c10::kCPU, kTo, op>::call));
-  m.impl(op.name,
-         torch::dispatch(c10::DispatchKey::AutocastCUDA, Autocast<c10::kCUDA, kTo, op>::call));
+  m.impl(op.name, torch::dispatch(c10::DispatchKey::AutocastCPU,
+                                  Autocast<c10::kCPU, kTo, op, kNumCast>::call));
+  m.impl(op.name, torch::dispatch(c10::DispatchKey::AutocastCUDA,
+                                  Autocast<c10::kCUDA, kTo, op, kNumCast>::call));
 }
 
 }  // namespace omni_moe::torch_api

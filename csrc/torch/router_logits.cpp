@@ -3,6 +3,7 @@
 #include "omni_moe/router_logits.h"
 
 #include <string>
+#include <vector>
 
 #include "backend.h"
 #include "checks.h"
@@ -69,7 +70,6 @@ void check_gates(const char* op, const Tensor& hidden_states, const Tensor& gate
 
 void check_buffers(const Argument& hidden, const Tensor& gate_x, const Tensor& gate_y,
                    at::TensorList buffers) {
-  const auto own = hidden.tensor.scalar_type(), wide = accumulation_dtype(own);
   for (size_t i = 0; i < Buffers::kCount; ++i) {
     if (!buffers[i].defined()) continue;
     const Argument buffer{hidden.op, Buffers::kNames[i], buffers[i]};
@@ -83,9 +83,8 @@ void check_buffers(const Argument& hidden, const Tensor& gate_x, const Tensor& g
     check_size(buffer, 0, (i < Buffers::kPerAxis ? gate_x : gate_y).sym_size(0),
                "number of logits of its axis");
     const auto dtype = buffer.tensor.scalar_type();
-    TORCH_CHECK_VALUE(dtype == own || dtype == wide, buffer.op, ": expected ", buffer.name,
-                      " to be ", wide, " or in the dtype of hidden_states (", own, "), but got ",
-                      dtype);
+    TORCH_CHECK_VALUE(at::isFloatingType(dtype), buffer.op, ": expected ", buffer.name,
+                      " to be of floating point, but got ", dtype);
     TORCH_CHECK_VALUE(dtype == buffers[0].scalar_type(), buffer.op,
                       ": expected the running statistics in one dtype (", buffers[0].scalar_type(),
                       "), but got ", dtype, " for ", buffer.name);
@@ -176,6 +175,19 @@ void prepare_updates(const char* op, at::TensorList buffers) {
   }
 }
 
+// The kernels read running statistics in the dtype of the logits and in fp32. Any other, bf16
+// beside logits in fp32 say, comes to them as a copy in the accumulation type. That is a few
+// kilobytes, while another instantiation of every kernel would be built for all.
+std::vector<Tensor> statistics_for_kernels(at::TensorList buffers, at::ScalarType dtype) {
+  std::vector<Tensor> statistics = buffers.vec();
+  for (Tensor& tensor : statistics) {
+    if (!tensor.defined() || !tensor.is_floating_point()) continue;
+    const auto own = tensor.scalar_type();
+    if (own != dtype && own != at::kFloat) tensor = tensor.to(accumulation_dtype(dtype));
+  }
+  return statistics;
+}
+
 BatchNormBuffers pointers_to(at::TensorList buffers, bool training) {
   const auto data = [&](size_t i) -> void* {
     if (!buffers[i].defined()) return nullptr;
@@ -230,8 +242,13 @@ Normed training_kernel(const Tensor& hidden_states, const Tensor& gate_x, const 
   const auto outputs =
       training_outputs(hidden_states, gate_x, gate_y, batch_norm_buffers, momentum, eps);
   prepare_updates(omni_router_logits.name, batch_norm_buffers);
-  fill_normed(hidden_states, gate_x, gate_y, batch_norm_buffers, /*training=*/true, momentum, eps,
-              outputs);
+  // The updates below must not be counted a second time.
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto statistics = statistics_for_kernels(batch_norm_buffers, hidden_states.scalar_type());
+  fill_normed(hidden_states, gate_x, gate_y, statistics, /*training=*/true, momentum, eps, outputs);
+  for (size_t i = 0; i < statistics.size(); ++i) {
+    if (!statistics[i].is_same(batch_norm_buffers[i])) batch_norm_buffers[i].copy_(statistics[i]);
+  }
   return outputs;
 }
 
@@ -240,10 +257,12 @@ Normed eval_kernel(const Tensor& hidden_states, const Tensor& gate_x, const Tens
                    const Tensor& running_mean_y, const Tensor& running_var_y, double eps) {
   const auto outputs = eval_outputs(hidden_states, gate_x, gate_y, running_mean_x, running_var_x,
                                     running_mean_y, running_var_y, eps);
-  fill_normed(hidden_states, gate_x, gate_y,
-              {running_mean_x.contiguous(), running_var_x.contiguous(), Tensor(),
-               running_mean_y.contiguous(), running_var_y.contiguous(), Tensor()},
-              /*training=*/false, /*momentum=*/0, eps, outputs);
+  const auto statistics =
+      statistics_for_kernels({running_mean_x.contiguous(), running_var_x.contiguous(), Tensor(),
+                              running_mean_y.contiguous(), running_var_y.contiguous(), Tensor()},
+                             hidden_states.scalar_type());
+  fill_normed(hidden_states, gate_x, gate_y, statistics, /*training=*/false, /*momentum=*/0, eps,
+              outputs);
   return outputs;
 }
 
@@ -328,7 +347,8 @@ TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
   register_kernels(m, omni_router_logits_eval, eval_outputs, eval_kernel);
   register_gradient<omni_router_logits_eval,
                     OmniRouterLogitsBackward<omni_router_logits_eval, false>>(m);
-  register_autocast<omni_router_logits_eval, AutocastTo::kAutocastDtype>(m);
+  // The first three: hidden states and gates, not the running statistics.
+  register_autocast<omni_router_logits_eval, AutocastTo::kAutocastDtype, 3>(m);
 
   register_kernels(m, omni_router_logits_backward, backward_outputs, backward_kernel);
   register_no_gradient(m, omni_router_logits_backward);

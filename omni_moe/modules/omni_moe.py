@@ -5,7 +5,7 @@ Orchestrating Atomic Experts at Scale" (arXiv 2602.05711).
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from omni_moe.activations import ACTIVATION_FUNCTIONS
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
-from omni_moe.modules.plain import plain_batch_norm_buffers, plain_weight
+from omni_moe.modules.plain import (
+    call_norm,
+    floating_dtype,
+    plain_batch_norm_buffers,
+    plain_weight,
+)
 from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
+
+_HALVES = (torch.float16, torch.bfloat16)
+_WITHOUT_GRADIENTS = (
+    "router_loss: expected layers that ran with gradients enabled, got one that ran under "
+    "no_grad in training mode; with activation checkpointing use use_reentrant=False"
+)
 
 
 class ExpertLoad(NamedTuple):
@@ -26,6 +37,23 @@ class ExpertLoad(NamedTuple):
     usage: float  # share of experts chosen at least once, in [0, 1]
     unevenness: float  # KL(z || uniform) in nats, z the normalised retrieval frequency
     counts: Tensor  # (E,) int64, how often each expert was chosen
+
+    @classmethod
+    def of(cls, counts: Tensor) -> "ExpertLoad":
+        """Waits for the device of the counts."""
+        frequency = counts.double() / counts.sum()
+        unevenness = torch.special.xlogy(frequency, frequency * counts.numel()).sum()
+        usage = (counts > 0).double().mean()
+        return cls(usage.item(), unevenness.item(), counts)
+
+
+class RouterOutputs(NamedTuple):
+    """What the router of one layer made of the tokens of one forward."""
+
+    logits_x: Tensor  # (T, R)
+    logits_y: Tensor  # (T, C)
+    indices: Tensor  # (T, K)
+    had_grad_enabled: bool
 
 
 class OmniMoE(nn.Module):
@@ -40,7 +68,8 @@ class OmniMoE(nn.Module):
     Args:
         config: sizes and options, see `OmniMoEConfig`.
         device: of parameters and buffers, as in the modules of torch.nn.
-        dtype: of parameters and running statistics, as in the modules of torch.nn.
+        dtype: of parameters, as in the modules of torch.nn; running statistics are never narrower
+            than fp32.
 
     Shape:
         Input (B, S, H) or (T, H), output the same shape and dtype (under autocast its dtype); T = 0
@@ -64,6 +93,8 @@ class OmniMoE(nn.Module):
     """
 
     aux_loss: Tensor | None = None
+    # Who wants the router's outputs gets them here: lists, or what can be appended to as a list.
+    _recorders: tuple[Any, ...] = ()
     # The last forward was in training mode, but without gradients, so that it left no `aux_loss`.
     _aux_loss_is_missing: bool = False
 
@@ -86,8 +117,11 @@ class OmniMoE(nn.Module):
         self.router_gate_x = nn.Linear(hidden_size, num_rows, bias=False, **factory)
         self.router_gate_y = nn.Linear(hidden_size, num_cols, bias=False, **factory)
         if config.router_norm == "batch_norm":
-            self.router_norm_x = nn.BatchNorm1d(num_rows, affine=False, **factory)
-            self.router_norm_y = nn.BatchNorm1d(num_cols, affine=False, **factory)
+            # Statistics in bf16 would stand still: a tenth of a small change rounds to nothing.
+            stats_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            norm = {"affine": False, "device": device, "dtype": stats_dtype}
+            self.router_norm_x = nn.BatchNorm1d(num_rows, **norm)
+            self.router_norm_y = nn.BatchNorm1d(num_cols, **norm)
         else:
             self.router_norm_x = nn.Identity()
             self.router_norm_y = nn.Identity()
@@ -121,6 +155,12 @@ class OmniMoE(nn.Module):
         routing_weights, indices = omni_softmax_router(
             logits_x, logits_y, config.num_experts_per_token, config.norm_topk_prob
         )
+        if logits_x.dtype != tokens.dtype and not _is_autocast(tokens):
+            routing_weights = routing_weights.to(tokens.dtype)
+        if self._recorders and not _is_recomputing():
+            recorded = RouterOutputs(logits_x, logits_y, indices, torch.is_grad_enabled())
+            for recorder in self._recorders:
+                recorder.append(recorded)
         if config.has_router_loss:
             self._router_losses(logits_x, logits_y, indices)
         if config.track_expert_load and not _is_recomputing():
@@ -140,6 +180,10 @@ class OmniMoE(nn.Module):
         gate_x, gate_y = modules["router_gate_x"], modules["router_gate_y"]
         norm_x, norm_y = modules["router_norm_x"], modules["router_norm_y"]
         weight_x, weight_y = plain_weight(gate_x, nn.Linear), plain_weight(gate_y, nn.Linear)
+        # A router in fp32 beside experts in fp16 is common: Transformers keeps gates so.
+        gate_dtype = floating_dtype(gate_x) if weight_x is None else weight_x.dtype
+        if gate_dtype == torch.float32 and tokens.dtype in _HALVES and not _is_autocast(tokens):
+            tokens = tokens.float()
         buffers = plain_batch_norm_buffers(norm_x, norm_y)
         is_plain = weight_x is not None and weight_y is not None and buffers is not None
         if is_plain and weight_x.dtype == weight_y.dtype:
@@ -153,7 +197,7 @@ class OmniMoE(nn.Module):
                 eps=norm_x.eps,
             )
         with _named_range("omni_moe.router"):
-            return norm_x(gate_x(tokens)), norm_y(gate_y(tokens))
+            return call_norm(norm_x, gate_x(tokens)), call_norm(norm_y, gate_y(tokens))
 
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
@@ -165,15 +209,10 @@ class OmniMoE(nn.Module):
             self.aux_loss = None
         if not (self.training and has_grad):
             return
-        losses = []
-        if config.router_aux_loss_coef > 0:
-            balance = load_balancing_loss(logits_x, logits_y, indices)
-            losses.append(config.router_aux_loss_coef * balance)
-        if config.router_z_loss_coef > 0:
-            losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
+        loss = weighted_router_loss(config, logits_x, logits_y, indices)
         # The loss of a recomputed forward would keep its graph, and with it the activations.
         if not is_recomputing:
-            self.aux_loss = sum(losses)
+            self.aux_loss = loss
 
     def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
         modules, activation = self._modules, self.config.hidden_act
@@ -232,10 +271,7 @@ class OmniMoE(nn.Module):
             counts = self._zero_counts("cpu" if weight.is_meta else weight.device)
         else:
             counts = self.expert_counts.clone()
-        frequency = counts.double() / counts.sum()
-        unevenness = torch.special.xlogy(frequency, frequency * counts.numel()).sum()
-        usage = (counts > 0).double().mean()
-        return ExpertLoad(usage.item(), unevenness.item(), counts)
+        return ExpertLoad.of(counts)
 
     def reset_expert_load(self) -> None:
         """Forget all choices counted so far."""
@@ -272,7 +308,12 @@ class OmniMoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy and pickle, which refuse tensors that are part of a graph.
-        return {**super().__getstate__(), "aux_loss": None, "_aux_loss_is_missing": False}
+        return {
+            **super().__getstate__(),
+            "aux_loss": None,
+            "_aux_loss_is_missing": False,
+            "_recorded": None,
+        }
 
     def extra_repr(self) -> str:
         config = self.config
@@ -282,6 +323,10 @@ class OmniMoE(nn.Module):
             f"num_experts_per_token={config.num_experts_per_token}, "
             f"hidden_act={config.hidden_act}, norm_topk_prob={config.norm_topk_prob}"
         )
+
+
+def _is_autocast(tokens: Tensor) -> bool:
+    return not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)
 
 
 def _is_recomputing() -> bool:
@@ -294,6 +339,61 @@ def _named_range(name: str) -> contextlib.AbstractContextManager[object]:
     if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
         return torch.profiler.record_function(name)
     return contextlib.nullcontext()
+
+
+def weighted_router_loss(
+    config: OmniMoEConfig, logits_x: Tensor, logits_y: Tensor, indices: Tensor
+) -> Tensor | None:
+    """The sum of the losses that the config asks for, in its weights; None if there are none."""
+    losses = []
+    if config.router_aux_loss_coef > 0:
+        balance = load_balancing_loss(logits_x, logits_y, indices)
+        losses.append(config.router_aux_loss_coef * balance)
+    if config.router_z_loss_coef > 0:
+        losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
+    return sum(losses) if losses else None
+
+
+@contextlib.contextmanager
+def recording(layers: Iterable[OmniMoE], recorders: Iterable[Any]) -> Iterator[None]:
+    """Inside the block every forward of a layer appends its `RouterOutputs` to a recorder.
+
+    Forwards that activation checkpointing repeats are left out.
+
+    Args:
+        layers: any.
+        recorders: one for each layer, a list or what has an `append` as lists have it.
+    """
+    pairs = list(zip(layers, recorders, strict=True))
+    for layer, recorder in pairs:
+        layer._recorders = (*layer._recorders, recorder)
+    try:
+        yield
+    finally:
+        for layer, recorder in pairs:
+            layer._recorders = tuple(one for one in layer._recorders if one is not recorder)
+
+
+@contextlib.contextmanager
+def recorded_router_outputs(layers: list[OmniMoE]) -> Iterator[list[list[RouterOutputs]]]:
+    """For each layer the list of what its router made in the forwards inside the block.
+
+    Raises:
+        RuntimeError: at the end, if gradients are enabled, but a layer in training mode ran without
+            them, as reentrant activation checkpointing does: no loss would have an effect.
+    """
+    recorded = [[] for _ in layers]
+    with recording(layers, recorded):
+        yield recorded
+    if torch.is_grad_enabled():
+        for layer, outputs in zip(layers, recorded, strict=True):
+            if layer.training and not all(one.had_grad_enabled for one in outputs):
+                raise RuntimeError(_WITHOUT_GRADIENTS)
+
+
+def is_recorded(layers: list[OmniMoE]) -> bool:
+    """Whether code further out is inside `recorded_router_outputs`."""
+    return any(isinstance(one, list) for layer in layers for one in layer._recorders)
 
 
 def router_loss(model: nn.Module) -> Tensor:
@@ -314,10 +414,7 @@ def router_loss(model: nn.Module) -> Tensor:
     """
     layers = [module for module in model.modules() if isinstance(module, OmniMoE)]
     if torch.is_grad_enabled() and any(layer._aux_loss_is_missing for layer in layers):
-        raise RuntimeError(
-            "router_loss: expected layers that ran with gradients enabled, got one that ran under "
-            "no_grad in training mode; with activation checkpointing use use_reentrant=False"
-        )
+        raise RuntimeError(_WITHOUT_GRADIENTS)
     losses = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
     if not losses:
         parameter = next(model.parameters(), None)

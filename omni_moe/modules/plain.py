@@ -81,6 +81,48 @@ def _has_options(embedding: dict[str, object]) -> bool:
     )
 
 
+def call_norm(norm: nn.Module, logits: Tensor) -> Tensor:
+    """Calls the norm of one axis, whatever the dtype of its running statistics.
+
+    PyTorch's BatchNorm takes them in fp32 beside halves, else only in the dtype of the logits. But
+    who casts the parameters of a model and not its buffers, as PEFT does before training quantised
+    weights, leaves statistics in bf16 beside logits in fp32. They then take part as copies in the
+    wider dtype, and an update goes back.
+
+    Args:
+        norm: any module, wrapped or with hooks too.
+        logits: (T, N).
+
+    Returns:
+        `norm(logits)`.
+    """
+    wide_dtype = torch.promote_types(logits.dtype, torch.float32)
+    narrow = {
+        name: buffer
+        for name, buffer in norm.named_buffers()
+        if buffer.is_floating_point() and buffer.dtype not in (logits.dtype, wide_dtype)
+    }
+    if not narrow:
+        return norm(logits)
+    wide = {name: buffer.to(wide_dtype) for name, buffer in narrow.items()}
+    normed = torch.func.functional_call(norm, wide, (logits,))
+    if norm.training:
+        for name, buffer in narrow.items():
+            buffer.copy_(wide[name])
+    return normed
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the weight of a linear module, or None where it is not a number's, as in 4 bit.
+
+    Args:
+        module: a Linear, or what stands for one: an adapter around it, a quantised one.
+    """
+    weight = getattr(module, "weight", None)
+    is_floating = isinstance(weight, Tensor) and weight.is_floating_point()
+    return weight.dtype if is_floating else None
+
+
 def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module runs the `forward` of `kind` and nothing else."""
     state = module.__dict__

@@ -24,7 +24,8 @@ def omni_router(
 
     The Cartesian-product router of the paper (`S_ij = p_r[i] + p_c[j]`). Sums are taken and
     compared in fp32 (fp64 for fp64 logits); equal sums come in ascending id order, NaN sorts first
-    as in `torch.topk`, and sums of finite logits that overflow keep their order. The operator `torch.ops.omni_moe.omni_router` also takes R != C.
+    as in `torch.topk`, and sums of finite logits that overflow keep their order. The operator
+    `torch.ops.omni_moe.omni_router` also takes R != C.
 
     Args:
         router_logits_x: (T, R) logits of the grid's rows; fp32, fp16, bf16 (fp64 on CPU).
@@ -264,8 +265,8 @@ def omni_router_logits(
         gate_y: (C, H), same dtype.
         batch_norm_buffers: what two BatchNorms carry from batch to batch: `running_mean` (R,),
             `running_var` (R,) and `num_batches_tracked` () int64 of x, then those of y with C
-            columns. Statistics are fp32 or in the dtype of `hidden_states`, all four in the same.
-            Empty: nothing is tracked.
+            columns. The four statistics share one floating dtype, fp32 in the best case. Empty:
+            nothing is tracked.
         training: normalise by the batch's own statistics, and update the buffers in place (they
             must be contiguous then); else normalise by the running ones, and write nothing.
         momentum: weight of the batch in the running statistics.

@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
-from omni_moe import reference
+from omni_moe import OmniMoE, reference
 
 MODULES = (
     *("router_gate_x", "router_gate_y", "router_norm_x", "router_norm_y", "up_embed", "down_embed"),
     *("gate_proj", "up_proj", "down_proj"),
 )
 
+
+COARSEST_FIRST = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 # ---- hooks and other modules ---------------------------------------------------------------------
 
@@ -271,6 +273,71 @@ def test_norms_of_two_dtypes_are_called():
     logits_x, logits_y = layer._router_logits(x)
     assert_bitwise(logits_x, layer.router_norm_x(layer.router_gate_x(x)))
     assert_bitwise(logits_y, layer.router_norm_y(layer.router_gate_y(x)))
+
+
+@pytest.mark.parametrize("called", [None, "router_gate_x", "router_norm_y"])
+@pytest.mark.parametrize("stats_dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_running_statistics_of_another_dtype(dtype, stats_dtype, called):
+    """As left by who casts parameters and not buffers: both modes run, and update them."""
+    layer = make_layer(dtype=dtype)
+    want = copy.deepcopy(layer).double()
+    for norm in (layer.router_norm_x, layer.router_norm_y):
+        norm.to(stats_dtype)
+    if called is not None:
+        layer.get_submodule(called).register_forward_hook(lambda *args: None)
+    x = torch.randn(37, H, dtype=dtype)
+    for training in (True, False):
+        got_logits = layer.train(training)._router_logits(x)
+        want_logits = want.train(training)._router_logits(x.double())
+        for one, other in zip(got_logits, want_logits, strict=True):
+            assert one.dtype == dtype
+            assert_close(one, other, num_terms=37 + H, terms=8.0, intermediate_roundings=4)
+        wanted = dict(want.named_buffers())
+        for name, buffer in layer.named_buffers():
+            if buffer.is_floating_point():
+                assert buffer.dtype == stats_dtype
+                coarse = buffer.to(min(dtype, stats_dtype, key=COARSEST_FIRST.index))
+                assert_close(coarse, wanted[name], name, num_terms=37 + H, intermediate_roundings=2)
+                wanted[name].copy_(buffer)  # as rounded: what the evaluation reads
+            else:
+                assert buffer == wanted[name] == 1
+
+
+def test_statistics_start_in_fp32():
+    """Whatever the default: a tenth of a small change to a number in bf16 rounds to nothing."""
+    default = torch.get_default_dtype()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            layer = OmniMoE(make_layer().config)
+        finally:
+            torch.set_default_dtype(default)
+        assert layer.up_embed.weight.dtype == dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        assert layer.router_norm_x.running_mean.dtype == wide
+
+
+@pytest.mark.parametrize("called", [None, "router_gate_x"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_router_in_fp32(dtype, called):
+    """Beside experts in a half: the router computes in fp32, and the layer's output is a half."""
+    layer = make_layer(dtype=dtype)
+    for name in ("router_gate_x", "router_gate_y", "router_norm_x", "router_norm_y"):
+        layer.get_submodule(name).float()
+    want = copy.deepcopy(layer).double()
+    if called is not None:
+        layer.get_submodule(called).register_forward_hook(lambda *args: None)
+    x = torch.randn(37, H, dtype=dtype)
+    logits = layer._router_logits(x)
+    assert all(axis.dtype == torch.float32 for axis in logits)
+    out = layer(x)
+    assert out.dtype == dtype
+    assert_close(out, want(x.double()), num_terms=1000, intermediate_roundings=4)
+    out.sum().backward()
+    assert layer.router_gate_x.weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
 
 
 def test_gates_of_two_dtypes_are_refused():

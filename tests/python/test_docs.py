@@ -20,6 +20,8 @@ _OPTIONAL = {
     "Trainer": "accelerate",
     "peft": "peft",
     "plot_expert_load": "matplotlib",
+    "BitsAndBytesConfig": "bitsandbytes",
+    "trl": "trl",
 }
 _NAMED_FILE = re.compile(r"`((?:csrc|omni_moe|benchmarks|examples|tests)/[\w./]+\.\w+)`")
 

@@ -27,6 +27,7 @@ FUSED = [
 ]
 OTHERS = [(37, 20, 5, 7), (2, 1, 1, 1), (67, 64, 63, 64), (5000, 24, 320, 328)]
 SHAPES = FUSED + OTHERS
+COARSEST_FIRST = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def check_against_reference(inputs, grads, training=True, stats_dtype=None):
@@ -84,8 +85,9 @@ def check_against_reference(inputs, grads, training=True, stats_dtype=None):
         if "num_batches" in name:
             assert one.item() == other.item()  # the reference counts, too
         else:
+            assert one.dtype == (stats_dtype or one.dtype)
             assert_close(
-                one.to(dtype) if dtype in HALVES else one,  # of products rounded to that
+                one.to(min(dtype, one.dtype, key=COARSEST_FIRST.index)),  # of products rounded so
                 other,
                 name,
                 num_terms=num_tokens + hidden_size,
@@ -110,11 +112,12 @@ def test_eval(device, dtype, shape):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", HALVES)
-@on_devices
-def test_running_statistics_in_the_dtype_of_the_inputs(device, dtype, training):
+@pytest.mark.parametrize("stats_dtype", [*HALVES, torch.float32, torch.float64])
+@on_dtypes
+def test_running_statistics_of_every_dtype(device, dtype, stats_dtype, training):
+    """Updated from what they hold in a wider type, and rounded once where they are halves."""
     inputs, grads = make_inputs(199, 72, 64, 104, device, dtype)
-    check_against_reference(inputs, grads, training, stats_dtype=dtype)
+    check_against_reference(inputs, grads, training, stats_dtype=stats_dtype)
 
 
 @pytest.mark.parametrize("shape", [(199, 264, 136, 64), (4096, 1024, 256, 256)], ids=str)

@@ -35,11 +35,13 @@ def test_repeats_bitwise(device, dtype, training, deterministic_memory):
             assert_bitwise(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @on_devices
-def test_training_raises_the_versions_of_the_buffers(device):
+def test_training_raises_the_versions_of_the_buffers(device, dtype):
     for grad in (False, True):
         inputs, _ = make_inputs(5, 8, 8, 16, device, torch.bfloat16)
         buffers = Buffers.make(8, 16, device, torch.bfloat16)
+        buffers = buffers.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         versions = [tensor._version for tensor in buffers.args()]
         apply([tensor.requires_grad_(grad) for tensor in inputs], buffers)
         assert [tensor._version for tensor in buffers.args()] == [v + 1 for v in versions]
@@ -141,6 +143,21 @@ def test_autocast(device, dtype, backward_dtype):
     assert all(out.dtype == torch.bfloat16 for out in logits)
     for one, other in zip(got, want, strict=True):
         assert_bitwise(one, other.to(one.dtype))
+
+
+@pytest.mark.parametrize("stats_dtype", [torch.float16, torch.float32])
+@on_devices
+def test_autocast_leaves_running_statistics_alone(device, stats_dtype):
+    inputs, _ = make_inputs(37, 72, 16, 24, device, torch.float32)
+    buffers = Buffers.make(16, 24, device, torch.float32)
+    buffers = buffers.map(lambda t: t.to(stats_dtype) if t.is_floating_point() else t)
+    for training in (False, True):
+        want_buffers = buffers.clone()
+        want = apply([tensor.bfloat16() for tensor in inputs], want_buffers, training)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            got = apply(inputs, buffers, training)
+        for one, other in zip([*got, *buffers.args()], [*want, *want_buffers.args()], strict=True):
+            assert_bitwise(one, other)
 
 
 def test_double_backward():
@@ -313,7 +330,7 @@ def test_bad_values(device):
 
 def bad_buffers(device):
     good = Buffers.make(3, 4, "cpu", torch.float32).map(lambda t: t.to(device))
-    half, double = good.running_mean_x.half(), good.running_var_y.double()
+    half = good.running_mean_y.half()
     wide = torch.zeros(8, device=device)
     return [
         (
@@ -325,12 +342,12 @@ def bad_buffers(device):
             "expected running_var_y to have 1 dimensions, but got shape [1, 4]",
         ),
         (
-            replace(good, running_mean_x=half),
-            "expected running_mean_x to be Float or in the dtype of hidden_states (Float), but",
+            replace(good, running_mean_y=half),
+            "expected the running statistics in one dtype (Float), but got Half for running_mean_y",
         ),
         (
-            replace(good, running_var_y=double),
-            "expected running_var_y to be Float or in the dtype of hidden_states (Float), but",
+            replace(good, running_var_y=good.running_var_y.int()),
+            "expected running_var_y to be of floating point, but got Int",
         ),
         (
             replace(good, num_batches_tracked_x=torch.tensor(0, device=device).int()),

@@ -1,6 +1,7 @@
 """replace_mlp and checkpoints: classes, saving and loading, copies, processes, device maps."""
 
 import copy
+import functools
 import importlib
 import json
 import pickle
@@ -19,6 +20,7 @@ from transformers_helpers import (  # noqa: E402
     EXPERTS,
     FAMILIES,
     SIZES,
+    audio_language_model,
     dense_model,
     family_config,
     logits,
@@ -138,6 +140,68 @@ def test_the_language_model_beside_a_vision_tower(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(loaded) is type(model)
     assert_bitwise(logits(loaded, ids), logits(model, ids))
+
+
+def encoder() -> transformers.PreTrainedModel:
+    config = transformers.EuroBertConfig(**SIZES, mask_token_id=3)
+    return transformers.EuroBertForMaskedLM(config)
+
+
+AUTO_CLASSES = {
+    "masked language model": (encoder, "MaskedLM"),
+    "classifier of an encoder": (
+        lambda: transformers.EuroBertForSequenceClassification(encoder().config),
+        "SequenceClassification",
+    ),
+    "vision": (functools.partial(vision_language_model, "Qwen2VL"), "MultimodalLM"),
+    "vision as text": (functools.partial(vision_language_model, "Qwen2VL"), "ImageTextToText"),
+    "audio": (audio_language_model, "MultimodalLM"),
+    "audio as text": (audio_language_model, "Seq2SeqLM"),
+}
+
+
+@pytest.mark.parametrize("case", AUTO_CLASSES)
+def test_every_auto_class(case, tmp_path):
+    """Those of the base make the replaced model."""
+    make, name = AUTO_CLASSES[case]
+    model = wake_experts(replace_mlp(make(), **EXPERTS)).eval()
+    auto_class = getattr(transformers, f"AutoModelFor{name}")
+    assert f"AutoModelFor{name}" in model.config.auto_map
+    model.save_pretrained(tmp_path)
+    loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(loaded) is type(model) and len(omni_moe_layers(loaded)) == 3
+    ids = random_ids()
+    with torch.no_grad():
+        assert_bitwise(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    decoder = AutoModel.from_pretrained(tmp_path)
+    assert len(omni_moe_layers(decoder)) == 3
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_auto_classes_of_a_part():
+    """Gated models that Transformers' Auto classes know by a part of their config are left out."""
+    model = replace_mlp(vision_language_model(), **EXPERTS)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_config(model.config)
+
+
+def test_class_labels_and_rewards(tmp_path):
+    """Heads on a checkpoint of OmniMoeForCausalLM, and back."""
+    causal = omni_model()
+    causal.save_pretrained(tmp_path / "causal")
+    ids = random_ids()
+    for head, width in (("SequenceClassification", 1), ("TokenClassification", 5)):
+        auto_class = getattr(transformers, f"AutoModelFor{head}")
+        model = auto_class.from_pretrained(tmp_path / "causal", num_labels=width)
+        assert type(model).__name__ == f"OmniMoeFor{head}"
+        assert_bitwise(model.model(ids).last_hidden_state, causal.model(ids).last_hidden_state)
+        model.save_pretrained(tmp_path / head)
+        again = auto_class.from_pretrained(tmp_path / head)
+        assert again(ids).logits.shape[-1] == width
+        assert_bitwise(again(ids).logits, model(ids).logits)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "causal")
+    assert model(ids).start_logits.shape == (2, 11)
 
 
 @pytest.mark.parametrize("head", ["QuestionAnswering", "TokenClassification"])

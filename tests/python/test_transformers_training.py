@@ -3,6 +3,9 @@
 import copy
 import inspect
 import math
+import os
+import socket
+import warnings
 
 import pytest
 import torch
@@ -37,6 +40,7 @@ from omni_moe.integrations.transformers import (  # noqa: E402
     plot_expert_load,
     replace_mlp,
 )
+from omni_moe.modules.omni_moe import recorded_router_outputs  # noqa: E402
 
 NUM_STEPS = 8
 
@@ -260,34 +264,102 @@ class Recorder(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def test_expert_load_callback(examples, tmp_path):
+METRICS = ("expert_usage", "dead_experts", "expert_unevenness", "router_entropy")
+
+
+def check_logged(entry, index, layers_outputs):
+    """What was logged of one layer, against the outputs of its router in all forwards."""
+    num_experts = EXPERTS["num_experts"]
+    counts = torch.zeros(num_experts, dtype=torch.int64)
+    entropies = []
+    for x, y, indices, _ in layers_outputs:
+        counts += torch.bincount(indices.flatten(), minlength=num_experts)
+        scores = (x.double().unsqueeze(2) + y.double().unsqueeze(1)).flatten(1)
+        entropies.append(torch.special.entr(scores.softmax(1)).sum(1))
+    share = counts / counts.sum()
+    assert entry[f"expert_usage/{index}"] == (counts > 0).double().mean()
+    assert entry[f"dead_experts/{index}"] == (counts == 0).sum()
+    unevenness = math.log(num_experts) - torch.special.entr(share.double()).sum().item()
+    assert entry[f"expert_unevenness/{index}"] == pytest.approx(unevenness, abs=1e-6)
+    entropy = torch.cat(entropies).mean().item()
+    assert entry[f"router_entropy/{index}"] == pytest.approx(entropy, rel=1e-5)
+    return counts
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_expert_load_callback(options, examples, tmp_path):
+    """Of the steps since the last log all tokens, and no others."""
     model = replace_mlp(dense_model(), **EXPERTS, layers=[0, 2], track_expert_load=True)
     model(random_ids())  # counted before training: must not show
     recorder = Recorder()
-    options = {"learning_rate": 0.0, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    trainer = make_trainer(model, examples, tmp_path, **options)
+    options |= {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1}
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(model, examples, tmp_path, **options, **sizes)
     trainer.add_callback(recorder)
     ExpertLoadCallback().add_to(trainer)
+    layers, of_training = list(omni_moe_layers(model).values()), ([], [])
+    for layer, kept in zip(layers, of_training, strict=True):
+        layer.register_forward_hook(
+            lambda layer, args, out, kept=kept: (
+                kept.append(args[0].detach())
+                if layer.training and torch._C._current_graph_task_id() == -1
+                else None
+            )
+        )
     trainer.train()
 
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == NUM_STEPS
+    assert len(logged) == NUM_STEPS // 2
     assert [entry for entry in recorder.logs if "loss" in entry] == [
         {name: value for name, value in entry.items() if name != "step"} for entry in logged
     ]
     for entry in logged:
-        for metric in ("expert_usage", "expert_unevenness"):
-            assert {name for name in entry if name.startswith(metric)} == {
-                f"{metric}/0",
-                f"{metric}/1",
-            }
-    # 4 x 12 tokens of 4 experts each a step, and nothing of the evaluation.
-    layer = omni_moe_layers(model)["model.layers.2.mlp"]
-    assert not layer.expert_load().counts.any()
-    for entry in logged:
-        assert 0 < entry["expert_usage/1"] <= 1
-        assert 0 <= entry["expert_unevenness/1"] < math.log(64)
+        names = {name for name in entry if name.startswith(METRICS)}
+        assert names == {f"{metric}/{index}" for metric in METRICS for index in (0, 1)}
     assert not any("expert_usage/0" in e for e in trainer.state.log_history if "eval_loss" in e)
+    # Two steps of two micro-batches of 2 x 12 tokens a log.
+    for index, (layer, kept) in enumerate(zip(layers, of_training, strict=True)):
+        assert len(kept) == 2 * NUM_STEPS
+        assert not layer._recorders
+        for number, entry in enumerate(logged):
+            with torch.no_grad(), recorded_router_outputs([layer.train()]) as (outputs,):
+                for hidden_states in kept[4 * number : 4 * (number + 1)]:
+                    layer(hidden_states)
+            counts = check_logged(entry, index, outputs)
+            assert counts.sum() == 4 * 2 * 12 * EXPERTS["num_experts_per_token"]
+
+
+def log_as_one_of_two(rank, port, examples, out):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.manual_seed(0)
+    model = replace_mlp(dense_model(), **EXPERTS, router_norm="none")
+    sizes = {"per_device_train_batch_size": 2, "max_steps": 2, "save_strategy": "no"}
+    trainer = make_trainer(model, examples, out, learning_rate=0.0, **sizes)
+    ExpertLoadCallback().add_to(trainer)
+    trainer.train()
+    torch.save(trainer.state.log_history, out / f"log-{rank}.pt")
+
+
+def test_logged_values_are_of_all_processes(examples, tmp_path):
+    """Two processes of two rows each log what one process with their four rows logs."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    torch.multiprocessing.spawn(log_as_one_of_two, (port, examples, tmp_path), nprocs=2)
+    torch.manual_seed(0)
+    model = replace_mlp(dense_model(), **EXPERTS, router_norm="none")
+    trainer = make_trainer(model, examples, tmp_path, learning_rate=0.0, max_steps=2)
+    ExpertLoadCallback().add_to(trainer)
+    trainer.train()
+    logs = [trainer.state.log_history, *(torch.load(tmp_path / f"log-{r}.pt") for r in (0, 1))]
+    (want, *rest) = ([entry for entry in log if "loss" in entry] for log in logs)
+    for got in rest:
+        assert len(got) == len(want) == 1
+        for name, value in want[0].items():
+            if name.startswith(METRICS):
+                assert got[0][name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_tensorboard(examples, tmp_path, monkeypatch):
@@ -318,31 +390,11 @@ def test_plot(tmp_path):
         plot_expert_load([{"loss": 1.0, "step": 1}], tmp_path / "load.png")
 
 
-def test_logged_values_are_those_of_the_layer(examples, tmp_path):
-    """One step, no learning: the same choices as in a forward of the same batch."""
-    model = replace_mlp(dense_model(), **EXPERTS, track_expert_load=True)
-    twin = copy.deepcopy(model).train()
-    trainer = make_trainer(model, examples[:4], tmp_path, max_steps=1, logging_steps=1)
-    ExpertLoadCallback().add_to(trainer)
-    trainer.train()
-    twin(torch.stack([example["input_ids"] for example in examples[:4]]))
-    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    for index, layer in enumerate(omni_moe_layers(twin).values()):
-        load = layer.expert_load()
-        assert load.counts.sum() == 4 * 12 * EXPERTS["num_experts_per_token"]
-        assert entry[f"expert_usage/{index}"] == load.usage
-        assert entry[f"expert_unevenness/{index}"] == pytest.approx(load.unevenness, abs=1e-12)
-
-
 def test_wrong_callback_models(examples, tmp_path):
-    for model, message in (
-        (dense_model(), "expected OmniMoE layers, got none in LlamaForCausalLM"),
-        (replaced_model(), "expected OmniMoE layers with track_expert_load=True"),
-    ):
-        trainer = make_trainer(model, examples, tmp_path)
-        trainer.add_callback(ExpertLoadCallback())
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
+    trainer = make_trainer(dense_model(), examples, tmp_path)
+    trainer.add_callback(ExpertLoadCallback())
+    with pytest.raises(ValueError, match="expected OmniMoE layers, got none in LlamaForCausalLM"):
+        trainer.train()
 
 
 # ---- PEFT ----------------------------------------------------------------------------------------
@@ -388,6 +440,61 @@ def test_lora(peft, kind, targets, examples, tmp_path):
         assert_bitwise(again(ids).logits, model.eval()(ids).logits)
     merged = again.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, model(ids).logits)
+
+
+def saving_warns(model, out, **options) -> bool:
+    """Whether it is said that running statistics are left out."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(out, **options)
+    messages = [str(warning.message) for warning in caught]
+    found = [m for m in messages if "saved without the running statistics of the routers" in m]
+    assert len(found) <= 1
+    return bool(found)
+
+
+@pytest.mark.parametrize("how", ["PeftModel", "add_adapter", "Trainer"])
+@pytest.mark.parametrize("kind", ["replaced", "scratch"])
+def test_adapters_without_running_statistics(peft, kind, how, examples, tmp_path):
+    """They compute something else when they are loaded, which is said as they are saved."""
+
+    def trained(**options):
+        base = replaced_model(**options) if kind == "replaced" else omni_model(**options)
+        base.save_pretrained(tmp_path / "base")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=to_save)
+        if how == "add_adapter":
+            try:
+                base.add_adapter(config)
+            except ValueError as error:
+                pytest.skip(str(error))  # this Transformers wants a newer PEFT
+            model = base
+        else:
+            model = peft.get_peft_model(base, config)
+        if how == "Trainer":
+            make_trainer(model, examples, tmp_path, max_steps=1).train()
+        else:
+            model.train()(random_ids())
+        return model
+
+    norms = ["router_norm_x", "router_norm_y"]
+    ids = random_ids()
+    for to_save, options, expected in (
+        (None, {}, True),
+        (["layers.0.mlp"], {}, True),
+        (norms, {}, False),
+        (["mlp"], {}, False),
+        (None, {"router_norm": "none"}, False),
+    ):
+        if options and kind == "replaced":
+            continue  # has no statistics to wake
+        model = trained(**options)
+        assert saving_warns(model, tmp_path / "adapter") == expected, to_save
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+        with torch.no_grad():
+            same = torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+        assert same != expected, to_save
+    assert not saving_warns(replaced_model().train(), tmp_path / "whole")
 
 
 def test_training_the_experts_themselves(peft, examples, tmp_path):

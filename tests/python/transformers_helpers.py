@@ -12,6 +12,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -43,7 +47,7 @@ FAMILIES = {
 
 
 def family_config(family: str, **options) -> PreTrainedConfig:
-    return FAMILIES[family](**SIZES, **options)
+    return FAMILIES[family](**(SIZES | options))
 
 
 def dense_model(family: str = "Llama", **options) -> PreTrainedModel:
@@ -63,15 +67,27 @@ def replaced_model(family: str = "Llama", **options) -> PreTrainedModel:
     return wake_experts(replace_mlp(dense_model(family), **EXPERTS, **options))
 
 
-def vision_language_model() -> PreTrainedModel:
+def vision_language_model(family: str = "Qwen2_5_VL") -> PreTrainedModel:
     text = {name: size for name, size in SIZES.items() if name != "head_dim"}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 2, "num_heads": 2}
-    config = Qwen2_5_VLConfig(
-        text_config=text | {"rope_parameters": rope},
-        vision_config=vision | {"out_hidden_size": 32},
+    vision = {"intermediate_size": 16, "depth": 2, "num_heads": 2}
+    if family == "Qwen2VL":
+        config_class, model_class = Qwen2VLConfig, Qwen2VLForConditionalGeneration
+        vision |= {"embed_dim": 16, "hidden_size": 32}
+    else:
+        config_class, model_class = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        vision |= {"hidden_size": 16, "out_hidden_size": 32}
+    config = config_class(text_config=text | {"rope_parameters": rope}, vision_config=vision)
+    return model_class(config)
+
+
+def audio_language_model() -> PreTrainedModel:
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "num_mel_bins": 8}
+    config = Qwen2AudioConfig(
+        text_config={"model_type": "qwen2"} | SIZES,
+        audio_config=audio | {"encoder_ffn_dim": 16, "max_source_positions": 8},
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
+    return Qwen2AudioForConditionalGeneration(config)
 
 
 def wake_experts(model: PreTrainedModel) -> PreTrainedModel:

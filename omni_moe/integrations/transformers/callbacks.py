@@ -1,33 +1,46 @@
 """Expert usage during training: a Trainer callback and a plot of what it logged."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from omni_moe import OmniMoE
 from omni_moe.integrations.transformers.layers import omni_moe_layers
+from omni_moe.losses import add_expert_counts
+from omni_moe.modules.omni_moe import ExpertLoad, RouterOutputs, recording
 
 _METRICS = {"expert_usage": "share of experts used", "expert_unevenness": "unevenness, KL in nats"}
 
 
 class ExpertLoadCallback(TrainerCallback):
-    """Logs `expert_usage/<layer>` and `expert_unevenness/<layer>` of every OmniMoE layer.
+    """Logs how every OmniMoE layer has routed the training tokens since the log before.
 
-    Only layers with OmniMoE are numbered, from 0. A value counts the tokens, padding included, that
-    this process has trained on since the log before it. Evaluations do not count; they also discard
-    what was counted since the last log. The values stand in `trainer.state.log_history`. Use
-    `add_to`, instead of passing the callback to the Trainer, to let reporters such as TensorBoard
-    see them too.
+    Only layers with OmniMoE are numbered, from 0. With each loss are logged
+    - `expert_usage/<layer>`, the share of experts chosen at least once, in [0, 1];
+    - `dead_experts/<layer>`, the number of the others;
+    - `expert_unevenness/<layer>`, KL(z || uniform) in nats, z the experts' shares in the choices;
+    - `router_entropy/<layer>`, the mean over the tokens of the entropy of the routing probabilities
+      of all E experts, in nats: ln E where all are as probable, 0 where one has all.
+
+    Tokens are those of all processes and all accumulation steps, padding included, and no others:
+    forwards in evaluation mode do not count, nor do those that activation checkpointing repeats.
+    Training under `torch.distributed` sums over the processes at each log.
+
+    The values stand in `trainer.state.log_history`. Use `add_to`, instead of passing the callback
+    to the Trainer, to let reporters such as TensorBoard see them too.
 
     Raises:
-        ValueError: at the start of training, the model has no OmniMoE layer, or one without
-            `track_expert_load`.
+        ValueError: at the start of training, the model has no OmniMoE layer.
     """
 
     def __init__(self) -> None:
-        self._layers: list[OmniMoE] = []
+        self._meters: list[_Meter] = []
+        self._recording = contextlib.ExitStack()
 
     def add_to(self, trainer: Trainer) -> None:
         """Adds the callback to `trainer`, before the callbacks that report to somewhere."""
@@ -41,12 +54,21 @@ class ExpertLoadCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        self._layers = list(omni_moe_layers(model).values())
-        if not self._layers:
+        layers = list(omni_moe_layers(model).values())
+        if not layers:
             raise ValueError(f"model: expected OmniMoE layers, got none in {type(model).__name__}")
-        if not all(layer.config.track_expert_load for layer in self._layers):
-            raise ValueError("model: expected OmniMoE layers with track_expert_load=True")
-        self._reset()
+        self._recording.close()  # a run before this one may have ended with an error
+        self._meters = [_Meter(layer) for layer in layers]
+        self._recording.enter_context(recording(layers, self._meters))
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._recording.close()
 
     def on_log(
         self,
@@ -56,23 +78,59 @@ class ExpertLoadCallback(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        if "loss" in logs:
-            values = self._values()
+        if "loss" in logs and self._meters:
+            values = self._values(args.device)
             logs.update(values)
             state.log_history[-1].update(values)
-        self._reset()
 
-    def _values(self) -> dict[str, float]:
+    def _values(self, device: torch.device) -> dict[str, float]:
+        counts = _sum_over_processes([meter.counts for meter in self._meters], device)
+        entropies = _sum_over_processes([meter.entropy for meter in self._meters], device)
         values = {}
-        for index, layer in enumerate(self._layers):
-            load = layer.expert_load()
+        for index, (count, entropy) in enumerate(zip(counts, entropies, strict=True)):
+            load = ExpertLoad.of(count)
             values[f"expert_usage/{index}"] = load.usage
+            values[f"dead_experts/{index}"] = (count == 0).sum().item()
             values[f"expert_unevenness/{index}"] = load.unevenness
+            values[f"router_entropy/{index}"] = (entropy[0] / entropy[1]).item()
+        for meter in self._meters:
+            meter.reset()
         return values
 
-    def _reset(self) -> None:
-        for layer in self._layers:
-            layer.reset_expert_load()
+
+class _Meter:
+    """Sums up what one layer's router does in training; appended to as a list of its outputs."""
+
+    def __init__(self, layer: OmniMoE) -> None:
+        device = layer.up_embed.weight.device
+        self._layer = layer
+        self.counts = torch.zeros(layer.config.num_experts, dtype=torch.int64, device=device)
+        # The sum over the tokens, and their number.
+        self.entropy = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def reset(self) -> None:
+        self.counts.zero_()
+        self.entropy.zero_()
+
+    @torch.no_grad()
+    def append(self, outputs: RouterOutputs) -> None:
+        if not self._layer.training:
+            return
+        for name in ("counts", "entropy"):  # the model may have moved since the start
+            setattr(self, name, getattr(self, name).to(outputs.indices.device))
+        add_expert_counts(self.counts, outputs.indices)
+        # The probability of an expert is a product, so the entropies of both axes add up.
+        for logits in (outputs.logits_x, outputs.logits_y):
+            self.entropy[0] += torch.special.entr(logits.float().softmax(-1)).sum()
+        self.entropy[1] += len(outputs.logits_x)
+
+
+def _sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Each summed over the processes, in one reduction, on the CPU."""
+    flat = torch.cat([tensor.to(device) for tensor in tensors])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(flat)
+    return list(flat.cpu().split([len(tensor) for tensor in tensors]))
 
 
 def plot_expert_load(log_history: list[dict[str, float]], path: str | Path) -> None:

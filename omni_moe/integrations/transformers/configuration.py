@@ -6,18 +6,19 @@ from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config
 
 from omni_moe.config import OmniMoEConfig
-from omni_moe.integrations.transformers.layers import activation_name
+from omni_moe.integrations.transformers.layers import ConfigMixin, activation_name
 
 
 @strict
-class OmniMoeConfig(Qwen3Config):
+class OmniMoeConfig(ConfigMixin, Qwen3Config):
     """A decoder with grouped-query attention, rotary positions, RMSNorm and OmniMoE layers.
 
     The fields of `Qwen3Config`, of which `intermediate_size` is the width of the shared MLP and
     `hidden_act` (Transformers' name) the activation of MLP and experts, and those of an OmniMoE
     layer, `omni_moe.OmniMoEConfig`: `num_experts`, `num_experts_per_token` (`num_experts_per_tok`
     means the same), `norm_topk_prob`, `expert_grid`, `router_norm`, `track_expert_load`,
-    `router_aux_loss_coef`, `router_z_loss_coef` and `router_jitter_noise`.
+    `router_aux_loss_coef`, `router_z_loss_coef` and `router_jitter_noise`. With
+    `output_router_logits` models return `router_logits` and `aux_loss`, see `OmniMoeForCausalLM`.
 
     Raises:
         ValueError: a field of the layer has a value it cannot have.
@@ -48,6 +49,7 @@ class OmniMoeConfig(Qwen3Config):
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     router_jitter_noise: float = 0.0
+    output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -124,9 +124,14 @@ def _from_mlp(where: str, mlp: nn.Module, options: dict[str, Any]) -> OmniMoE:
     )
     with weight.device:
         layer = OmniMoE(config).to(weight.dtype)
+    # Statistics stay in fp32 beside weights in halves.
+    for norm in (layer.router_norm_x, layer.router_norm_y):
+        norm.to(torch.promote_types(weight.dtype, torch.float32))
     for part in _PROJECTIONS:
         setattr(layer, part, getattr(mlp, part))
     nn.init.zeros_(layer.down_embed.weight)
+    # The model's config may change them, and change them back.
+    layer.given_coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
     return layer.train(mlp.training)
 
 
