@@ -113,6 +113,7 @@ def test_device_and_dtype_arguments(device, dtype):
         track_expert_load=True,
     )
     layer = OmniMoE(config, device=device, dtype=dtype)
+    dtype = dtype or torch.get_default_dtype()
     assert {(t.device.type, t.dtype) for t in layer.parameters()} == {(device, dtype)}
     wide = torch.promote_types(dtype, torch.float32)  # of statistics, beside int64 counters
     assert {t.dtype for t in layer.buffers()} == {wide, torch.int64}
