@@ -127,6 +127,31 @@ def test_quantised_weights(bitsandbytes, kind, bits, dtype, tmp_path):
     train_and_generate(peft.get_peft_model(prepared, lora))
 
 
+@pytest.mark.parametrize("stats_dtype", [torch.float32, torch.bfloat16])
+def test_quantised_gates(bitsandbytes, stats_dtype):
+    """Who quantises them by hand has a layer that runs, whatever the dtype of its statistics."""
+    model = dense_model(**WIDE)  # and gates as wide as bitsandbytes wants them
+    model = wake_experts(replace_mlp(model, num_experts=1024, num_experts_per_token=4))
+    for buffer in statistics(model).values():
+        buffer.data = buffer.to(stats_dtype)
+    want = copy.deepcopy(model)
+    for layer, other in zip(*(omni_moe_layers(m).values() for m in (model, want)), strict=True):
+        for name in ("router_gate_x", "router_gate_y"):
+            gate = layer.get_submodule(name)
+            quantised = bitsandbytes.nn.Linear4bit(*gate.weight.shape[::-1], bias=False)
+            quantised.load_state_dict(gate.state_dict())
+            setattr(layer, name, quantised.to("cpu"))
+            assert not layer.get_submodule(name).weight.is_floating_point()
+            # The same numbers without the quantised module.
+            weight = bitsandbytes.functional.dequantize_4bit(
+                quantised.weight.data, quantised.weight.quant_state
+            )
+            other.get_submodule(name).weight.data = weight
+    ids = random_ids()
+    torch.testing.assert_close(model(ids).logits, want(ids).logits)
+    train_and_generate(model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantised_checkpoints(bitsandbytes, kind, tmp_path):
     model_of(kind).save_pretrained(tmp_path)
