@@ -9,18 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense TFLOP/s of the data sheets, by a part of the device's name; the first that fits.
+# Dense TFLOP/s of the data sheets in bf16 and fp32, by a part of the device's name; the first that
+# fits.
 PEAK_TFLOPS = {
-    "bf16": {
-        **{"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "H800": 989},
-        **{"A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125},
-        **{"RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71},
-    },
-    "fp32": {
-        **{"B200": 75, "H100 PCIe": 51, "H100": 67, "H200": 67, "GH200": 67, "H800": 67},
-        **{"A100": 19.5, "A800": 19.5, "L40S": 91.6, "L40": 90.5, "L4": 30.3, "A10": 31.2},
-        **{"RTX 5090": 105, "RTX 4090": 82.6, "RTX 3090": 35.6},
-    },
+    "B200": (2250, 75),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "H200": (989, 67),
+    "H800": (989, 67),
+    "A100": (312, 19.5),
+    "A800": (312, 19.5),
+    "L40S": (362, 91.6),
+    "L40": (181, 90.5),
+    "L4": (121, 30.3),
+    "A10": (125, 31.2),
+    "RTX 5090": (210, 105),
+    "RTX 4090": (165, 82.6),
+    "RTX 3090": (71, 35.6),
 }
 
 
@@ -44,7 +50,8 @@ def peak_tflops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS[dtype].items() if part in name), None)
+    found = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), None)
+    return found and found[("bf16", "fp32").index(dtype)]
 
 
 def on_meta(model: nn.Module) -> nn.Module:

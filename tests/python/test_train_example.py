@@ -212,3 +212,12 @@ def test_operations_of_a_training_step(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert functions["utilisation"](2e12, 8) == {"tflops_per_second": 2, "mfu": 0.25}
     assert functions["utilisation"](2e12, None)["mfu"] is None
+    assert functions["peak_tflops"](torch.device("cpu"), "fp32") is None
+    for name, dtype, peak in (
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA A100-SXM4-40GB", "fp32", 19.5),
+        ("NVIDIA L4", "bf16", 121),
+        ("a GPU to come", "bf16", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert functions["peak_tflops"](torch.device("cuda"), dtype) == peak

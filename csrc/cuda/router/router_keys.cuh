@@ -105,8 +105,8 @@ __device__ __forceinline__ bool may_exceed_finite(float max) { return !(max < IN
 // ---- Sums that overflow -------------------------------------------------------------------------
 
 // Sums of finite logits past the largest fp32 number would tie at infinity. Where an infinite sum
-// is chosen, and finite logits are so large, the choice is made once more by halves of the logits.
-// These are exact unless smaller than the smallest normal number.
+// may be chosen, and finite logits are so large, halves of the logits are summed. These are exact
+// unless smaller than the smallest normal number.
 template <class T>
 inline constexpr bool kSumsMayOverflow = !std::is_same_v<T, __half>;
 
