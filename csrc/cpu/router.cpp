@@ -154,24 +154,22 @@ class TokenRouter {
     y.load_sorted(logits_y, selector_);
   }
 
-  // Fills `chosen` from the sorted axes.
+  // Fills `chosen` from the sorted axes: once, or twice where sums overflow.
   void choose() {
-    choose_by_sums();
-    if (!may_have_overflowed()) return;
-    // Half of a sum is exact unless it is smaller than the smallest normal number, beside a logit
-    // of the size of the largest.
-    unit_ = Acc(0.5);
-    x.halve();
-    y.halve();
-    choose_by_sums();
+    do {
+      if (sums_to_nan_by_infinities()) {
+        choose_from_grid();
+      } else {
+        choose_by_ranks();
+      }
+    } while (chose_infinite() && halve_overflowed());
   }
 
   // What a key of `chosen` has for 1.
   Acc unit() const { return unit_; }
 
  private:
-  void choose_by_sums() {
-    if (sums_to_nan_by_infinities()) return choose_from_grid();
+  void choose_by_ranks() {
     make_candidates();
     // One more than K: whether it ties with the K-th.
     const int64_t wanted = std::min(k_ + 1, num_candidates_);
@@ -180,11 +178,20 @@ class TokenRouter {
     settle_ties(wanted > k_ && candidates_.keys[order_[k_]] == chosen.keys[k_ - 1]);
   }
 
-  // An infinite sum among the chosen may hide finite ones that are larger.
-  bool may_have_overflowed() const {
-    const bool is_infinite = chosen.keys[0] >= to_key<Acc>(kInfinity<Acc>) ||
-                             chosen.keys[k_ - 1] == to_key<Acc>(-kInfinity<Acc>);
-    return is_infinite && x.largest_finite() + y.largest_finite() == kInfinity<Acc>;
+  bool chose_infinite() const {
+    return chosen.keys[0] >= to_key<Acc>(kInfinity<Acc>) ||
+           chosen.keys[k_ - 1] == to_key<Acc>(-kInfinity<Acc>);
+  }
+
+  // Halves the logits where sums of finite ones overflow, so that an infinite sum may hide larger
+  // ones; false where there is nothing to halve. Half of a sum is exact unless it is smaller than
+  // the smallest normal number, beside a logit of the size of the largest.
+  [[gnu::noinline, gnu::cold]] bool halve_overflowed() {
+    if (unit_ != 1 || x.largest_finite() + y.largest_finite() < kInfinity<Acc>) return false;
+    unit_ = Acc(0.5);
+    x.halve();
+    y.halve();
+    return true;
   }
 
   // The region i · j <= K + 1 as the rows of the first ranks, up to the root, and the columns of
