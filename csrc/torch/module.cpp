@@ -47,6 +47,10 @@ pybind11::dict expert_plan(int64_t num_tokens, int64_t hidden_size, int64_t num_
     case TokenPassStrategy::kL2Tiled:
       facts["tile_bytes"] = plan.tile_bytes;
       break;
+    case TokenPassStrategy::kBands:
+      facts["max_tasks"] = plan.bands.max_tasks;
+      facts["min_pairs"] = plan.bands.min_pairs;
+      break;
   }
   facts["workspace_bytes"] = sizeof(float) * token_pass_workspace_floats(shape, plan);
   return facts;

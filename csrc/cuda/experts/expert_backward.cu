@@ -93,7 +93,8 @@ TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
           params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
               is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
               is_aligned(params.down_weights, 16) && is_aligned(params.addend, 16) &&
-              is_aligned(params.grad_hidden_states, 16)};
+              is_aligned(params.grad_hidden_states, 16),
+          params.num_cols};
 }
 
 cudaError_t expert_backward(const ExpertBackwardParams& params, const TokenPassPlan& plan,

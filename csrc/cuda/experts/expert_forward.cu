@@ -35,7 +35,8 @@ TokenPassShape token_pass_shape(const ExpertForwardParams& params) {
           element,
           params.hidden_size * element % 16 == 0 && is_aligned(params.hidden_states, 16) &&
               is_aligned(params.up_weights, 16) && is_aligned(params.down_weights, 16) &&
-              is_aligned(params.expert_states, 16) && is_aligned(params.addend, 16)};
+              is_aligned(params.expert_states, 16) && is_aligned(params.addend, 16),
+          params.num_cols};
 }
 
 cudaError_t expert_forward(const ExpertForwardParams& params, const TokenPassPlan& plan,

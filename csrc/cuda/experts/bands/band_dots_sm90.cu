@@ -1,0 +1,378 @@
+// First product of the bands: for each tile of up to 128 tasks of one band
+//   S = query[tokens of the tasks] · keys[band]ᵀ,
+// of which the dot products of the tasks' own pairs are kept: dots[pair] = S[task, place].
+//
+// A tile reads 2 H bytes for each of its tasks, out of L2, and 2 H for each expert of the band, and
+// multiplies 2 · 128 · L · H FLOP (L 320, H 1024: 0.26 + 0.66 MB and 84 MFLOP, 20,500 cycles of an
+// SM's tensor cores, 45 bytes a cycle of the about 36 to 45 that L2 gives an SM). A table read from
+// memory for rows and once more for columns takes 140 µs at 320 x 320 and 3 TB/s; tiles of the same
+// band run side by side, so that memory is read once for them.
+//
+// Two warpgroups multiply, 64 tasks each by the whole band (m64n160k16, twice, at L 320). One more
+// warpgroup fills the ring: it gathers the tokens' rows by 16-byte copies, and one of its threads
+// starts TMA for the experts. S goes through shared memory by columns, kChunk of them at a time and
+// each warp with its own 16 tasks, whose lists it then walks for the places of the chunk.
+#include <algorithm>
+
+#include "cuda/common/check.h"
+#include "cuda/common/cp_async.cuh"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/experts/bands/band_grid_sm90.cuh"
+#include "cuda/experts/bands/bands.h"
+#include "cuda/hopper/mbarrier.cuh"
+#include "cuda/hopper/wgmma.cuh"
+
+namespace omni_moe::cuda {
+namespace {
+
+constexpr int kDepth = 64;  // elements of a row in one stage
+constexpr int kTileTasks = BandTuning::kTileTasks;
+constexpr int kLoaderThreads = 128;
+constexpr int kThreads = kBandConsumers * 128 + kLoaderThreads;
+constexpr int kConsumerRegisters = 216;
+constexpr int kLoaderRegisters = 72;
+static_assert(kBandConsumers * kConsumerRegisters + kLoaderRegisters <= 3 * 168);
+
+// The experts of a band that a tile multiplies: kParts instructions of kCols columns each.
+template <int kColsOfPart, int kNumParts, int kNumStages>
+struct DotsTile {
+  static constexpr int kCols = kColsOfPart;
+  static constexpr int kParts = kNumParts;
+  static constexpr int kPlaces = kCols * kParts;
+  static constexpr int kStages = kNumStages;
+  static constexpr int kChunk = kCols == 160 ? 80 : 64;
+  static constexpr int kChunks = kCols / kChunk;
+  // Rows of S in shared memory are 8 floats more than they hold: the eight rows that a warp writes
+  // at once then lie in different banks.
+  static constexpr int kStride = kChunk + 8;
+  static constexpr int kKeyBytes = kPlaces * kSwizzleRowBytes;
+};
+
+template <class Tile>
+struct DotsShared {
+  char queries[Tile::kStages][kTileTasks * kSwizzleRowBytes];
+  char keys[Tile::kStages][Tile::kKeyBytes];
+  float products[kBandConsumerWarps][kBandWarpRows][Tile::kStride];
+  uint64_t full[Tile::kStages];   // its rows and experts have landed
+  uint64_t empty[Tile::kStages];  // the multiplying warps have read it
+};
+
+struct DotsArgs {
+  BandTable keys;
+  BandPlan plan;
+  const char* queries;
+  const BandTask* tasks;
+  const BandTile* tiles;
+  const int* num_tiles;
+  const BandPair* pairs;
+  float* dots;
+  int row_bytes;
+  int num_stages;  // of a tile: ceil(H / 64)
+};
+
+template <class Tile>
+__device__ __forceinline__ int num_pieces(const BandPlan& plan, int band) {
+  return ceil_div(band_length(plan, band), Tile::kPlaces);
+}
+
+// ---- Loading warpgroup --------------------------------------------------------------------------
+
+// Eight threads copy the 128 bytes that a stage takes of a row; a thread has every 16th row.
+constexpr int kRowThreads = kSwizzleRowBytes / 16;
+constexpr int kRowsPerThread = kTileTasks * kRowThreads / kLoaderThreads;
+
+template <class Tile>
+__device__ __forceinline__ void load_tiles(const DotsArgs& args, DotsShared<Tile>& shared,
+                                           int num_tiles) {
+  const int thread = threadIdx.x - kBandConsumers * 128;
+  const int piece = thread % kRowThreads;
+  const int first_row = thread / kRowThreads;
+  constexpr int kRowStep = kLoaderThreads / kRowThreads;
+  RingCursor<Tile::kStages> ring;
+  int copying = -1;  // the stage whose copies may still be under way
+
+  // Copies into a stage are complete for the tensor cores once the thread that started them has
+  // waited, fenced and arrived.
+  const auto finish_copies = [&] {
+    fence_async_proxy();
+    mbarrier_arrive(&shared.full[copying]);
+  };
+  for (int i = blockIdx.x; i < num_tiles; i += gridDim.x) {
+    const BandTile tile = args.tiles[i];
+    int tokens[kRowsPerThread];
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const int row = first_row + r * kRowStep;
+      tokens[r] = row < tile.num_tasks ? args.tasks[tile.first_task + row].token : -1;
+    }
+    if (copying >= 0) {
+      cp_async_wait<0>();
+      finish_copies();
+      copying = -1;
+    }
+    for (int part = 0; part < num_pieces<Tile>(args.plan, tile.band); ++part) {
+      for (int k = 0; k < args.num_stages; ++k, ring.advance()) {
+        const int stage = ring.stage;
+        mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
+        if (thread == 0) {
+          uint64_t* full = &shared.full[stage];
+          mbarrier_arrive_expect(full, Tile::kKeyBytes);
+#pragma unroll
+          for (int p = 0; p < Tile::kParts; ++p) {
+            args.keys.load(args.plan, tile.band, part * Tile::kPlaces + p * Tile::kCols, k * kDepth,
+                           shared.keys[stage] + p * Tile::kCols * kSwizzleRowBytes, full);
+          }
+        }
+        const int byte = k * kSwizzleRowBytes + piece * 16;
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r) {
+          // Rows without a task keep what they hold: each row of S depends on its own row only.
+          if (tokens[r] < 0) continue;
+          const bool exists = byte < args.row_bytes;
+          const char* from = args.queries + static_cast<int64_t>(tokens[r]) * args.row_bytes;
+          cp_async_16(shared.queries[stage] + swizzle128(first_row + r * kRowStep, piece),
+                      from + (exists ? byte : 0), exists);
+        }
+        cp_async_commit();
+        if (copying >= 0) {
+          cp_async_wait<1>();
+          finish_copies();
+        }
+        copying = stage;
+      }
+    }
+  }
+  if (copying >= 0) {
+    cp_async_wait<0>();
+    finish_copies();
+  }
+}
+
+// ---- Multiplying warpgroups ---------------------------------------------------------------------
+
+template <class T, class Tile>
+class DotsConsumer {
+ public:
+  __device__ __forceinline__ DotsConsumer(const DotsArgs& args, DotsShared<Tile>& shared)
+      : args_(args),
+        shared_(shared),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(__shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0)),
+        consumer_(warp_ / 4) {}
+
+  __device__ __forceinline__ void run(int num_tiles) {
+    for (int i = blockIdx.x; i < num_tiles; i += gridDim.x) {
+      const BandTile tile = args_.tiles[i];
+      // Lane r has the list of task r of the warp's 16.
+      const int own_row = warp_ * kBandWarpRows + lane_;
+      first_ = count_ = 0;
+      if (lane_ < kBandWarpRows && own_row < tile.num_tasks) {
+        const BandTask task = args_.tasks[tile.first_task + own_row];
+        first_ = task.first;
+        count_ = task.num_pairs;
+      }
+      const bool has_tasks = consumer_ * kWgmmaRows < tile.num_tasks;
+      for (int piece = 0; piece < num_pieces<Tile>(args_.plan, tile.band); ++piece) {
+        if (!has_tasks) {
+          pass_stages();
+          continue;
+        }
+        multiply();
+        keep_pairs(piece * Tile::kPlaces);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void release(int stage) {
+    if (lane_ == 0) mbarrier_arrive(&shared_.empty[stage]);
+  }
+
+  // The ring's stages of a tile without tasks for this warpgroup.
+  __device__ __forceinline__ void pass_stages() {
+    for (int k = 0; k < args_.num_stages; ++k, ring_.advance()) {
+      mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
+      release(ring_.stage);
+    }
+  }
+
+  // d_ = S of 64 tasks. A stage goes back once the next one's products have been issued.
+  __device__ __forceinline__ void multiply() {
+    constexpr uint64_t kStep = kWgmmaDepthStep<WgmmaMajor::kDepth, kWgmmaRows>;
+    int last_stage = 0;
+    for (int k = 0; k < args_.num_stages; ++k, ring_.advance()) {
+      const int stage = ring_.stage;
+      mbarrier_wait(&shared_.full[stage], ring_.parity);
+      const uint64_t a = wgmma_descriptor<WgmmaMajor::kDepth, kWgmmaRows>(
+          shared_.queries[stage] + consumer_ * kWgmmaRows * kSwizzleRowBytes);
+      const uint64_t b = wgmma_descriptor<WgmmaMajor::kDepth, kWgmmaRows>(shared_.keys[stage]);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kDepth / kWgmmaDepth; ++step) {
+#pragma unroll
+        for (int p = 0; p < Tile::kParts; ++p) {
+          constexpr uint64_t kPart = Tile::kCols * kSwizzleRowBytes >> 4;
+          wgmma<T>(d_[p], a + step * kStep, b + p * kPart + step * kStep, k > 0 || step > 0);
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (k > 0) release(last_stage);
+      last_stage = stage;
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int p = 0; p < Tile::kParts; ++p) wgmma_use(d_[p]);
+    release(last_stage);
+  }
+
+  // Writes the dot products of the warp's pairs, chunk by chunk of the piece's places.
+  __device__ __forceinline__ void keep_pairs(int first_place) {
+    float(*products)[Tile::kStride] = shared_.products[warp_];
+#pragma unroll
+    for (int p = 0; p < Tile::kParts; ++p) {
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+        __syncwarp();  // all lanes have read the chunk before
+#pragma unroll
+        for (int j = 0; j < Tile::kChunk / 8; ++j) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int at = (chunk * Tile::kChunk / 8 + j) * 4 + i * 2;
+            *reinterpret_cast<float2*>(&products[lane_ / 4 + i * 8][j * 8 + lane_ % 4 * 2]) =
+                make_float2(d_[p][at], d_[p][at + 1]);
+          }
+        }
+        __syncwarp();
+        walk_lists(products, first_place + p * Tile::kCols + chunk * Tile::kChunk);
+      }
+    }
+  }
+
+  // Four lists at a time, so that their loads overlap; most have at most 32 pairs.
+  __device__ __forceinline__ void walk_lists(const float (*products)[Tile::kStride], int begin) {
+    constexpr int kLists = 4;
+#pragma unroll 1
+    for (int row = 0; row < kBandWarpRows; row += kLists) {
+      int first[kLists], count[kLists];
+      int longest = 0;
+#pragma unroll
+      for (int i = 0; i < kLists; ++i) {
+        first[i] = __shfl_sync(kFullWarp, first_, row + i);
+        count[i] = __shfl_sync(kFullWarp, count_, row + i);
+        longest = max(longest, count[i]);
+      }
+#pragma unroll 1
+      for (int base = 0; base < longest; base += kWarpSize) {
+        const int at = base + lane_;
+        BandPair pairs[kLists];
+#pragma unroll
+        for (int i = 0; i < kLists; ++i) {
+          pairs[i] = at < count[i] ? args_.pairs[first[i] + at] : 0xffffffffu;
+        }
+#pragma unroll
+        for (int i = 0; i < kLists; ++i) {
+          const int place = static_cast<int>(pairs[i] >> 16) - begin;
+          if (place >= 0 && place < Tile::kChunk) {
+            if (at < count[i]) args_.dots[first[i] + at] = products[row + i][place];
+          }
+        }
+      }
+    }
+  }
+
+  const DotsArgs& args_;
+  DotsShared<Tile>& shared_;
+  const int lane_;
+  const int warp_;
+  const int consumer_;
+  int first_;
+  int count_;
+  RingCursor<Tile::kStages> ring_;
+  float d_[Tile::kParts][Tile::kCols / 2];
+};
+
+// ---- Kernel and launcher ------------------------------------------------------------------------
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kThreads, 1)
+    band_dots_kernel(const __grid_constant__ DotsArgs args) {
+  if (!kHasHopperInstructions) {
+    __trap();
+    return;
+  }
+  extern __shared__ char dynamic_shared[];
+  const uint32_t misaligned = shared_address(dynamic_shared) % kSwizzleAlignment;
+  auto& shared = *reinterpret_cast<DotsShared<Tile>*>(
+      dynamic_shared + (kSwizzleAlignment - misaligned) % kSwizzleAlignment);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      mbarrier_init(&shared.full[stage], kLoaderThreads + 1);
+      mbarrier_init(&shared.empty[stage], kBandConsumerWarps);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int num_tiles = *args.num_tiles;
+  if (threadIdx.x < kBandConsumers * 128) {
+    take_registers<kConsumerRegisters>();
+    DotsConsumer<T, Tile>(args, shared).run(num_tiles);
+  } else {
+    give_registers<kLoaderRegisters>();
+    load_tiles<Tile>(args, shared, num_tiles);
+  }
+}
+
+template <class T, class Tile>
+cudaError_t launch_dots(const BandShape& shape, const void* queries, const void* keys,
+                        int64_t hidden_size, const BandWorkspace& workspace,
+                        const DeviceInfo& device, cudaStream_t stream) {
+  constexpr size_t kSharedBytes = sizeof(DotsShared<Tile>) + kSwizzleAlignment;
+  static_assert(kSharedBytes <= 232448, "more shared memory than a block gets");
+  DotsArgs args{};
+  args.plan = shape.plan;
+  args.queries = static_cast<const char*>(queries);
+  args.tasks = workspace.tasks;
+  args.tiles = workspace.tiles;
+  args.num_tiles = workspace.num_tiles;
+  args.pairs = workspace.pairs;
+  args.dots = workspace.dots;
+  args.row_bytes = static_cast<int>(hidden_size * sizeof(T));
+  args.num_stages = static_cast<int>(ceil_div<int64_t>(hidden_size, kDepth));
+  const auto kernel = band_dots_kernel<T, Tile>;
+  const int64_t blocks = std::min<int64_t>(device.num_sms, shape.max_tiles());
+  return run_steps(
+      [&] { return allow_shared_memory(kernel, kSharedBytes); },
+      [&] { return encode_band_table<T>(keys, shape.plan, hidden_size, Tile::kCols, &args.keys); },
+      [&] {
+        return launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), kThreads, kSharedBytes},
+                             stream, args);
+      });
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t band_dots(const BandShape& shape, const void* queries, const void* keys,
+                      int64_t hidden_size, const BandWorkspace& workspace, const DeviceInfo& device,
+                      cudaStream_t stream) {
+  const auto launch = [&](auto tile) {
+    return launch_dots<T, decltype(tile)>(shape, queries, keys, hidden_size, workspace, device,
+                                          stream);
+  };
+  const int length = std::max(shape.plan.num_rows, shape.plan.num_cols);
+  if (length <= 64) return launch(DotsTile<64, 1, 6>{});
+  if (length <= 128) return launch(DotsTile<128, 1, 5>{});
+  if (length <= 160) return launch(DotsTile<160, 1, 4>{});
+  if (length <= 256 || length > 320) return launch(DotsTile<128, 2, 3>{});
+  return launch(DotsTile<160, 2, 3>{});
+}
+
+template cudaError_t band_dots<__half>(const BandShape&, const void*, const void*, int64_t,
+                                       const BandWorkspace&, const DeviceInfo&, cudaStream_t);
+template cudaError_t band_dots<__nv_bfloat16>(const BandShape&, const void*, const void*, int64_t,
+                                              const BandWorkspace&, const DeviceInfo&,
+                                              cudaStream_t);
+
+}  // namespace omni_moe::cuda
