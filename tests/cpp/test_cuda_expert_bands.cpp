@@ -460,6 +460,40 @@ TEST_P(CudaExpertBands, Backward) {
   EXPECT_TRUE(alone[0] == got[3]);
 }
 
+// A captured pass repeats the bits of a launched one, also after the workspace has been used for
+// other ids.
+TEST(CudaExpertBandsGraph, Replays) {
+  if (!cuda::has_hopper_kernels()) GTEST_SKIP() << "needs kernels of Hopper";
+  Problem problem({300, {40, 40}, 64, 256});
+  auto params = problem.params_of<ExpertForwardParams>(Side::kDevice);
+  const auto plan = plan_of(cuda::token_pass_shape(params));
+  const DeviceArray workspace(cuda::expert_forward_workspace_size(params, plan));
+  params.workspace = workspace.data();
+  expect_success(cuda::expert_forward(params, plan, nullptr));
+  const Bytes want = problem.out.device.read();
+
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  ASSERT_EQ(cudaSuccess, cudaStreamCreate(&stream));
+  ASSERT_EQ(cudaSuccess, cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  EXPECT_EQ(cudaSuccess, cuda::expert_forward(params, plan, stream));
+  ASSERT_EQ(cudaSuccess, cudaStreamEndCapture(stream, &graph));
+  ASSERT_EQ(cudaSuccess, cudaGraphInstantiate(&executable, graph, 0));
+  for (const bool is_shifted : {true, false}) {
+    auto ids = problem.ids;
+    for (int64_t& id : ids) id = is_shifted ? (id + 41) % problem.c.grid.size() : id;
+    problem.device_ids.upload(bytes_of_ids(ids, problem.c.index_type));
+    problem.out.device.poison();
+    ASSERT_EQ(cudaSuccess, cudaGraphLaunch(executable, stream));
+    ASSERT_EQ(cudaSuccess, cudaStreamSynchronize(stream));
+    EXPECT_EQ(problem.out.device.read() == want, !is_shifted);
+  }
+  EXPECT_EQ(cudaSuccess, cudaGraphExecDestroy(executable));
+  EXPECT_EQ(cudaSuccess, cudaGraphDestroy(graph));
+  EXPECT_EQ(cudaSuccess, cudaStreamDestroy(stream));
+}
+
 std::vector<Case> cases() {
   std::vector<Case> cases;
   const auto bf16 = DType::kBFloat16;

@@ -110,11 +110,13 @@ __device__ __forceinline__ void tma_load_multicast(const CUtensorMap& map, void*
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, tile, &map, at, barrier, blocks);
 }
 
-// Loads the tile of a grid whose first vector is (row, col), from its element `element` on.
-__device__ __forceinline__ void tma_load_grid(const CUtensorMap& map, void* tile, uint64_t* barrier,
-                                              int row, int col, int element) {
+// The same of a grid: the tile's first vector is (row, col), of which it takes elements from
+// `element` on.
+__device__ __forceinline__ void tma_load_grid_multicast(const CUtensorMap& map, void* tile,
+                                                        uint64_t* barrier, int row, int col,
+                                                        int element, uint16_t blocks) {
   const int32_t at[] = {element, col, row};
-  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, tile, &map, at, barrier);
+  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, tile, &map, at, barrier, blocks);
 }
 
 // The store belongs to the calling thread's current bulk group.

@@ -32,6 +32,7 @@ struct CoverArgs {
   IndexType index_type;
   int max_height;  // of h: floor(sqrt(K)), at most R
   BandPair* pairs;
+  uint16_t* places;
   TokenCover* covers;
   TokenTask* token_tasks;
   uint32_t* chosen;
@@ -49,6 +50,7 @@ struct CoverShared {
   int* firsts;      // [max_tasks + 1] where the pairs of a task, or the tail, begin
   int* overflows;   // [max_tasks] where those begin that are more than the band has experts
   int* totals;      // [2] row tasks; all tasks
+  BandPair* list;   // [K], written at once in the end
 
   __device__ __forceinline__ CoverShared(int* words, const CoverArgs& args) {
     const int num_bands = args.shape.num_bands();
@@ -62,13 +64,14 @@ struct CoverShared {
     firsts = counts + kWarps * num_groups;
     overflows = firsts + num_groups;
     totals = overflows + num_groups;
+    list = reinterpret_cast<BandPair*>(totals + 2);
   }
 };
 
 size_t shared_bytes(const CoverArgs& args) {
   const int num_groups = args.shape.plan.max_tasks + 1;
-  return sizeof(int) * (args.shape.num_pairs + 2 * args.shape.num_bands() + args.max_height + 1 +
-                        (3 + kWarps) * num_groups + 2);
+  return sizeof(int) * (2 * args.shape.num_pairs + 2 * args.shape.num_bands() + args.max_height +
+                        1 + (3 + kWarps) * num_groups + 2);
 }
 
 // The largest h such that h rows have at least h pairs each. For a whole warp.
@@ -245,8 +248,13 @@ __global__ void __launch_bounds__(kThreads)
       if (at >= length) position = shared.overflows[window.group] + at - length;
     }
     const uint32_t place = window.in_row ? window.cell & 0xffff : window.cell >> 16;
-    args.pairs[first_pair + position] = place << 16 | static_cast<uint32_t>(window.k);
+    shared.list[position] = place << 16 | static_cast<uint32_t>(window.k);
   });
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_pairs; i += kThreads) {
+    args.pairs[first_pair + i] = shared.list[i];
+    args.places[first_pair + i] = static_cast<uint16_t>(shared.list[i] >> 16);
+  }
 }
 
 }  // namespace
@@ -258,6 +266,7 @@ cudaError_t band_cover(const BandShape& shape, const void* indices, IndexType in
                  index_type,
                  /*max_height=*/0,
                  workspace.pairs,
+                 workspace.places,
                  workspace.covers,
                  workspace.token_tasks,
                  workspace.chosen,

@@ -18,6 +18,7 @@
 #include "cuda/common/cp_async.cuh"
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/bands/band_grid_sm90.cuh"
 #include "cuda/experts/bands/bands.h"
 #include "cuda/hopper/mbarrier.cuh"
@@ -27,11 +28,11 @@ namespace omni_moe::cuda {
 namespace {
 
 constexpr int kDepth = 64;  // elements of a row in one stage
-constexpr int kTileTasks = BandTuning::kTileTasks;
+constexpr int kRows = kBandBlockTasks;
 constexpr int kLoaderThreads = 128;
 constexpr int kThreads = kBandConsumers * 128 + kLoaderThreads;
-constexpr int kConsumerRegisters = 216;
-constexpr int kLoaderRegisters = 72;
+constexpr int kConsumerRegisters = 224;
+constexpr int kLoaderRegisters = 56;
 static_assert(kBandConsumers * kConsumerRegisters + kLoaderRegisters <= 3 * 168);
 
 // The experts of a band that a tile multiplies: kParts instructions of kCols columns each.
@@ -40,6 +41,7 @@ struct DotsTile {
   static constexpr int kCols = kColsOfPart;
   static constexpr int kParts = kNumParts;
   static constexpr int kPlaces = kCols * kParts;
+  static constexpr int kLoadPlaces = kPlaces / kCluster;  // that one block loads
   static constexpr int kStages = kNumStages;
   static constexpr int kChunk = kCols == 160 ? 80 : 64;
   static constexpr int kChunks = kCols / kChunk;
@@ -51,7 +53,7 @@ struct DotsTile {
 
 template <class Tile>
 struct DotsShared {
-  char queries[Tile::kStages][kTileTasks * kSwizzleRowBytes];
+  char queries[Tile::kStages][kRows * kSwizzleRowBytes];
   char keys[Tile::kStages][Tile::kKeyBytes];
   float products[kBandConsumerWarps][kBandWarpRows][Tile::kStride];
   uint64_t full[Tile::kStages];   // its rows and experts have landed
@@ -65,8 +67,9 @@ struct DotsArgs {
   const BandTask* tasks;
   const BandTile* tiles;
   const int* num_tiles;
-  const BandPair* pairs;
+  const uint16_t* places;
   float* dots;
+  int num_pairs;  // T * K
   int row_bytes;
   int num_stages;  // of a tile: ceil(H / 64)
 };
@@ -80,12 +83,13 @@ __device__ __forceinline__ int num_pieces(const BandPlan& plan, int band) {
 
 // Eight threads copy the 128 bytes that a stage takes of a row; a thread has every 16th row.
 constexpr int kRowThreads = kSwizzleRowBytes / 16;
-constexpr int kRowsPerThread = kTileTasks * kRowThreads / kLoaderThreads;
+constexpr int kRowsPerThread = kRows * kRowThreads / kLoaderThreads;
 
 template <class Tile>
 __device__ __forceinline__ void load_tiles(const DotsArgs& args, DotsShared<Tile>& shared,
                                            int num_tiles) {
   const int thread = threadIdx.x - kBandConsumers * 128;
+  const int rank = cluster_rank();
   const int piece = thread % kRowThreads;
   const int first_row = thread / kRowThreads;
   constexpr int kRowStep = kLoaderThreads / kRowThreads;
@@ -98,12 +102,12 @@ __device__ __forceinline__ void load_tiles(const DotsArgs& args, DotsShared<Tile
     fence_async_proxy();
     mbarrier_arrive(&shared.full[copying]);
   };
-  for (int i = blockIdx.x; i < num_tiles; i += gridDim.x) {
+  for (int i = first_tile(); i < num_tiles; i += tile_step()) {
     const BandTile tile = args.tiles[i];
     int tokens[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const int row = first_row + r * kRowStep;
+      const int row = task_of_row(first_row + r * kRowStep, rank);
       tokens[r] = row < tile.num_tasks ? args.tasks[tile.first_task + row].token : -1;
     }
     if (copying >= 0) {
@@ -118,11 +122,9 @@ __device__ __forceinline__ void load_tiles(const DotsArgs& args, DotsShared<Tile
         if (thread == 0) {
           uint64_t* full = &shared.full[stage];
           mbarrier_arrive_expect(full, Tile::kKeyBytes);
-#pragma unroll
-          for (int p = 0; p < Tile::kParts; ++p) {
-            args.keys.load(args.plan, tile.band, part * Tile::kPlaces + p * Tile::kCols, k * kDepth,
-                           shared.keys[stage] + p * Tile::kCols * kSwizzleRowBytes, full);
-          }
+          const int place = rank * Tile::kLoadPlaces;
+          args.keys.load(args.plan, tile.band, part * Tile::kPlaces + place, k * kDepth,
+                         shared.keys[stage] + place * kSwizzleRowBytes, full);
         }
         const int byte = k * kSwizzleRowBytes + piece * 16;
 #pragma unroll
@@ -151,6 +153,14 @@ __device__ __forceinline__ void load_tiles(const DotsArgs& args, DotsShared<Tile
 
 // ---- Multiplying warpgroups ---------------------------------------------------------------------
 
+// Lists of a warp's 16 tasks, in units of 64 pairs of one list: a lane takes two places that follow
+// each other, from an even pair on.
+constexpr int kUnitPairs = 2 * kWarpSize;
+// So many units a lane loads before it multiplies, for the wait for them was a third of the
+// kernel's time; at 320 x 320 and K 512 a warp has about 18.
+constexpr int kEarlyUnits = 16;
+constexpr uint32_t kNoPlace = 0xffff;
+
 template <class T, class Tile>
 class DotsConsumer {
  public:
@@ -162,17 +172,11 @@ class DotsConsumer {
         consumer_(warp_ / 4) {}
 
   __device__ __forceinline__ void run(int num_tiles) {
-    for (int i = blockIdx.x; i < num_tiles; i += gridDim.x) {
+    const int rank = cluster_rank();
+    for (int i = first_tile(); i < num_tiles; i += tile_step()) {
       const BandTile tile = args_.tiles[i];
-      // Lane r has the list of task r of the warp's 16.
-      const int own_row = warp_ * kBandWarpRows + lane_;
-      first_ = count_ = 0;
-      if (lane_ < kBandWarpRows && own_row < tile.num_tasks) {
-        const BandTask task = args_.tasks[tile.first_task + own_row];
-        first_ = task.first;
-        count_ = task.num_pairs;
-      }
-      const bool has_tasks = consumer_ * kWgmmaRows < tile.num_tasks;
+      const bool has_tasks = task_of_row(consumer_ * kWgmmaRows, rank) < tile.num_tasks;
+      if (has_tasks) open_lists(tile, task_of_row(warp_ * kBandWarpRows, rank));
       for (int piece = 0; piece < num_pieces<Tile>(args_.plan, tile.band); ++piece) {
         if (!has_tasks) {
           pass_stages();
@@ -186,7 +190,7 @@ class DotsConsumer {
 
  private:
   __device__ __forceinline__ void release(int stage) {
-    if (lane_ == 0) mbarrier_arrive(&shared_.empty[stage]);
+    release_stage(&shared_.empty[stage], lane_);
   }
 
   // The ring's stages of a tile without tasks for this warpgroup.
@@ -227,13 +231,65 @@ class DotsConsumer {
     release(last_stage);
   }
 
-  // Writes the dot products of the warp's pairs, chunk by chunk of the piece's places.
+  // Lane r takes the list of the warp's task r, and every lane its places of the first units.
+  __device__ __forceinline__ void open_lists(const BandTile& tile, int first_task) {
+    begin_ = end_ = 0;
+    if (lane_ < kBandWarpRows && first_task + lane_ < tile.num_tasks) {
+      const BandTask task = args_.tasks[tile.first_task + first_task + lane_];
+      begin_ = task.first;
+      end_ = task.first + task.num_pairs;
+    }
+    const int even = begin_ & ~1;
+    const int units = (end_ - even + kUnitPairs - 1) / kUnitPairs;
+    last_unit_ = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(units)));
+    first_pair_ = even - (last_unit_ - units) * kUnitPairs;
+    num_units_ = __shfl_sync(kFullWarp, last_unit_, kWarpSize - 1);
+#pragma unroll
+    for (int u = 0; u < kEarlyUnits; ++u) {
+      if (u < num_units_) places_[u] = load_places(pair_of(u, row_of(u)));
+    }
+  }
+
+  __device__ __forceinline__ int row_of(int unit) const {
+    return __popc(__ballot_sync(kFullWarp, last_unit_ <= unit));
+  }
+  // The first of the lane's two pairs in the list of all tokens; the list's last one may be the
+  // other.
+  __device__ __forceinline__ int pair_of(int unit, int row) const {
+    return __shfl_sync(kFullWarp, first_pair_, row) + unit * kUnitPairs + 2 * lane_;
+  }
+  __device__ __forceinline__ uint32_t load_places(int pair) const {
+    const bool exists = pair < args_.num_pairs;
+    return exists ? *reinterpret_cast<const uint32_t*>(args_.places + pair) : ~0u;
+  }
+  // With kNoPlace instead of what belongs to other lists.
+  __device__ __forceinline__ uint32_t own_places(uint32_t places, int pair, int row) const {
+    const int begin = __shfl_sync(kFullWarp, begin_, row);
+    const int end = __shfl_sync(kFullWarp, end_, row);
+    if (pair < begin || pair >= end) places |= kNoPlace;
+    if (pair + 1 < begin || pair + 1 >= end) places |= kNoPlace << 16;
+    return places;
+  }
+
+  // dot = row[place - begin] where the chunk has this place.
+  __device__ __forceinline__ static bool take(const float* row, uint32_t place, int begin,
+                                              float& dot) {
+    const unsigned at = place - static_cast<unsigned>(begin);
+    const bool has = at < static_cast<unsigned>(Tile::kChunk);
+    if (has) dot = row[at];
+    return has;
+  }
+
+  // Writes the dot products of the warp's pairs, from the piece's places on. S goes through shared
+  // memory chunk by chunk.
   __device__ __forceinline__ void keep_pairs(int first_place) {
     float(*products)[Tile::kStride] = shared_.products[warp_];
+    float dots[kEarlyUnits][2];
 #pragma unroll
     for (int p = 0; p < Tile::kParts; ++p) {
 #pragma unroll
       for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+        const int begin = first_place + p * Tile::kCols + chunk * Tile::kChunk;
         __syncwarp();  // all lanes have read the chunk before
 #pragma unroll
         for (int j = 0; j < Tile::kChunk / 8; ++j) {
@@ -245,40 +301,39 @@ class DotsConsumer {
           }
         }
         __syncwarp();
-        walk_lists(products, first_place + p * Tile::kCols + chunk * Tile::kChunk);
+#pragma unroll
+        for (int u = 0; u < kEarlyUnits; ++u) {
+          if (u >= num_units_) continue;
+          const int row = row_of(u);
+          if (p == 0 && chunk == 0) {
+            places_[u] = own_places(places_[u], pair_of(u, row), row);
+            dots[u][0] = dots[u][1] = 0.0f;
+          }
+          take(products[row], places_[u] & 0xffff, begin, dots[u][0]);
+          take(products[row], places_[u] >> 16, begin, dots[u][1]);
+        }
+#pragma unroll 1
+        for (int u = kEarlyUnits; u < num_units_; ++u) {
+          const int row = row_of(u);
+          const int pair = pair_of(u, row);
+          const uint32_t places = own_places(load_places(pair), pair, row);
+          float dot;
+          if (take(products[row], places & 0xffff, begin, dot)) args_.dots[pair] = dot;
+          if (take(products[row], places >> 16, begin, dot)) args_.dots[pair + 1] = dot;
+        }
       }
     }
-  }
-
-  // Four lists at a time, so that their loads overlap; most have at most 32 pairs.
-  __device__ __forceinline__ void walk_lists(const float (*products)[Tile::kStride], int begin) {
-    constexpr int kLists = 4;
-#pragma unroll 1
-    for (int row = 0; row < kBandWarpRows; row += kLists) {
-      int first[kLists], count[kLists];
-      int longest = 0;
 #pragma unroll
-      for (int i = 0; i < kLists; ++i) {
-        first[i] = __shfl_sync(kFullWarp, first_, row + i);
-        count[i] = __shfl_sync(kFullWarp, count_, row + i);
-        longest = max(longest, count[i]);
-      }
-#pragma unroll 1
-      for (int base = 0; base < longest; base += kWarpSize) {
-        const int at = base + lane_;
-        BandPair pairs[kLists];
-#pragma unroll
-        for (int i = 0; i < kLists; ++i) {
-          pairs[i] = at < count[i] ? args_.pairs[first[i] + at] : 0xffffffffu;
+    for (int u = 0; u < kEarlyUnits; ++u) {
+      if (u >= num_units_) continue;
+      const int pair = pair_of(u, row_of(u));
+      const auto store = [&](uint32_t place, int at, float dot) {
+        if (place - static_cast<unsigned>(first_place) < static_cast<unsigned>(Tile::kPlaces)) {
+          args_.dots[at] = dot;
         }
-#pragma unroll
-        for (int i = 0; i < kLists; ++i) {
-          const int place = static_cast<int>(pairs[i] >> 16) - begin;
-          if (place >= 0 && place < Tile::kChunk) {
-            if (at < count[i]) args_.dots[first[i] + at] = products[row + i][place];
-          }
-        }
-      }
+      };
+      store(places_[u] & 0xffff, pair, dots[u][0]);
+      store(places_[u] >> 16, pair + 1, dots[u][1]);
     }
   }
 
@@ -287,10 +342,13 @@ class DotsConsumer {
   const int lane_;
   const int warp_;
   const int consumer_;
-  int first_;
-  int count_;
   RingCursor<Tile::kStages> ring_;
   float d_[Tile::kParts][Tile::kCols / 2];
+  // Of lane r: the list of the warp's task r, where its units end among the warp's, and the pair
+  // from which unit u of all is at first_pair_ + 64 u.
+  int begin_, end_, last_unit_, first_pair_;
+  int num_units_;
+  uint32_t places_[kEarlyUnits];
 };
 
 // ---- Kernel and launcher ------------------------------------------------------------------------
@@ -309,11 +367,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       mbarrier_init(&shared.full[stage], kLoaderThreads + 1);
-      mbarrier_init(&shared.empty[stage], kBandConsumerWarps);
+      mbarrier_init(&shared.empty[stage], kBandConsumerWarps * kCluster);
     }
     mbarrier_init_fence();
   }
   __syncthreads();
+  cluster_sync();  // the barriers of both blocks stand
   const int num_tiles = *args.num_tiles;
   if (threadIdx.x < kBandConsumers * 128) {
     take_registers<kConsumerRegisters>();
@@ -322,6 +381,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     give_registers<kLoaderRegisters>();
     load_tiles<Tile>(args, shared, num_tiles);
   }
+  // Shared memory stays until the other block has sent its last copies and arrivals.
+  __syncwarp();
+  cluster_sync();
 }
 
 template <class T, class Tile>
@@ -336,18 +398,23 @@ cudaError_t launch_dots(const BandShape& shape, const void* queries, const void*
   args.tasks = workspace.tasks;
   args.tiles = workspace.tiles;
   args.num_tiles = workspace.num_tiles;
-  args.pairs = workspace.pairs;
+  args.places = workspace.places;
+  args.num_pairs = shape.num_tokens * shape.num_pairs;
   args.dots = workspace.dots;
   args.row_bytes = static_cast<int>(hidden_size * sizeof(T));
   args.num_stages = static_cast<int>(ceil_div<int64_t>(hidden_size, kDepth));
   const auto kernel = band_dots_kernel<T, Tile>;
-  const int64_t blocks = std::min<int64_t>(device.num_sms, shape.max_tiles());
+  const int64_t clusters = std::min<int64_t>(device.num_sms / kCluster, shape.max_tiles());
   return run_steps(
       [&] { return allow_shared_memory(kernel, kSharedBytes); },
-      [&] { return encode_band_table<T>(keys, shape.plan, hidden_size, Tile::kCols, &args.keys); },
       [&] {
-        return launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), kThreads, kSharedBytes},
-                             stream, args);
+        return encode_band_table<T>(keys, shape.plan, hidden_size, Tile::kLoadPlaces, &args.keys);
+      },
+      [&] {
+        LaunchOptions options{dim3(static_cast<unsigned>(clusters * kCluster)), kThreads};
+        options.shared_bytes = kSharedBytes;
+        options.cluster_blocks = kCluster;
+        return launch_kernel(kernel, options, stream, args);
       });
 }
 

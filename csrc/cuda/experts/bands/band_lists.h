@@ -60,6 +60,7 @@ struct BandShape {
 
 struct BandWorkspace {
   BandPair* pairs;         // [T, K]
+  uint16_t* places;        // [T, K] of the pairs in their bands, and one more
   TokenCover* covers;      // [T]
   TokenTask* token_tasks;  // [T, max_tasks]
   int* positions;          // [T, max_tasks] of a token's tasks among all tasks
@@ -80,6 +81,7 @@ inline BandWorkspace cut_band_workspace(const BandShape& shape, int64_t hidden_s
   const size_t num_pairs = static_cast<size_t>(shape.num_tokens) * shape.num_pairs;
   const size_t num_tasks = static_cast<size_t>(shape.max_tasks());
   workspace.pairs = cutter.take<BandPair>(num_pairs);
+  workspace.places = cutter.take<uint16_t>(num_pairs + 1);
   workspace.covers = cutter.take<TokenCover>(shape.num_tokens);
   workspace.token_tasks = cutter.take<TokenTask>(num_tasks);
   workspace.positions = cutter.take<int>(num_tasks);

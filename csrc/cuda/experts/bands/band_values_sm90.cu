@@ -17,6 +17,7 @@
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/bands/band_grid_sm90.cuh"
 #include "cuda/experts/bands/bands.h"
 #include "cuda/hopper/mbarrier.cuh"
@@ -26,7 +27,7 @@
 namespace omni_moe::cuda {
 namespace {
 
-constexpr int kTileTasks = BandTuning::kTileTasks;
+constexpr int kRows = kBandBlockTasks;
 constexpr int kThreads = (kBandConsumers + 1) * 128;
 constexpr int kConsumerRegisters = 216;
 constexpr int kLoaderRegisters = 72;
@@ -44,7 +45,7 @@ struct ValuesTile {
 
 template <class Tile>
 struct ValuesShared {
-  char coefficients[Tile::kBlocks][kTileTasks * kSwizzleRowBytes];  // P
+  char coefficients[Tile::kBlocks][kRows * kSwizzleRowBytes];  // P
   char values[Tile::kStages][kPieces][kPieceBytes64];
   char outputs[kBandConsumerWarps][kBandWarpRows * kSwizzleRowBytes];
   uint64_t full[Tile::kStages];
@@ -72,8 +73,9 @@ __device__ __forceinline__ int num_blocks(const BandPlan& plan, int band) {
 template <class Tile>
 __device__ __forceinline__ void load_tiles(const ValuesArgs& args, ValuesShared<Tile>& shared,
                                            int num_tiles) {
+  const int rank = cluster_rank();
   RingCursor<Tile::kStages> ring;
-  for (int i = blockIdx.x; i < num_tiles; i += gridDim.x) {
+  for (int i = first_tile(); i < num_tiles; i += tile_step()) {
     const int band = args.tiles[i].band;
     const int blocks = num_blocks(args.plan, band);
     for (int col_piece = 0; col_piece < args.num_col_pieces; ++col_piece) {
@@ -82,8 +84,10 @@ __device__ __forceinline__ void load_tiles(const ValuesArgs& args, ValuesShared<
         uint64_t* full = &shared.full[stage];
         mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
         mbarrier_arrive_expect(full, kPieces * kPieceBytes64);
+        constexpr int kLoadPieces = kPieces / kCluster;  // that one block loads
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
+        for (int p = 0; p < kLoadPieces; ++p) {
+          const int piece = rank * kLoadPieces + p;
           args.values.load(args.plan, band, block * kBlockPlaces,
                            col_piece * kWgmmaCols + piece * kPieceCols, shared.values[stage][piece],
                            full);
@@ -102,6 +106,11 @@ __device__ __forceinline__ void sync_warpgroup(int consumer) {
   }
 }
 
+// Units of a warp's lists whose pairs are in registers when P is laid out: at 320 x 320 and K 512 a
+// warp has about 22 units. The wait for them was a third of the kernel's time.
+constexpr int kEarlyUnits = 28;
+constexpr BandPair kNoPair = 0xffffffff;
+
 template <class T, class Tile>
 class ValuesConsumer {
  public:
@@ -110,33 +119,47 @@ class ValuesConsumer {
         shared_(shared),
         lane_(threadIdx.x % kWarpSize),
         warp_(__shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0)),
-        consumer_(warp_ / 4) {}
+        consumer_(warp_ / 4),
+        rank_(cluster_rank()) {}
 
   __device__ __forceinline__ void run(int num_tiles) {
-    for (int i = blockIdx.x; i < num_tiles; i += gridDim.x) {
-      const BandTile tile = args_.tiles[i];
+    int i = first_tile();
+    if (i >= num_tiles) return;
+    BandTile tile = args_.tiles[i];
+    open_lists(tile);
+    load_early();
+    while (true) {
+      const int next_i = i + tile_step();
+      const bool has_next = next_i < num_tiles;
+      const BandTile next = args_.tiles[has_next ? next_i : i];
       const int blocks = num_blocks(args_.plan, tile.band);
-      if (consumer_ * kWgmmaRows >= tile.num_tasks) {
-        for (int k = 0; k < args_.num_col_pieces * blocks; ++k, ring_.advance()) {
-          mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
-          release(ring_.stage);
-        }
-        continue;
+      const bool has_tasks = task_of_row(consumer_ * kWgmmaRows, rank_) < tile.num_tasks;
+      if (has_tasks) {
+        sync_warpgroup(consumer_);  // all its warps have multiplied with the P of the tile before
+        lay_out(blocks);
+        fence_async_proxy();
+        sync_warpgroup(consumer_);
       }
-      sync_warpgroup(consumer_);  // all its warps have multiplied with the P of the tile before
-      lay_out(tile, blocks);
-      fence_async_proxy();
-      sync_warpgroup(consumer_);
+      // The next tile's lists come while this one is multiplied.
+      open_lists(next);
       for (int col_piece = 0; col_piece < args_.num_col_pieces; ++col_piece) {
-        multiply(blocks);
-        store(tile, col_piece * kWgmmaCols);
+        if (col_piece == args_.num_col_pieces - 1) load_early();
+        if (has_tasks) {
+          multiply(blocks);
+          store(tile, col_piece * kWgmmaCols);
+        } else {
+          pass_stages(blocks);
+        }
       }
+      if (!has_next) return;
+      tile = next;
+      i = next_i;
     }
   }
 
  private:
   __device__ __forceinline__ void release(int stage) {
-    if (lane_ == 0) mbarrier_arrive(&shared_.empty[stage]);
+    release_stage(&shared_.empty[stage], lane_);
   }
 
   __device__ __forceinline__ uint16_t* cell(int row, int place) {
@@ -146,51 +169,74 @@ class ValuesConsumer {
            place % 8;
   }
 
-  // Calls body(row, at, list, pair) for the pairs of the warp's tasks, 32 pairs of 4 lists at a
-  // time.
-  struct List {
-    int first;
-    int count;
-  };
+  // The ring's stages of a piece without tasks for this warpgroup.
+  __device__ __forceinline__ void pass_stages(int blocks) {
+    for (int k = 0; k < blocks; ++k, ring_.advance()) {
+      mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
+      release(ring_.stage);
+    }
+  }
+
+  // Lane r takes the list of the warp's task r.
+  __device__ __forceinline__ void open_lists(const BandTile& tile) {
+    const int own_row = task_of_row(warp_ * kBandWarpRows + lane_ % kBandWarpRows, rank_);
+    first_ = end_ = 0;
+    if (lane_ < kBandWarpRows && own_row < tile.num_tasks) {
+      const BandTask task = args_.tasks[tile.first_task + own_row];
+      first_ = task.first;
+      end_ = task.first + task.num_pairs;
+    }
+  }
+
+  // The lists in units of 32 pairs, and the first units' pairs.
+  __device__ __forceinline__ void load_early() {
+    const int units = (end_ - first_ + kWarpSize - 1) / kWarpSize;
+    last_unit_ = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(units)));
+    first_pair_ = first_ - (last_unit_ - units) * kWarpSize;
+    num_units_ = __shfl_sync(kFullWarp, last_unit_, kWarpSize - 1);
+#pragma unroll
+    for (int u = 0; u < kEarlyUnits; ++u) {
+      if (u < num_units_) early_[u] = load_pair(u);
+    }
+  }
+  __device__ __forceinline__ int row_of(int unit) const {
+    return __popc(__ballot_sync(kFullWarp, last_unit_ <= unit));
+  }
+  // Places end below kNoPair's; the lane has no pair in a list's last unit.
+  __device__ __forceinline__ BandPair load_pair(int unit) const {
+    const int row = row_of(unit);
+    const int pair = __shfl_sync(kFullWarp, first_pair_, row) + unit * kWarpSize + lane_;
+    const int end = __shfl_sync(kFullWarp, end_, row);
+    return pair < end ? args_.coefficients[pair] : kNoPair;
+  }
+
+  // Calls body(row, mark, pair) for the pairs of the warp's tasks, mark: another one for each.
   template <class Body>
   __device__ __forceinline__ void for_each_pair(Body&& body) {
-    constexpr int kLists = 4;
+#pragma unroll
+    for (int u = 0; u < kEarlyUnits; ++u) {
+      if (u >= num_units_) continue;
+      const int row = row_of(u);
+      if (early_[u] != kNoPair) body(row, u * kWarpSize + lane_, early_[u]);
+    }
+    constexpr int kBatch = 4;
 #pragma unroll 1
-    for (int row = 0; row < kBandWarpRows; row += kLists) {
-      List lists[kLists];
-      int longest = 0;
+    for (int unit = kEarlyUnits; unit < num_units_; unit += kBatch) {
+      BandPair pairs[kBatch];
 #pragma unroll
-      for (int i = 0; i < kLists; ++i) {
-        lists[i] = {__shfl_sync(kFullWarp, first_, row + i),
-                    __shfl_sync(kFullWarp, count_, row + i)};
-        longest = max(longest, lists[i].count);
-      }
-#pragma unroll 1
-      for (int base = 0; base < longest; base += kWarpSize) {
-        const int at = base + lane_;
-        BandPair pairs[kLists];
+      for (int u = 0; u < kBatch; ++u)
+        pairs[u] = unit + u < num_units_ ? load_pair(unit + u) : kNoPair;
 #pragma unroll
-        for (int i = 0; i < kLists; ++i) {
-          pairs[i] = at < lists[i].count ? args_.coefficients[lists[i].first + at] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kLists; ++i) {
-          if (at < lists[i].count) body(row + i, at, pairs[i]);
-        }
+      for (int u = 0; u < kBatch; ++u) {
+        const int row = row_of(unit + u);
+        if (pairs[u] != kNoPair) body(row, (unit + u) * kWarpSize + lane_, pairs[u]);
       }
     }
   }
 
   // P of the warp's tasks.
-  __device__ __forceinline__ void lay_out(const BandTile& tile, int blocks) {
-    // 1. Zeros; lane r takes the list of task r.
-    const int own_row = warp_ * kBandWarpRows + lane_;
-    first_ = count_ = 0;
-    if (lane_ < kBandWarpRows && own_row < tile.num_tasks) {
-      const BandTask task = args_.tasks[tile.first_task + own_row];
-      first_ = task.first;
-      count_ = task.num_pairs;
-    }
+  __device__ __forceinline__ void lay_out(int blocks) {
+    // 1. Zeros.
     constexpr int kRowBytes = kBandWarpRows * kSwizzleRowBytes;
     for (int block = 0; block < blocks; ++block) {
       char* rows = shared_.coefficients[block] + warp_ * kRowBytes;
@@ -201,13 +247,13 @@ class ValuesConsumer {
     }
     __syncwarp();
     // 2. Each pair marks its place. A pair that does not find its mark again shares its place.
-    for_each_pair([&](int row, int at, BandPair pair) {
-      *cell(row, pair >> 16) = static_cast<uint16_t>(at);
+    for_each_pair([&](int row, int mark, BandPair pair) {
+      *cell(row, pair >> 16) = static_cast<uint16_t>(mark);
     });
     __syncwarp();
     unsigned shared_rows = 0;
-    for_each_pair([&](int row, int at, BandPair pair) {
-      if (*cell(row, pair >> 16) != at) shared_rows |= 1u << row;
+    for_each_pair([&](int row, int mark, BandPair pair) {
+      if (*cell(row, pair >> 16) != mark) shared_rows |= 1u << row;
     });
     shared_rows = __reduce_or_sync(kFullWarp, shared_rows);
     // 3. The coefficients.
@@ -221,14 +267,14 @@ class ValuesConsumer {
     __syncwarp();
     for (; rows != 0; rows &= rows - 1) {
       const int row = __ffs(rows) - 1;
-      const int count = __shfl_sync(kFullWarp, count_, row);
-      const BandPair* list = args_.coefficients + __shfl_sync(kFullWarp, first_, row);
-      for (int at = lane_; at < count; at += kWarpSize) {
-        const int place = list[at] >> 16;
+      const int first = __shfl_sync(kFullWarp, first_, row);
+      const int end = __shfl_sync(kFullWarp, end_, row);
+      for (int at = first + lane_; at < end; at += kWarpSize) {
+        const BandPair place = args_.coefficients[at] >> 16;
         float sum = 0.0f;
-        for (int other = 0; other < count; ++other) {
-          const BandPair pair = list[other];
-          if (static_cast<int>(pair >> 16) == place) sum += coefficient(pair);
+        for (int other = first; other < end; ++other) {
+          const BandPair pair = args_.coefficients[other];
+          if (pair >> 16 == place) sum += coefficient(pair);
         }
         *reinterpret_cast<T*>(cell(row, place)) = from_float<T>(sum);
       }
@@ -270,7 +316,7 @@ class ValuesConsumer {
   // Writes the warp's 16 rows by 256 elements of the partial outputs, 128 bytes of a row at once.
   __device__ __forceinline__ void store(const BandTile& tile, int col) {
     char* outputs = shared_.outputs[warp_];
-    const int first_row = warp_ * kBandWarpRows;
+    const int first_row = task_of_row(warp_ * kBandWarpRows, rank_);
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       __syncwarp();
@@ -296,10 +342,14 @@ class ValuesConsumer {
   const int lane_;
   const int warp_;
   const int consumer_;
-  int first_;
-  int count_;
+  const int rank_;
   RingCursor<Tile::kStages> ring_;
   float d_[kWgmmaRegisters];
+  // Of lane r: the list of the warp's task r, where its units end among the warp's, and the pair at
+  // which unit u of all is: first_pair_ + 32 u.
+  int first_, end_, last_unit_, first_pair_;
+  int num_units_;
+  BandPair early_[kEarlyUnits];
 };
 
 template <class T, class Tile>
@@ -316,11 +366,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       mbarrier_init(&shared.full[stage], 1);
-      mbarrier_init(&shared.empty[stage], kBandConsumerWarps);
+      mbarrier_init(&shared.empty[stage], kBandConsumerWarps * kCluster);
     }
     mbarrier_init_fence();
   }
   __syncthreads();
+  cluster_sync();  // the barriers of both blocks stand
   const int num_tiles = *args.num_tiles;
   if (threadIdx.x < kBandConsumers * 128) {
     take_registers<kConsumerRegisters>();
@@ -329,6 +380,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     give_registers<kLoaderRegisters>();
     if (threadIdx.x == kBandConsumers * 128) load_tiles<Tile>(args, shared, num_tiles);
   }
+  // Shared memory stays until the other block has sent its last copies and arrivals.
+  __syncwarp();
+  cluster_sync();
 }
 
 template <class T, class Tile>
@@ -348,15 +402,17 @@ cudaError_t launch_values(const BandShape& shape, const void* values, int64_t hi
   args.row_bytes = static_cast<int>(hidden_size * sizeof(T));
   args.num_col_pieces = static_cast<int>(ceil_div<int64_t>(hidden_size, kWgmmaCols));
   const auto kernel = band_values_kernel<T, Tile>;
-  const int64_t blocks = std::min<int64_t>(device.num_sms, shape.max_tiles());
+  const int64_t clusters = std::min<int64_t>(device.num_sms / kCluster, shape.max_tiles());
   return run_steps(
       [&] { return allow_shared_memory(kernel, kSharedBytes); },
       [&] {
         return encode_band_table<T>(values, shape.plan, hidden_size, kBlockPlaces, &args.values);
       },
       [&] {
-        return launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), kThreads, kSharedBytes},
-                             stream, args);
+        LaunchOptions options{dim3(static_cast<unsigned>(clusters * kCluster)), kThreads};
+        options.shared_bytes = kSharedBytes;
+        options.cluster_blocks = kCluster;
+        return launch_kernel(kernel, options, stream, args);
       });
 }
 
