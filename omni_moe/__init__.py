@@ -11,7 +11,7 @@ from omni_moe import ops, reference  # isort: skip  (need the ops that _library 
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import load_balancing_loss, router_z_loss
 from omni_moe.modules.omni_moe import OmniMoE, router_loss
-from omni_moe.plan import GpuProperties, expert_plan
+from omni_moe.planning import GpuProperties, plan
 
 __version__ = build_info()["version"]
 
@@ -21,9 +21,9 @@ __all__ = [
     "OmniMoEConfig",
     "build_info",
     "check_indices",
-    "expert_plan",
     "load_balancing_loss",
     "ops",
+    "plan",
     "reference",
     "router_loss",
     "router_z_loss",

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <optional>
+
 #include "omni_moe/cpu.h"
 
 #if OMNI_MOE_WITH_CUDA
@@ -49,52 +51,63 @@ constexpr CpuKernel<BatchNormBackwardParams> kCpu<BatchNormBackwardParams>{
     cpu::batch_norm_backward};
 
 #if OMNI_MOE_WITH_CUDA
-template <typename Params>
+// Planned is the kernel's plan, or std::optional of it where the kernel may not take the operands.
+template <typename Params, typename Planned, typename Plan = Planned>
 struct CudaKernel {
-  cudaError_t (*run)(const Params&, cudaStream_t);
-  size_t (*workspace_size)(const Params&) = nullptr;  // null: it needs none
-  bool (*supports)(const Params&) = nullptr;          // null: every operand
+  Planned (*plan)(const Params&);
+  cudaError_t (*run)(const Params&, const Plan&, cudaStream_t);
 };
+template <typename Params, typename Plan>
+using OptionalCudaKernel = CudaKernel<Params, std::optional<Plan>, Plan>;
 
 template <typename Params>
-constexpr CudaKernel<Params> kCuda;
+constexpr int kCuda = 0;
 template <>
-constexpr CudaKernel<RouterForwardParams> kCuda<RouterForwardParams>{
-    cuda::router_forward, cuda::router_forward_workspace_size};
+constexpr CudaKernel<RouterForwardParams, cuda::RouterForwardPlan> kCuda<RouterForwardParams>{
+    cuda::plan_router_forward, cuda::router_forward};
 template <>
-constexpr CudaKernel<RouterBackwardParams> kCuda<RouterBackwardParams>{
-    cuda::router_backward, cuda::router_backward_workspace_size};
+constexpr CudaKernel<RouterBackwardParams, cuda::RouterBackwardPlan> kCuda<RouterBackwardParams>{
+    cuda::plan_router_backward, cuda::router_backward};
 template <>
-constexpr CudaKernel<ExpertForwardParams> kCuda<ExpertForwardParams>{
-    cuda::expert_forward, cuda::expert_forward_workspace_size};
+constexpr OptionalCudaKernel<RouterLogitsForwardParams, cuda::RouterLogitsForwardPlan>
+    kCuda<RouterLogitsForwardParams>{cuda::plan_router_logits_forward, cuda::router_logits_forward};
 template <>
-constexpr CudaKernel<ExpertBackwardParams> kCuda<ExpertBackwardParams>{
-    cuda::expert_backward, cuda::expert_backward_workspace_size};
+constexpr CudaKernel<BatchNormForwardParams, cuda::BatchNormForwardPlan>
+    kCuda<BatchNormForwardParams>{cuda::plan_batch_norm_forward, cuda::batch_norm_forward};
 template <>
-constexpr CudaKernel<GatedActivationForwardParams> kCuda<GatedActivationForwardParams>{
-    cuda::gated_activation_forward};
+constexpr CudaKernel<BatchNormBackwardParams, cuda::BatchNormBackwardPlan>
+    kCuda<BatchNormBackwardParams>{cuda::plan_batch_norm_backward, cuda::batch_norm_backward};
 template <>
-constexpr CudaKernel<GatedActivationBackwardParams> kCuda<GatedActivationBackwardParams>{
-    cuda::gated_activation_backward};
+constexpr CudaKernel<ExpertForwardParams, cuda::ExpertForwardPlan> kCuda<ExpertForwardParams>{
+    cuda::plan_expert_forward, cuda::expert_forward};
 template <>
-constexpr CudaKernel<BatchNormForwardParams> kCuda<BatchNormForwardParams>{
-    cuda::batch_norm_forward, cuda::batch_norm_forward_workspace_size};
+constexpr CudaKernel<ExpertBackwardParams, cuda::ExpertBackwardPlan> kCuda<ExpertBackwardParams>{
+    cuda::plan_expert_backward, cuda::expert_backward};
 template <>
-constexpr CudaKernel<BatchNormBackwardParams> kCuda<BatchNormBackwardParams>{
-    cuda::batch_norm_backward, cuda::batch_norm_backward_workspace_size};
+constexpr CudaKernel<GatedActivationForwardParams, cuda::GatedActivationForwardPlan>
+    kCuda<GatedActivationForwardParams>{cuda::plan_gated_activation_forward,
+                                        cuda::gated_activation_forward};
 template <>
-constexpr CudaKernel<GatedLinearForwardParams> kCuda<GatedLinearForwardParams>{
-    cuda::gated_linear_forward, nullptr, cuda::gated_linear_forward_supported};
+constexpr CudaKernel<GatedActivationBackwardParams, cuda::GatedActivationBackwardPlan>
+    kCuda<GatedActivationBackwardParams>{cuda::plan_gated_activation_backward,
+                                         cuda::gated_activation_backward};
 template <>
-constexpr CudaKernel<GatedLinearBackwardParams> kCuda<GatedLinearBackwardParams>{
-    cuda::gated_linear_backward, nullptr, cuda::gated_linear_backward_supported};
+constexpr OptionalCudaKernel<GatedLinearForwardParams, cuda::GatedLinearForwardPlan>
+    kCuda<GatedLinearForwardParams>{cuda::plan_gated_linear_forward, cuda::gated_linear_forward};
 template <>
-constexpr CudaKernel<RouterLogitsForwardParams> kCuda<RouterLogitsForwardParams>{
-    cuda::router_logits_forward, cuda::router_logits_forward_workspace_size,
-    cuda::router_logits_forward_supported};
+constexpr OptionalCudaKernel<GatedLinearBackwardParams, cuda::GatedLinearBackwardPlan>
+    kCuda<GatedLinearBackwardParams>{cuda::plan_gated_linear_backward, cuda::gated_linear_backward};
 #endif
 
 // ---- How they are run --------------------------------------------------------------------------
+
+[[noreturn]] void no_kernels(at::Device device) {
+  TORCH_CHECK(false, "omni_moe has no kernels for device ", device,
+              device.is_cuda() && !OMNI_MOE_WITH_CUDA
+                  ? ": it was built without CUDA. Reinstall with nvcc on PATH, a CUDA build of "
+                    "torch, and OMNI_MOE_CUDA=ON"
+                  : "");
+}
 
 class AtExecutor final : public cpu::Executor {
  public:
@@ -104,15 +117,14 @@ class AtExecutor final : public cpu::Executor {
   }
 };
 
-// Sets params.workspace where a kernel asks for one. The memory of a CUDA workspace goes back to
-// the caching allocator with the tensor and is reused in stream order.
+// Points params.workspace to so many bytes. The memory of a CUDA workspace goes back to the caching
+// allocator with the tensor and is reused in stream order.
 template <typename Params>
-at::Tensor provide_workspace(Params& params, size_t (*workspace_size)(const Params&),
-                             at::Device device) {
+at::Tensor provide_workspace(Params& params, size_t bytes, at::Device device) {
   at::Tensor workspace;
   if constexpr (requires { params.workspace; }) {
     params.workspace = nullptr;
-    if (const size_t bytes = workspace_size ? workspace_size(params) : 0; bytes > 0) {
+    if (bytes > 0) {
       workspace = at::empty({static_cast<int64_t>(bytes)},
                             at::TensorOptions().device(device).dtype(at::kByte));
       params.workspace = workspace.mutable_data_ptr();
@@ -127,7 +139,9 @@ bool try_launch_on_cpu(Params params) {
   if constexpr (kernel.run == nullptr) {
     return false;
   } else {
-    const at::Tensor workspace = provide_workspace(params, kernel.workspace_size, at::kCPU);
+    size_t bytes = 0;
+    if constexpr (kernel.workspace_size != nullptr) bytes = kernel.workspace_size(params);
+    const at::Tensor workspace = provide_workspace(params, bytes, at::kCPU);
     kernel.run(params, AtExecutor());
     return true;
   }
@@ -136,14 +150,14 @@ bool try_launch_on_cpu(Params params) {
 #if OMNI_MOE_WITH_CUDA
 template <typename Params>
 bool try_launch_on_cuda(Params params, at::Device device) {
-  constexpr CudaKernel<Params> kernel = kCuda<Params>;
+  constexpr auto kernel = kCuda<Params>;
   const c10::cuda::CUDAGuard guard(device);
-  if constexpr (kernel.supports != nullptr) {
-    if (!kernel.supports(params)) return false;
-  }
-  const at::Tensor workspace = provide_workspace(params, kernel.workspace_size, device);
-  const cudaError_t status = kernel.run(params, c10::cuda::getCurrentCUDAStream(device.index()));
-  if (kernel.supports != nullptr && status == cudaErrorNotSupported) return false;
+  const std::optional plan = kernel.plan(params);
+  if (!plan) return false;
+  const at::Tensor workspace = provide_workspace(params, plan->workspace_bytes, device);
+  const cudaError_t status =
+      kernel.run(params, *plan, c10::cuda::getCurrentCUDAStream(device.index()));
+  if (status == cudaErrorNotSupported) return false;
   TORCH_CHECK(status == cudaSuccess, "omni_moe: CUDA launch failed: ", cudaGetErrorString(status));
   return true;
 }
@@ -162,10 +176,7 @@ bool try_launch(Params params, at::Device device) {
 
 template <typename Params>
 void launch(Params params, at::Device device) {
-  TORCH_CHECK(try_launch(params, device), "omni_moe has no kernels for device ", device,
-              device.is_cuda() ? ": it was built without CUDA. Reinstall with nvcc on PATH, a CUDA "
-                                 "build of torch, and OMNI_MOE_CUDA=ON"
-                               : "");
+  if (!try_launch(params, device)) no_kernels(device);
 }
 
 template void launch(RouterForwardParams, at::Device);
@@ -181,13 +192,14 @@ template bool try_launch(GatedLinearBackwardParams, at::Device);
 template bool try_launch(RouterLogitsForwardParams, at::Device);
 
 #if OMNI_MOE_WITH_CUDA
+cuda::DeviceInfo device_info(at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  return cuda::current_device();
+}
 bool set_early_launch(bool allowed) { return cuda::set_early_launch(allowed); }
-bool has_early_launch() { return cuda::has_early_launch(); }
-bool has_hopper_kernels() { return cuda::has_hopper_kernels(); }
 #else
+cuda::DeviceInfo device_info(at::Device device) { no_kernels(device); }
 bool set_early_launch(bool) { return false; }
-bool has_early_launch() { return false; }
-bool has_hopper_kernels() { return false; }
 #endif
 
 }  // namespace omni_moe::torch_api

@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include "omni_moe/cuda_plan.h"
+
 namespace omni_moe::torch_api {
 
 // Runs a kernel on the current stream (CUDA) or on at::parallel_for's threads (CPU), with the
@@ -16,9 +18,10 @@ void launch(Params params, at::Device device);
 template <typename Params>
 bool try_launch(Params params, at::Device device);
 
+// What the plans of CUDA kernels read of a device; raises without CUDA.
+cuda::DeviceInfo device_info(at::Device device);
+
 // As in namespace cuda; false without CUDA.
 bool set_early_launch(bool allowed);
-bool has_early_launch();
-bool has_hopper_kernels();
 
 }  // namespace omni_moe::torch_api

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Operators are called as `.default`: the search for an overload would cost 0.5 us a call.
+
 
 def omni_router(
     router_logits_x: Tensor,
@@ -44,7 +46,9 @@ def omni_router(
                 f"router_logits_{name}: expected shape (T, num_expert_sqrt) = "
                 f"(T, {num_expert_sqrt}), got {tuple(logits.shape)}"
             )
-    return torch.ops.omni_moe.omni_router(router_logits_x, router_logits_y, num_experts_per_token)
+    return torch.ops.omni_moe.omni_router.default(
+        router_logits_x, router_logits_y, num_experts_per_token
+    )
 
 
 def omni_softmax_router(
@@ -74,7 +78,7 @@ def omni_softmax_router(
     Raises:
         ValueError: ranks, row counts, dtypes or devices disagree, or K is out of range.
     """
-    return torch.ops.omni_moe.omni_softmax_router(
+    return torch.ops.omni_moe.omni_softmax_router.default(
         router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob
     )
 
@@ -113,7 +117,7 @@ def omni_expert(
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
-    expert_states, _ = torch.ops.omni_moe.omni_expert(
+    expert_states, _ = torch.ops.omni_moe.omni_expert.default(
         hidden_states, up_weights, down_weights, routing_weights, indices, activation, addend
     )
     return expert_states
@@ -180,7 +184,9 @@ def omni_mlp(
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
     """
-    output, *_ = torch.ops.omni_moe.omni_mlp(x, gate_weight, up_weight, down_weight, activation)
+    output, *_ = torch.ops.omni_moe.omni_mlp.default(
+        x, gate_weight, up_weight, down_weight, activation
+    )
     return output
 
 
@@ -221,7 +227,7 @@ def omni_expert_mlp(
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
-    output, *_ = torch.ops.omni_moe.omni_expert_mlp(
+    output, *_ = torch.ops.omni_moe.omni_expert_mlp.default(
         hidden_states,
         up_embed,
         down_embed,
@@ -273,9 +279,8 @@ def omni_router_logits(
         ValueError: shapes, dtypes or devices disagree, `eps` is not positive, there is one token in
             training (it has no variance), or there are no buffers outside training.
     """
-    ops = torch.ops.omni_moe
     if training:
-        logits_x, logits_y, _ = ops.omni_router_logits(
+        logits_x, logits_y, _ = torch.ops.omni_moe.omni_router_logits.default(
             hidden_states, gate_x, gate_y, batch_norm_buffers, momentum, eps
         )
         return logits_x, logits_y
@@ -285,7 +290,7 @@ def omni_router_logits(
             f"{len(batch_norm_buffers)}"
         )
     mean_x, var_x, _, mean_y, var_y, _ = batch_norm_buffers
-    logits_x, logits_y, _ = ops._omni_router_logits_eval(
+    logits_x, logits_y, _ = torch.ops.omni_moe._omni_router_logits_eval.default(
         hidden_states, gate_x, gate_y, mean_x, var_x, mean_y, var_y, eps
     )
     return logits_x, logits_y

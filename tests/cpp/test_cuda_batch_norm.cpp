@@ -151,13 +151,15 @@ struct Problem {
     x.reset();
     y.reset();
     auto forward = params_of<BatchNormForwardParams>(Side::kDevice);
-    const DeviceArray forward_workspace(cuda::batch_norm_forward_workspace_size(forward));
+    const auto forward_plan = cuda::plan_batch_norm_forward(forward);
+    const DeviceArray forward_workspace(forward_plan.workspace_bytes);
     forward.workspace = forward_workspace.data();
-    expect_success(cuda::batch_norm_forward(forward, nullptr));
+    expect_success(cuda::batch_norm_forward(forward, forward_plan, nullptr));
     auto backward = params_of<BatchNormBackwardParams>(Side::kDevice);
-    const DeviceArray backward_workspace(cuda::batch_norm_backward_workspace_size(backward));
+    const auto backward_plan = cuda::plan_batch_norm_backward(backward);
+    const DeviceArray backward_workspace(backward_plan.workspace_bytes);
     backward.workspace = backward_workspace.data();
-    expect_success(cuda::batch_norm_backward(backward, nullptr));
+    expect_success(cuda::batch_norm_backward(backward, backward_plan, nullptr));
     forward_workspace.read();  // its guards
     backward_workspace.read();
     std::vector<Bytes> bytes;
@@ -374,9 +376,10 @@ TEST_F(CudaBatchNorm, WithoutBuffers) {
   params.inv_std = nullptr;
   params.x = params.y = {};
   for (const Axis* axis : {&p.x, &p.y}) axis->normed.device.poison();
-  const DeviceArray workspace(cuda::batch_norm_forward_workspace_size(params));
+  const auto plan = cuda::plan_batch_norm_forward(params);
+  const DeviceArray workspace(plan.workspace_bytes);
   params.workspace = workspace.data();
-  expect_success(cuda::batch_norm_forward(params, nullptr));
+  expect_success(cuda::batch_norm_forward(params, plan, nullptr));
   EXPECT_TRUE(with_buffers[0] == p.x.normed.device.read());
   EXPECT_TRUE(with_buffers[1] == p.y.normed.device.read());
 }
@@ -384,13 +387,16 @@ TEST_F(CudaBatchNorm, WithoutBuffers) {
 TEST_F(CudaBatchNorm, RefusesWhatItHasNoKernelFor) {
   BatchNormForwardParams params{};
   params.dtype = params.stats_dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_forward(params, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), nullptr));
   params.dtype = DType::kFloat32;
   params.stats_dtype = DType::kFloat16;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_forward(params, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), nullptr));
   BatchNormBackwardParams backward{};
   backward.dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::batch_norm_backward(backward, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::batch_norm_backward(backward, cuda::plan_batch_norm_backward(backward), nullptr));
 }
 
 // A grid barrier needs the whole grid on the device: launches that overlap must not wait for each
@@ -412,8 +418,8 @@ TEST_F(CudaBatchNorm, ConcurrentStreams) {
   constexpr int kStreams = 4;
   std::vector<std::unique_ptr<Stream>> streams;
   for (int i = 0; i < kStreams; ++i) {
-    streams.push_back(std::make_unique<Stream>(4096 * 256 * size_of(p.c.dtype),
-                                               cuda::batch_norm_forward_workspace_size(params)));
+    streams.push_back(std::make_unique<Stream>(
+        4096 * 256 * size_of(p.c.dtype), cuda::plan_batch_norm_forward(params).workspace_bytes));
   }
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   for (int turn = 0; turn < 20 * kStreams; ++turn) {
@@ -421,7 +427,8 @@ TEST_F(CudaBatchNorm, ConcurrentStreams) {
     params.normed_x = on.normed_x.data();
     params.normed_y = on.normed_y.data();
     params.workspace = on.workspace.data();
-    ASSERT_EQ(cudaSuccess, cuda::batch_norm_forward(params, on.stream));
+    ASSERT_EQ(cudaSuccess,
+              cuda::batch_norm_forward(params, cuda::plan_batch_norm_forward(params), on.stream));
   }
   ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   for (int i = 1; i < kStreams; ++i) {

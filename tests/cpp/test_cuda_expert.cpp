@@ -11,7 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/experts/planned_passes.h"
+#include "cuda/experts/expert_plan.h"
+#include "cuda/experts/schedule.h"
 #include "cuda_kernel_testing.h"
 
 namespace omni_moe {
@@ -189,24 +190,25 @@ class CudaExpert : public CudaKernelTest, public testing::WithParamInterface<Cas
 TEST_P(CudaExpert, Forward) {
   Problem problem(GetParam());
   const auto params = problem.params_of<ExpertForwardParams>(Side::kDevice);
-  check(outputs_of(problem, params), params, cuda::expert_forward_workspace_size(params),
-        [](const auto& p) { return cuda::expert_forward(p, nullptr); });
+  const auto plan = cuda::plan_expert_forward(params);
+  check(outputs_of(problem, params), params, plan.workspace_bytes,
+        [&](const auto& p) { return cuda::expert_forward(p, plan, nullptr); });
 }
 
 TEST_P(CudaExpert, Backward) {
   Problem problem(GetParam());
   problem.solve_backward();
   const auto params = problem.params_of<ExpertBackwardParams>(Side::kDevice);
-  check(outputs_of(problem, params), params, cuda::expert_backward_workspace_size(params),
-        [](const auto& p) { return cuda::expert_backward(p, nullptr); });
+  const auto plan = cuda::plan_expert_backward(params);
+  check(outputs_of(problem, params), params, plan.workspace_bytes,
+        [&](const auto& p) { return cuda::expert_backward(p, plan, nullptr); });
 }
 
 // Every strategy that takes the shape at all, not only the one that is fastest for it.
 template <class Params>
 std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params& params) {
   using cuda::TokenPassStrategy;
-  cuda::ExpertDeviceInfo device;
-  EXPECT_EQ(cuda::current_expert_device_info(&device), cudaSuccess);
+  const cuda::DeviceInfo device = cuda::current_device();
   const cuda::TokenPassShape shape = cuda::token_pass_shape(params);
   std::vector<std::pair<std::string, cuda::TokenPassPlan>> plans;
   const auto add = [&](const char* name, TokenPassStrategy strategy, auto&& change) {
@@ -228,10 +230,11 @@ std::vector<std::pair<std::string, cuda::TokenPassPlan>> every_plan(const Params
 TEST_P(CudaExpert, ForwardOfEveryStrategy) {
   Problem problem(GetParam());
   const auto params = problem.params_of<ExpertForwardParams>(Side::kDevice);
-  for (const auto& [name, plan] : every_plan(params)) {
+  for (const auto& [name, token_pass] : every_plan(params)) {
     SCOPED_TRACE(name);
-    check(outputs_of(problem, params), params, cuda::expert_forward_workspace_size(params, plan),
-          [&plan = plan](const auto& p) { return cuda::expert_forward(p, plan, nullptr); });
+    const auto plan = cuda::plan_expert_forward(params, cuda::current_device(), token_pass);
+    check(outputs_of(problem, params), params, plan.workspace_bytes,
+          [&](const auto& p) { return cuda::expert_forward(p, plan, nullptr); });
   }
 }
 
@@ -239,10 +242,14 @@ TEST_P(CudaExpert, BackwardOfEveryStrategy) {
   Problem problem(GetParam());
   problem.solve_backward();
   const auto params = problem.params_of<ExpertBackwardParams>(Side::kDevice);
-  for (const auto& [name, plan] : every_plan(params)) {
+  for (const auto& [name, token_pass] : every_plan(params)) {
     SCOPED_TRACE(name);
-    check(outputs_of(problem, params), params, cuda::expert_backward_workspace_size(params, plan),
-          [&plan = plan](const auto& p) { return cuda::expert_backward(p, plan, nullptr); });
+    const auto plan = cuda::plan_expert_backward(
+        params, cuda::current_device(), token_pass,
+        cuda::sort_storage_bytes(
+            {params.num_tokens * params.num_experts_per_token, params.num_experts}));
+    check(outputs_of(problem, params), params, plan.workspace_bytes,
+          [&](const auto& p) { return cuda::expert_backward(p, plan, nullptr); });
   }
 }
 
@@ -251,7 +258,6 @@ TEST_P(CudaExpert, BackwardOfEachGradientAlone) {
   Problem problem(GetParam());
   problem.solve_backward();
   const auto all = problem.params_of<ExpertBackwardParams>(Side::kDevice);
-  const size_t workspace_bytes = cuda::expert_backward_workspace_size(all);
   using Field = void* ExpertBackwardParams::*;
   constexpr Field kFields[] = {
       &ExpertBackwardParams::grad_hidden_states, &ExpertBackwardParams::grad_up_weights,
@@ -262,8 +268,9 @@ TEST_P(CudaExpert, BackwardOfEachGradientAlone) {
     for (size_t other = 0; other < outputs.size(); ++other) {
       if (other != wanted) params.*kFields[other] = nullptr;
     }
-    check({outputs[wanted]}, params, workspace_bytes,
-          [](const auto& p) { return cuda::expert_backward(p, nullptr); });
+    const auto plan = cuda::plan_expert_backward(params);
+    check({outputs[wanted]}, params, plan.workspace_bytes,
+          [&](const auto& p) { return cuda::expert_backward(p, plan, nullptr); });
   }
 }
 
@@ -328,17 +335,21 @@ TEST(CudaExpertErrors, RejectsWhatHasNoKernel) {
   ExpertForwardParams forward{};
   forward.hidden_size = 8;
   forward.dtype = DType::kFloat64;
-  EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_forward(forward, cuda::plan_expert_forward(forward), nullptr),
+            cudaErrorInvalidValue);
   forward.hidden_size = 0;
   forward.dtype = DType::kBFloat16;
-  EXPECT_EQ(cuda::expert_forward(forward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_forward(forward, cuda::plan_expert_forward(forward), nullptr),
+            cudaErrorInvalidValue);
   ExpertBackwardParams backward{};
   backward.dtype = DType::kBFloat16;
-  EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_backward(backward, cuda::plan_expert_backward(backward), nullptr),
+            cudaErrorInvalidValue);
   backward.hidden_size = 8;
   backward.num_tokens = int64_t{1} << 30;
   backward.num_experts_per_token = 4;  // 2^32 pairs
-  EXPECT_EQ(cuda::expert_backward(backward, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::expert_backward(backward, cuda::plan_expert_backward(backward), nullptr),
+            cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@
 #include <vector>
 
 #include "cuda/experts/bands/bands.h"
-#include "cuda/experts/planned_passes.h"
+#include "cuda/experts/expert_plan.h"
+#include "cuda/experts/schedule.h"
 #include "cuda_kernel_testing.h"
 
 namespace omni_moe {
@@ -202,7 +203,8 @@ class CudaExpertBands : public CudaKernelTest, public testing::WithParamInterfac
  protected:
   void SetUp() override {
     CudaKernelTest::SetUp();
-    if (!IsSkipped() && !cuda::has_hopper_kernels()) GTEST_SKIP() << "needs kernels of Hopper";
+    if (!IsSkipped() && !cuda::current_device().has_hopper_kernels)
+      GTEST_SKIP() << "needs kernels of Hopper";
   }
 };
 
@@ -380,10 +382,19 @@ struct Problem {
   DeviceArray device_ids;
 };
 
-cuda::TokenPassPlan plan_of(const cuda::TokenPassShape& shape) {
-  cuda::ExpertDeviceInfo device;
-  EXPECT_EQ(cuda::current_expert_device_info(&device), cudaSuccess);
-  return cuda::plan_token_pass(shape, device, cuda::TokenPassStrategy::kBands);
+cuda::ExpertForwardPlan plan_of(const ExpertForwardParams& params) {
+  const cuda::DeviceInfo device = cuda::current_device();
+  const auto bands = cuda::plan_token_pass(cuda::token_pass_shape(params), device,
+                                           cuda::TokenPassStrategy::kBands);
+  return cuda::plan_expert_forward(params, device, bands);
+}
+cuda::ExpertBackwardPlan plan_of(const ExpertBackwardParams& params) {
+  const cuda::DeviceInfo device = cuda::current_device();
+  const auto bands = cuda::plan_token_pass(cuda::token_pass_shape(params), device,
+                                           cuda::TokenPassStrategy::kBands);
+  const int64_t num_pairs = params.num_tokens * params.num_experts_per_token;
+  return cuda::plan_expert_backward(params, device, bands,
+                                    cuda::sort_storage_bytes({num_pairs, params.num_experts}));
 }
 
 // Each coefficient and each partial output has lost at most a rounding; of many, the root of the
@@ -411,13 +422,12 @@ TEST_P(CudaExpertBands, Forward) {
   Problem problem(GetParam());
   auto params = problem.params_of<ExpertForwardParams>(Side::kDevice);
   if (params.num_tokens == 0) return;
-  const auto plan = plan_of(cuda::token_pass_shape(params));
-  const auto got =
-      run_twice({&problem.out.device, &problem.pre_activations.device},
-                cuda::expert_forward_workspace_size(params, plan), [&](void* workspace) {
-                  params.workspace = workspace;
-                  return cuda::expert_forward(params, plan, nullptr);
-                });
+  const auto plan = plan_of(params);
+  const auto got = run_twice({&problem.out.device, &problem.pre_activations.device},
+                             plan.workspace_bytes, [&](void* workspace) {
+                               params.workspace = workspace;
+                               return cuda::expert_forward(params, plan, nullptr);
+                             });
   Values coefficients = activate(problem.c.activation, problem.pre_activations.values).value;
   for (int64_t i = 0; i < problem.num_pairs(); ++i) coefficients[i] *= problem.routing.values[i];
   expect_close_sums("expert_states", problem.out, got[0],
@@ -430,8 +440,8 @@ TEST_P(CudaExpertBands, Backward) {
   problem.solve_backward();
   auto params = problem.params_of<ExpertBackwardParams>(Side::kDevice);
   if (params.num_tokens == 0) return;
-  const auto plan = plan_of(cuda::token_pass_shape(params));
-  const size_t bytes = cuda::expert_backward_workspace_size(params, plan);
+  const auto plan = plan_of(params);
+  const size_t bytes = plan.workspace_bytes;
   const std::vector<const DeviceArray*> outputs = {
       &problem.grad_hidden.device, &problem.grad_up.device, &problem.grad_down.device,
       &problem.grad_routing.device};
@@ -463,11 +473,11 @@ TEST_P(CudaExpertBands, Backward) {
 // A captured pass repeats the bits of a launched one, also after the workspace has been used for
 // other ids.
 TEST(CudaExpertBandsGraph, Replays) {
-  if (!cuda::has_hopper_kernels()) GTEST_SKIP() << "needs kernels of Hopper";
+  if (!cuda::current_device().has_hopper_kernels) GTEST_SKIP() << "needs kernels of Hopper";
   Problem problem({300, {40, 40}, 64, 256});
   auto params = problem.params_of<ExpertForwardParams>(Side::kDevice);
-  const auto plan = plan_of(cuda::token_pass_shape(params));
-  const DeviceArray workspace(cuda::expert_forward_workspace_size(params, plan));
+  const auto plan = plan_of(params);
+  const DeviceArray workspace(plan.workspace_bytes);
   params.workspace = workspace.data();
   expect_success(cuda::expert_forward(params, plan, nullptr));
   const Bytes want = problem.out.device.read();

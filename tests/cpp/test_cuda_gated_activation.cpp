@@ -89,8 +89,9 @@ void check(const Case& c) {
   };
 
   // 1. Forward.
+  const auto forward = p.params_of<GatedActivationForwardParams>(Side::kDevice);
   expect_success(cuda::gated_activation_forward(
-      p.params_of<GatedActivationForwardParams>(Side::kDevice), nullptr));
+      forward, cuda::plan_gated_activation_forward(forward), nullptr));
   cpu::gated_activation_forward(p.params_of<GatedActivationForwardParams>(Side::kHost), kSerial);
   const Values activated = p.activated.read();
   expect_close("activated", activated, p.activated.values, [&](size_t i) {
@@ -100,8 +101,9 @@ void check(const Case& c) {
   });
 
   // 2. Backward.
+  const auto backward = p.params_of<GatedActivationBackwardParams>(Side::kDevice);
   expect_success(cuda::gated_activation_backward(
-      p.params_of<GatedActivationBackwardParams>(Side::kDevice), nullptr));
+      backward, cuda::plan_gated_activation_backward(backward), nullptr));
   cpu::gated_activation_backward(p.params_of<GatedActivationBackwardParams>(Side::kHost), kSerial);
   Values magnitudes(p.grads.values.size());
   for (int64_t i = 0; i < p.count(); ++i) {
@@ -145,7 +147,8 @@ TEST_F(CudaGatedActivation, MoreRowsThanTheGrid) {
   params.gate_stride = params.up_stride = 2;
   params.dtype = kType;
   params.activation = Activation::kIdentity;
-  expect_success(cuda::gated_activation_forward(params, nullptr));
+  expect_success(
+      cuda::gated_activation_forward(params, cuda::plan_gated_activation_forward(params), nullptr));
   const Values got = decode(kType, out.read());
   const double half = 0.74609375;  // 0x3f3f
   EXPECT_TRUE(std::all_of(got.begin(), got.end(),

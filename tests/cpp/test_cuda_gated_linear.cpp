@@ -41,8 +41,8 @@ class GatedLinearSupport : public CudaKernelTest {
   void SetUp() override {
     CudaKernelTest::SetUp();
     if (IsSkipped()) return;
-    if (!cuda::has_hopper_kernels()) GTEST_SKIP() << "no kernel for this device";
-    ASSERT_TRUE(cuda::gated_linear_forward_supported(params_of({128, 64, 128})));
+    if (!cuda::current_device().has_hopper_kernels) GTEST_SKIP() << "no kernel for this device";
+    ASSERT_TRUE(cuda::plan_gated_linear_forward(params_of({128, 64, 128})).has_value());
   }
 };
 
@@ -134,9 +134,10 @@ TEST_P(GatedLinear, MatchesOracle) {
   p.activated = c.activated ? activated.data() : nullptr;
   p.gate = c.products ? gate.data() : nullptr;
   p.up = c.products ? up.data() : nullptr;
-  ASSERT_TRUE(cuda::gated_linear_forward_supported(p));
-  const auto got = run_twice({&activated, &gate, &up}, 0,
-                             [&](void*) { return cuda::gated_linear_forward(p, nullptr); });
+  ASSERT_TRUE(cuda::plan_gated_linear_forward(p).has_value());
+  const auto got = run_twice({&activated, &gate, &up}, 0, [&](void*) {
+    return cuda::gated_linear_forward(p, *cuda::plan_gated_linear_forward(p), nullptr);
+  });
 
   const Outputs out{decode(c.dtype, got[0]), decode(c.dtype, got[1]), decode(c.dtype, got[2])};
   check_rows(c, in, out);
@@ -186,7 +187,7 @@ TEST_F(GatedLinearSupport, SaysWhatItDoesNotSupport) {
   const auto supported = [&](auto change) {
     GatedLinearForwardParams p = params_of({128, 64, 128});
     change(p);
-    return cuda::gated_linear_forward_supported(p);
+    return cuda::plan_gated_linear_forward(p).has_value();
   };
   using P = GatedLinearForwardParams;
   EXPECT_TRUE(supported([](P&) {}));
@@ -197,13 +198,14 @@ TEST_F(GatedLinearSupport, SaysWhatItDoesNotSupport) {
   EXPECT_FALSE(supported([](P& p) { p.dtype = DType::kFloat32; }));
   EXPECT_FALSE(supported([](P& p) { p.x = reinterpret_cast<void*>(0x1008); }));
   EXPECT_FALSE(supported([](P& p) { p.gate = reinterpret_cast<void*>(0x1002); }));
-  GatedLinearForwardParams p = params_of({128, 100, 128});
-  EXPECT_EQ(cuda::gated_linear_forward(p, nullptr), cudaErrorNotSupported);
 }
 
 TEST_F(GatedLinearSupport, NothingToDo) {
-  EXPECT_EQ(cuda::gated_linear_forward(params_of({0, 64, 128}), nullptr), cudaSuccess);
-  EXPECT_EQ(cuda::gated_linear_forward(params_of({128, 64, 0}), nullptr), cudaSuccess);
+  for (const auto& empty : {params_of({0, 64, 128}), params_of({128, 64, 0})}) {
+    const auto plan = cuda::plan_gated_linear_forward(empty);
+    ASSERT_TRUE(plan.has_value());
+    EXPECT_EQ(cuda::gated_linear_forward(empty, *plan, nullptr), cudaSuccess);
+  }
 }
 
 }  // namespace

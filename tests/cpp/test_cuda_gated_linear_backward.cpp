@@ -96,8 +96,8 @@ void run(const Case& c, Inputs& in, const Places& places, Outputs* out) {
   p.grad_gate = to_grad_gate.data();
   p.grad_up = to_grad_up.data();
   p.activated = c.activated ? to_activated.data() : nullptr;
-  ASSERT_TRUE(cuda::gated_linear_backward_supported(p));
-  expect_success(cuda::gated_linear_backward(p, nullptr));
+  ASSERT_TRUE(cuda::plan_gated_linear_backward(p).has_value());
+  expect_success(cuda::gated_linear_backward(p, *cuda::plan_gated_linear_backward(p), nullptr));
   *out = {to_grad_gate.read(), to_grad_up.read(), to_activated.read()};
   // What is no output stays as it was.
   for (const Operand* input : in.all()) {
@@ -112,8 +112,8 @@ class GatedLinearBackwardSupport : public CudaKernelTest {
   void SetUp() override {
     CudaKernelTest::SetUp();
     if (IsSkipped()) return;
-    if (!cuda::has_hopper_kernels()) GTEST_SKIP() << "no kernel for this device";
-    ASSERT_TRUE(cuda::gated_linear_backward_supported(params_of({128, 64, 128})));
+    if (!cuda::current_device().has_hopper_kernels) GTEST_SKIP() << "no kernel for this device";
+    ASSERT_TRUE(cuda::plan_gated_linear_backward(params_of({128, 64, 128})).has_value());
   }
 };
 
@@ -316,7 +316,7 @@ TEST_F(GatedLinearBackwardSupport, SaysWhatItDoesNotSupport) {
   const auto supported = [&](auto change) {
     GatedLinearBackwardParams p = params_of({128, 64, 128});
     change(p);
-    return cuda::gated_linear_backward_supported(p);
+    return cuda::plan_gated_linear_backward(p).has_value();
   };
   using P = GatedLinearBackwardParams;
   EXPECT_TRUE(supported([](P&) {}));
@@ -327,13 +327,14 @@ TEST_F(GatedLinearBackwardSupport, SaysWhatItDoesNotSupport) {
   EXPECT_FALSE(supported([](P& p) { p.dtype = DType::kFloat32; }));
   EXPECT_FALSE(supported([](P& p) { p.grad_output = reinterpret_cast<void*>(0x1008); }));
   EXPECT_FALSE(supported([](P& p) { p.grad_up = reinterpret_cast<void*>(0x1002); }));
-  GatedLinearBackwardParams p = params_of({128, 100, 128});
-  EXPECT_EQ(cuda::gated_linear_backward(p, nullptr), cudaErrorNotSupported);
 }
 
 TEST_F(GatedLinearBackwardSupport, NothingToDo) {
-  EXPECT_EQ(cuda::gated_linear_backward(params_of({0, 64, 128}), nullptr), cudaSuccess);
-  EXPECT_EQ(cuda::gated_linear_backward(params_of({128, 64, 0}), nullptr), cudaSuccess);
+  for (const auto& empty : {params_of({0, 64, 128}), params_of({128, 64, 0})}) {
+    const auto plan = cuda::plan_gated_linear_backward(empty);
+    ASSERT_TRUE(plan.has_value());
+    EXPECT_EQ(cuda::gated_linear_backward(empty, *plan, nullptr), cudaSuccess);
+  }
 }
 
 }  // namespace

@@ -176,11 +176,12 @@ void check_forward(Problem& p) {
   const Case& c = p.c;
   SCOPED_TRACE(c.name());
   auto params = p.params_of<RouterForwardParams>(Side::kDevice);
-  const auto got = run_twice({&p.weights.device, &p.device_ids},
-                             cuda::router_forward_workspace_size(params), [&](void* workspace) {
-                               params.workspace = workspace;
-                               return cuda::router_forward(params, nullptr);
-                             });
+  const auto plan = cuda::plan_router_forward(params);
+  const auto got =
+      run_twice({&p.weights.device, &p.device_ids}, plan.workspace_bytes, [&](void* workspace) {
+        params.workspace = workspace;
+        return cuda::router_forward(params, plan, nullptr);
+      });
   ASSERT_EQ(p.ids, integers_of<int32_t>(got[1]));
   // A logit is one rounding of the fp32 sum; a softmax weight carries errors of its exponent.
   const Values& want = p.weights.values;
@@ -282,11 +283,13 @@ TEST_F(CudaRouter, Float64HasNoKernel) {
   RouterForwardParams forward{};
   forward.num_tokens = forward.num_rows = forward.num_cols = forward.num_experts_per_token = 1;
   forward.dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::router_forward(forward, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::router_forward(forward, cuda::plan_router_forward(forward), nullptr));
   RouterBackwardParams backward{};
   backward.num_tokens = backward.num_rows = backward.num_cols = 1;
   backward.dtype = DType::kFloat64;
-  EXPECT_EQ(cudaErrorInvalidValue, cuda::router_backward(backward, nullptr));
+  EXPECT_EQ(cudaErrorInvalidValue,
+            cuda::router_backward(backward, cuda::plan_router_backward(backward), nullptr));
 }
 
 // ---- backward ----
@@ -333,20 +336,13 @@ void check_backward(const Case& c) {
   fill_logits(p.grad_weights, Logits::kNormal, false, 77);
   p.device_ids.upload(bytes_of(p.ids));
   cpu::router_backward(p.params_of<RouterBackwardParams>(Side::kHost), kSerial);
-  // Where a softmax is NaN, all of the token's gradients are.
-  for (int64_t t = 0; p.is_softmax() && t < c.num_tokens; ++t) {
-    double* const grad_x = &p.grad_x.values[t * c.num_rows];
-    double* const grad_y = &p.grad_y.values[t * c.num_cols];
-    if (!std::isnan(p.softmax_x[t * c.num_rows] * p.softmax_y[t * c.num_cols])) continue;
-    std::fill_n(grad_x, c.num_rows, kNaN);
-    std::fill_n(grad_y, c.num_cols, kNaN);
-  }
   auto params = p.params_of<RouterBackwardParams>(Side::kDevice);
-  const auto got = run_twice({&p.grad_x.device, &p.grad_y.device},
-                             cuda::router_backward_workspace_size(params), [&](void* workspace) {
-                               params.workspace = workspace;
-                               return cuda::router_backward(params, nullptr);
-                             });
+  const auto plan = cuda::plan_router_backward(params);
+  const auto got =
+      run_twice({&p.grad_x.device, &p.grad_y.device}, plan.workspace_bytes, [&](void* workspace) {
+        params.workspace = workspace;
+        return cuda::router_backward(params, plan, nullptr);
+      });
   const Magnitudes magnitudes(p);
   const auto check_axis = [&](const char* name, const Bytes& got, const Values& want,
                               const Values& magnitude) {

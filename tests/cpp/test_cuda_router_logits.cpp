@@ -166,8 +166,9 @@ class DeviceRun {
     params_.training = mode.training;
     params_.momentum = kMomentum;
     params_.eps = kEps;
-    EXPECT_TRUE(cuda::router_logits_forward_supported(params_)) << "these fit on 132 SMs";
-    const size_t bytes = cuda::router_logits_forward_workspace_size(params_);
+    plan_ = cuda::plan_router_logits_forward(params_);
+    EXPECT_TRUE(plan_.has_value()) << "these fit on 132 SMs";
+    const size_t bytes = plan_->workspace_bytes;
     workspace_.emplace(bytes);
     params_.workspace = workspace_->data();
     EXPECT_EQ(cudaSuccess, cudaMemset(params_.workspace, workspace_byte, bytes));
@@ -175,7 +176,7 @@ class DeviceRun {
   }
 
   void launch(cudaStream_t stream = nullptr) const {
-    EXPECT_EQ(cudaSuccess, cuda::router_logits_forward(params_, stream));
+    EXPECT_EQ(cudaSuccess, cuda::router_logits_forward(params_, *plan_, stream));
   }
 
   Outputs read() const {
@@ -200,6 +201,7 @@ class DeviceRun {
   std::array<std::optional<DeviceArray>, kNumOutputs> outputs_;
   std::optional<DeviceArray> workspace_;
   RouterLogitsForwardParams params_{};
+  std::optional<cuda::RouterLogitsForwardPlan> plan_;
 };
 
 Outputs run(const Problem& p, const Mode& mode, const std::set<int>& absent = {},
@@ -324,7 +326,7 @@ class CudaRouterLogits : public CudaKernelTest {
     ASSERT_EQ(cudaSuccess, cudaGetDevice(&device));
     ASSERT_EQ(cudaSuccess,
               cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    if (!cuda::has_hopper_kernels() || num_sms < 132) {
+    if (!cuda::current_device().has_hopper_kernels || num_sms < 132) {
       GTEST_SKIP() << "needs a Hopper GPU with 132 SMs, and code for it";
     }
   }
@@ -510,8 +512,9 @@ TEST_F(CudaRouterLogits, SaysWhatItDoesNotSupport) {
     change(p);
     return p;
   };
-  EXPECT_TRUE(cuda::router_logits_forward_supported(changed([](P&) {})));
-  EXPECT_TRUE(cuda::router_logits_forward_supported(changed([](P& p) { p.training = false; })));
+  EXPECT_TRUE(cuda::plan_router_logits_forward(changed([](P&) {})).has_value());
+  EXPECT_TRUE(
+      cuda::plan_router_logits_forward(changed([](P& p) { p.training = false; })).has_value());
   void* const misaligned = reinterpret_cast<void*>(0x1008);
   const std::function<void(P&)> changes[] = {
       [](P& p) { p.dtype = DType::kFloat32; },
@@ -537,8 +540,7 @@ TEST_F(CudaRouterLogits, SaysWhatItDoesNotSupport) {
     for (const bool training : {true, false}) {
       P p = changed(changes[i]);
       p.training = training;
-      EXPECT_FALSE(cuda::router_logits_forward_supported(p)) << i;
-      EXPECT_EQ(cudaErrorNotSupported, cuda::router_logits_forward(p, nullptr)) << i;
+      EXPECT_FALSE(cuda::plan_router_logits_forward(p).has_value()) << i;
     }
   }
 }

@@ -1,30 +1,29 @@
-// The plan of the CUDA expert passes as data: a pure function, so no GPU is needed.
+// The plans of the CUDA kernels as data: pure functions, so that no GPU is needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "cuda/experts/expert_plan.h"
+#include "omni_moe/cuda_plan.h"
 
 namespace omni_moe::cuda {
 namespace {
 
-ExpertDeviceInfo h200() {
-  ExpertDeviceInfo device;
+DeviceInfo h200() {
+  DeviceInfo device;
   device.num_sms = 132;
-  device.compute_capability = 90;
-  device.shared_bytes_per_sm = 233472;
   device.shared_bytes_per_block = 232448;
   device.l2_bytes = 62914560;
+  device.has_cooperative_launch = device.has_early_launch = device.has_hopper_kernels = true;
   return device;
 }
 
-ExpertDeviceInfo a100() {
-  ExpertDeviceInfo device;
+DeviceInfo a100() {
+  DeviceInfo device;
   device.num_sms = 108;
-  device.compute_capability = 80;
-  device.shared_bytes_per_sm = 167936;
   device.shared_bytes_per_block = 166912;
   device.l2_bytes = 41943040;
   return device;
@@ -34,7 +33,7 @@ TokenPassShape bf16(int64_t num_tokens, int64_t hidden_size, int64_t num_experts
   return {num_tokens, hidden_size, num_experts, k, 2, hidden_size % 8 == 0};
 }
 
-std::string plan_text(const TokenPassShape& shape, const ExpertDeviceInfo& device = h200()) {
+std::string plan_text(const TokenPassShape& shape, const DeviceInfo& device = h200()) {
   const TokenPassPlan plan = plan_token_pass(shape, device);
   const std::string text = name(plan.strategy);
   if (plan.strategy == TokenPassStrategy::kL2Tiled)
@@ -91,6 +90,55 @@ TEST(Plan, IsAlwaysPossible) {
   }
 }
 
+TokenPassShape on_grid(int64_t num_tokens, int64_t rows, int64_t cols, int64_t k) {
+  TokenPassShape shape = bf16(num_tokens, 1024, rows * cols, k);
+  shape.num_cols = cols;
+  return shape;
+}
+
+TEST(Plan, BandsPayForManyExpertsOfAToken) {
+  EXPECT_EQ(plan_text(on_grid(4096, 320, 320, 512)), "bands");
+  EXPECT_EQ(plan_text(on_grid(1024, 320, 320, 4096)), "bands");
+  EXPECT_EQ(plan_text(on_grid(4096, 320, 320, 4096)), "bands");
+  EXPECT_EQ(plan_text(on_grid(4096, 64, 64, 16)), "l2_tiled 512");
+  EXPECT_EQ(plan_text(on_grid(16384, 64, 64, 16)), "l2_tiled 512");
+  EXPECT_EQ(plan_text(on_grid(1, 320, 320, 512)), "two_phase 512 x16");
+  EXPECT_EQ(plan_text(on_grid(4096, 1024, 1024, 64)), "fused");
+  // Neither without a grid nor without the kernels.
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 102400, 512)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(on_grid(4096, 320, 320, 512), a100()), "l2_tiled 256");
+}
+
+TEST(Plan, BandsTakeGridsOfWholeRows) {
+  TokenPassShape shape = on_grid(4096, 40, 60, 64);
+  EXPECT_TRUE(supports(TokenPassStrategy::kBands, shape));
+  shape.num_cols = 70;  // 2400 experts are no rows of 70
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, shape));
+  shape.num_cols = 0;
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, shape));
+  shape = on_grid(4096, 40, 60, 64);
+  shape.element_size = 4;
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, shape));
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, on_grid(16, 2, 600, 64)));
+}
+
+TEST(Plan, BandsBoundTheTasksOfAToken) {
+  for (const int64_t k : {1, 7, 64, 512, 4096}) {
+    const TokenPassShape shape = on_grid(4096, 320, 320, k);
+    const BandPlan plan = plan_token_pass(shape, h200(), TokenPassStrategy::kBands).bands;
+    EXPECT_EQ(plan.num_rows, 320);
+    EXPECT_EQ(plan.num_cols, 320);
+    EXPECT_GE(plan.max_tasks, 1);
+    EXPECT_LE(plan.max_tasks, std::min<int64_t>(k, 640));
+    // Partial outputs are most of the workspace.
+    TokenPassPlan pass = plan_token_pass(shape, h200(), TokenPassStrategy::kBands);
+    const double bytes = 4.0 * static_cast<double>(token_pass_workspace_floats(shape, pass));
+    const double partial = 4096.0 * plan.max_tasks * 2048;
+    EXPECT_GE(bytes, partial);
+    EXPECT_LE(bytes, partial * 1.4 + 4096 * (18.0 * k + 64) + (1 << 20));
+  }
+}
+
 TEST(Plan, WorkspaceOfSplitsAndTiles) {
   const TokenPassShape split = bf16(2, 1024, 65536, 4096);
   EXPECT_EQ(token_pass_workspace_floats(split, plan_token_pass(split, h200())), 2u * 66 * 1024);
@@ -99,6 +147,190 @@ TEST(Plan, WorkspaceOfSplitsAndTiles) {
             4096u * 16 * (2048 / 256 + 1));
   const TokenPassShape fused = bf16(64, 1024, 65536, 16);
   EXPECT_EQ(token_pass_workspace_floats(fused, plan_token_pass(fused, h200())), 0u);
+}
+
+// ---- Experts' ops
+// --------------------------------------------------------------------------------
+
+ExpertBackwardParams expert_backward(int64_t num_tokens, int64_t num_experts, int64_t k) {
+  ExpertBackwardParams params{};
+  params.num_tokens = num_tokens;
+  params.hidden_size = 1024;
+  params.num_experts = num_experts;
+  params.num_experts_per_token = k;
+  params.dtype = DType::kBFloat16;
+  return params;
+}
+
+TEST(Plan, PairsAreCountedUnlessThereAreTooMany) {
+  EXPECT_TRUE(plan_expert_backward(expert_backward(4096, 4096, 16), h200()).schedule.by_counting);
+  // More than 64 pairs per expert, and more than a million pairs.
+  EXPECT_FALSE(plan_expert_backward(expert_backward(4096, 512, 16), h200()).schedule.by_counting);
+  EXPECT_FALSE(
+      plan_expert_backward(expert_backward(1 << 17, 1 << 16, 16), h200()).schedule.by_counting);
+}
+
+TEST(Plan, WorkspaceOfTheBackwardGrowsByWhatTheSortNeeds) {
+  const ExpertBackwardParams params = expert_backward(4096, 512, 16);
+  const ExpertBackwardPlan plan = plan_expert_backward(params, h200());
+  const ExpertBackwardPlan with_sort =
+      plan_expert_backward(params, h200(), plan.token_pass, /*sort_storage_bytes=*/1000);
+  EXPECT_EQ(with_sort.workspace_bytes, plan.workspace_bytes + 1024);
+}
+
+TEST(Plan, OperandsWithoutAKernelHaveAnEmptyPlan) {
+  ExpertBackwardParams params = expert_backward(4, 8, 2);
+  params.dtype = DType::kFloat64;
+  EXPECT_EQ(plan_expert_backward(params, h200()).workspace_bytes, 0u);
+}
+
+// ---- Router
+// --------------------------------------------------------------------------------------
+
+RouterForwardParams router(int64_t num_tokens, int64_t num_rows, int64_t num_cols, int64_t k) {
+  RouterForwardParams params{};
+  params.num_tokens = num_tokens;
+  params.num_rows = num_rows;
+  params.num_cols = num_cols;
+  params.num_experts_per_token = k;
+  params.dtype = DType::kBFloat16;
+  return params;
+}
+
+TEST(Plan, RouterForwardByAWarpOrABlock) {
+  const RouterForwardPlan warp = plan_router_forward(router(4096, 256, 256, 16), h200());
+  EXPECT_EQ(warp.kernel, RouterForwardKernel::kWarp);
+  EXPECT_EQ(warp.items_per_lane, 8);
+  EXPECT_EQ(warp.sort_width, 32);
+  EXPECT_EQ(warp.num_blocks, 1024);
+  // The sorts are wider than K.
+  EXPECT_EQ(plan_router_forward(router(1, 65, 20, 32), h200()).sort_width, 64);
+  EXPECT_EQ(plan_router_forward(router(1, 65, 20, 128), h200()).sort_width, 256);
+
+  const RouterForwardPlan block = plan_router_forward(router(37, 300, 300, 129), h200());
+  EXPECT_EQ(block.kernel, RouterForwardKernel::kBlock);
+  EXPECT_TRUE(block.lists_in_shared);
+  EXPECT_EQ(block.num_blocks, 37);
+  EXPECT_EQ(block.workspace_bytes, 0u);
+  const RouterForwardPlan long_axis = plan_router_forward(router(37, 100000, 8, 4), h200());
+  EXPECT_FALSE(long_axis.lists_in_shared);
+  EXPECT_EQ(long_axis.workspace_bytes, long_axis.list_bytes * 37);
+  // The workspace serves the blocks that the device holds at once.
+  RouterForwardParams many_tokens = router(4096, 20000, 100, 4);
+  many_tokens.dtype = DType::kFloat32;
+  EXPECT_EQ(plan_router_forward(many_tokens, h200()).num_blocks, 4 * 132);
+}
+
+TEST(Plan, RouterBackwardByAWarpOrABlock) {
+  RouterBackwardParams params{};
+  params.num_tokens = 37;
+  params.num_rows = params.num_cols = 256;
+  params.num_experts_per_token = 16;
+  params.dtype = DType::kBFloat16;
+  const RouterBackwardPlan few = plan_router_backward(params, h200());
+  EXPECT_EQ(few.warps_per_token, 1);
+  EXPECT_EQ(few.num_blocks, 10);
+  params.num_experts_per_token = 200;
+  const RouterBackwardPlan many = plan_router_backward(params, h200());
+  EXPECT_EQ(many.warps_per_token, 8);
+  EXPECT_EQ(many.num_blocks, 37);
+  EXPECT_TRUE(many.sums_in_shared);
+  params.num_rows = 100000;
+  const RouterBackwardPlan wide = plan_router_backward(params, h200());
+  EXPECT_FALSE(wide.sums_in_shared);
+  EXPECT_GE(wide.workspace_bytes, wide.sum_bytes * wide.num_blocks);
+}
+
+TEST(Plan, NothingToDoNeedsNoWorkspace) {
+  EXPECT_EQ(plan_router_forward(router(0, 100000, 8, 4), h200()).workspace_bytes, 0u);
+  EXPECT_EQ(plan_router_forward(router(37, 100000, 8, 0), h200()).workspace_bytes, 0u);
+  EXPECT_EQ(plan_router_backward({}, h200()).workspace_bytes, 0u);
+  EXPECT_EQ(plan_batch_norm_backward({}, h200()).workspace_bytes, 0u);
+}
+
+RouterLogitsForwardParams logits(int64_t num_tokens, int64_t num_rows, int64_t num_cols) {
+  RouterLogitsForwardParams params{};
+  params.num_tokens = num_tokens;
+  params.num_rows = num_rows;
+  params.num_cols = num_cols;
+  params.hidden_size = 1024;
+  params.logits_stride = num_rows + num_cols;
+  params.dtype = params.stats_dtype = DType::kBFloat16;
+  params.training = true;
+  return params;
+}
+
+// All blocks of a grid are on the device at once, every token is in one part, and every partial has
+// its place.
+TEST(Plan, GridsOfBatchNormFitTheDevice) {
+  for (const int64_t num_tokens : {0, 1, 37, 199, 4096, 100000}) {
+    for (const int64_t width : {1, 8, 100, 256, 20000}) {
+      const RouterLogitsForwardParams params = logits(num_tokens, width, width);
+      const BatchNormForwardPlan plan = plan_batch_norm_forward(params, h200());
+      const BatchNormGrid& grid = plan.grid;
+      EXPECT_LE(grid.panels_per_round * grid.num_parts, 2 * 132) << num_tokens << ", " << width;
+      EXPECT_GE(grid.num_rounds * grid.panels_per_round, grid.num_panels);
+      EXPECT_GE(grid.num_parts * grid.tokens_per_part, num_tokens);
+      EXPECT_GE(plan.workspace_bytes,
+                size_t{32} * grid.num_panels * grid.num_parts * 2 * sizeof(float));
+      EXPECT_EQ(plan.uses_vectors, width % 8 == 0);
+    }
+  }
+}
+
+TEST(Plan, RouterLogitsTakeTheSmallestBlocksThatFit) {
+  const auto blocks_of = [](const RouterLogitsForwardParams& params) {
+    const auto plan = plan_router_logits_forward(params, h200());
+    return plan ? std::to_string(plan->token_tiles) + "x" + std::to_string(plan->panels) : "none";
+  };
+  EXPECT_EQ(blocks_of(logits(1024, 64, 64)), "1x1");
+  EXPECT_EQ(blocks_of(logits(4096, 128, 128)), "1x2");
+  EXPECT_EQ(blocks_of(logits(4096, 256, 256)), "2x2");
+  EXPECT_EQ(blocks_of(logits(4096, 384, 384)), "2x3");
+  EXPECT_EQ(blocks_of(logits(8192, 384, 384)), "none");
+  EXPECT_EQ(blocks_of(logits(1024, 60, 64)), "none");
+  EXPECT_FALSE(plan_router_logits_forward(logits(1024, 64, 64), a100()).has_value());
+  RouterLogitsForwardParams evaluation = logits(1024, 64, 64);
+  evaluation.training = false;
+  EXPECT_EQ(plan_router_logits_forward(evaluation, h200())->workspace_bytes, 0u);
+}
+
+// ---- MLP
+// -----------------------------------------------------------------------------------------
+
+TEST(Plan, GatedLinearTilesAndClusters) {
+  GatedLinearForwardParams params{};
+  params.num_tokens = 4096;
+  params.hidden_size = 1024;
+  params.intermediate_size = 4096;
+  params.dtype = DType::kBFloat16;
+  const auto plan = plan_gated_linear_forward(params, h200());
+  ASSERT_TRUE(plan.has_value());
+  EXPECT_EQ(plan->num_token_tiles, 16);
+  EXPECT_EQ(plan->num_col_tiles, 32);
+  EXPECT_EQ(plan->num_clusters, 66);
+  params.num_tokens = 1;
+  params.intermediate_size = 128;
+  EXPECT_EQ(plan_gated_linear_forward(params, h200())->num_clusters, 1);
+  EXPECT_FALSE(plan_gated_linear_forward(params, a100()).has_value());
+  params.hidden_size = 1001;
+  EXPECT_FALSE(plan_gated_linear_forward(params, h200()).has_value());
+  params.hidden_size = 1024;
+  params.gate = reinterpret_cast<void*>(0x1008);
+  EXPECT_FALSE(plan_gated_linear_forward(params, h200()).has_value());
+}
+
+TEST(Plan, GatedActivationVectors) {
+  GatedActivationForwardParams params{};
+  params.num_tokens = 16;
+  params.intermediate_size = params.gate_stride = params.up_stride = 100;
+  params.dtype = DType::kBFloat16;
+  // One long row of 1600 elements has vectors, rows of 100 do not.
+  EXPECT_TRUE(plan_gated_activation_forward(params).is_one_row);
+  EXPECT_TRUE(plan_gated_activation_forward(params).uses_vectors);
+  params.gate_stride = params.up_stride = 200;
+  EXPECT_FALSE(plan_gated_activation_forward(params).is_one_row);
+  EXPECT_FALSE(plan_gated_activation_forward(params).uses_vectors);
 }
 
 }  // namespace

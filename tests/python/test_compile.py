@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import omni_moe
+from omni_moe import OmniMoE, OmniMoEConfig
 
 ops = torch.ops.omni_moe
 
@@ -235,3 +236,36 @@ def test_fake_tensors_of_a_device(device):
             indices,
         )
     assert out.shape == (5, 8) and out.device.type == device and indices.dtype == torch.int32
+
+
+# ---- a layer in evaluation under vmap and export ------------------------------------------------
+
+CONFIG = OmniMoEConfig(
+    hidden_size=24, intermediate_size=40, num_experts=48, num_experts_per_token=5
+)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@on_devices
+def test_vmap_of_an_evaluation_pass(device):
+    """Nothing is mutated there, so that torch.func can batch the layer."""
+    layer = OmniMoE(CONFIG).to(device).eval()
+    x = torch.randn(3, 7, CONFIG.hidden_size, device=device)
+    got = torch.vmap(layer)(x)
+    want = layer(x)
+    assert_close(got, want.double(), num_terms=69, terms=want.abs().max().item())
+
+
+@pytest.mark.parametrize("export", [torch.export.export, torch.export.draft_export])
+@on_devices
+def test_export_of_an_evaluation_pass(device, export):
+    layer = OmniMoE(CONFIG).to(device).eval()
+    x = torch.randn(3, 7, CONFIG.hidden_size, device=device)
+    program = export(layer, (x,))
+    assert_bitwise(program.module()(x), layer(x))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {
+        "omni_moe._omni_router_logits_eval.default",
+        "omni_moe.omni_softmax_router.default",
+        "omni_moe.omni_expert_mlp.default",
+    } <= called

@@ -16,6 +16,7 @@ from launch_testing import early_copy, late_check, late_copy, needs_launch_testi
 from test_cuda_modes import BF16, CASES, assert_same_run, capture, on_cases
 
 import omni_moe
+from omni_moe import GpuProperties
 
 pytestmark = [needs_gpu, needs_launch_testing]
 
@@ -52,7 +53,7 @@ def written_late(tensor):
 
 @pytest.fixture
 def starts_early():
-    if not omni_moe._C.has_early_launch():
+    if not GpuProperties.of().has_early_launch:
         pytest.skip("kernels do not start early on this GPU, or in this build")
 
 
@@ -248,7 +249,7 @@ def test_early_launch_is_on_where_the_code_has_it():
         pytest.skip("what code a GPU runs is known of Hopper")
     architectures = {arch.partition("-")[0] for arch in info["cuda_architectures"].split()}
     if architectures <= {"80", "90", "90a"}:
-        assert omni_moe._C.has_early_launch() == bool(architectures & {"90", "90a"})
-    assert omni_moe._C.has_hopper_kernels() == (info["hopper_kernels"] == "yes")
+        assert GpuProperties.of().has_early_launch == bool(architectures & {"90", "90a"})
+    assert GpuProperties.of().has_hopper_kernels == (info["hopper_kernels"] == "yes")
     with early_launch(False):
-        assert not omni_moe._C.has_early_launch()
+        assert not GpuProperties.of().has_early_launch

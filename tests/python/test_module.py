@@ -437,32 +437,3 @@ def test_load_is_not_tracked_by_default():
     layer.reset_expert_load()
     with pytest.raises(RuntimeError, match="expected track_expert_load=True in the config"):
         layer.expert_load()
-
-
-# ---- what takes the layer apart ------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@on_devices
-def test_vmap_of_an_evaluation_pass(device):
-    """Nothing is mutated there, so that torch.func can batch the layer."""
-    layer = make_layer(device, torch.float32).eval()
-    x = torch.randn(3, 7, H, device=device)
-    got = torch.vmap(layer)(x)
-    want = layer(x)
-    assert_close(got, want.double(), num_terms=H + I + K, terms=want.abs().max().item())
-
-
-@pytest.mark.parametrize("export", [torch.export.export, torch.export.draft_export])
-@on_devices
-def test_export_of_an_evaluation_pass(device, export):
-    layer = make_layer(device, torch.float32).eval()
-    x = torch.randn(3, 7, H, device=device)
-    program = export(layer, (x,))
-    assert_bitwise(program.module()(x), layer(x))
-    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {
-        "omni_moe._omni_router_logits_eval.default",
-        "omni_moe.omni_softmax_router.default",
-        "omni_moe.omni_expert_mlp.default",
-    } <= called

@@ -6,7 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/common/device_info.h"
+#include "cuda/common/operands.h"
+#include "omni_moe/cuda_plan.h"
 
 namespace omni_moe::cuda {
 
@@ -30,9 +31,6 @@ cudaError_t run_steps(Steps&&... steps) {
   return clear_failure(status);
 }
 
-// Describes the current device, and the code of this library that runs on it.
-cudaError_t current_device_info(DeviceInfo* info);
-
 // A block gets more than 48 KB of shared memory only after its kernel has been opted in, once per
 // device. The limit belongs to the kernel, not to the launch: it is always set to all that the
 // device allows, so that no thread lowers it under another's launch.
@@ -54,10 +52,6 @@ cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
         return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     limit - static_cast<int>(attributes.sharedSizeBytes));
       });
-}
-
-inline bool is_aligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
 }  // namespace omni_moe::cuda

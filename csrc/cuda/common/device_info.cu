@@ -4,7 +4,7 @@
 #include <atomic>
 
 #include "cuda/common/check.h"
-#include "cuda/common/device_info.h"
+#include "cuda/hopper/tma.cuh"
 #include "cuda/hopper/wgmma.cuh"
 #include "omni_moe/cuda.h"
 
@@ -31,38 +31,27 @@ std::atomic<bool> allow_early_launch{true};
 
 bool set_early_launch(bool allowed) { return allow_early_launch.exchange(allowed); }
 
-bool has_early_launch() {
+DeviceInfo current_device() {
   DeviceInfo info;
-  return current_device_info(&info) == cudaSuccess && info.has_early_launch;
-}
-
-bool has_hopper_kernels() {
-  DeviceInfo info;
-  return current_device_info(&info) == cudaSuccess && info.has_hopper_code;
-}
-
-// Nothing is cached, so that several devices just work.
-cudaError_t current_device_info(DeviceInfo* info) {
   int device = 0;
-  int major = 0;
-  int minor = 0;
+  int cooperative = 0;
   cudaFuncAttributes probe{};
   const auto read = [&](int* value, cudaDeviceAttr attribute) {
     return [=, &device] { return cudaDeviceGetAttribute(value, attribute, device); };
   };
+  // Nothing is cached, so that several devices just work.
   const cudaError_t status = run_steps(
-      [&] { return cudaGetDevice(&device); }, read(&info->num_sms, cudaDevAttrMultiProcessorCount),
-      read(&major, cudaDevAttrComputeCapabilityMajor),
-      read(&minor, cudaDevAttrComputeCapabilityMinor),
-      read(&info->shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-      read(&info->shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      [&] { return cudaGetDevice(&device); }, read(&info.num_sms, cudaDevAttrMultiProcessorCount),
+      read(&info.l2_bytes, cudaDevAttrL2CacheSize),
+      read(&info.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      read(&cooperative, cudaDevAttrCooperativeLaunch),
       [&] { return cudaFuncGetAttributes(&probe, code_probe_kernel); });
-  if (status != cudaSuccess) return status;
-  info->compute_capability = 10 * major + minor;
+  if (status != cudaSuccess) return {};
+  info.has_cooperative_launch = cooperative != 0;
   const auto code = static_cast<Code>(probe.maxThreadsPerBlock / kThreadsPerCode);
-  info->has_early_launch = code >= Code::kEarlyLaunch && allow_early_launch;
-  info->has_hopper_code = code == Code::kHopper;
-  return cudaSuccess;
+  info.has_early_launch = code >= Code::kEarlyLaunch && allow_early_launch;
+  info.has_hopper_kernels = code == Code::kHopper && tensor_map_encoder() != nullptr;
+  return info;
 }
 
 }  // namespace omni_moe::cuda

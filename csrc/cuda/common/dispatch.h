@@ -68,22 +68,4 @@ cudaError_t dispatch_activation(Activation activation, F&& f) {
   }
 }
 
-inline bool is_valid(Activation activation) {
-  return dispatch_activation(activation, [](auto) { return cudaSuccess; }) == cudaSuccess;
-}
-
-inline bool is_valid(IndexType index_type) {
-  return dispatch_index_type(index_type, [](auto) { return cudaSuccess; }) == cudaSuccess;
-}
-
-// Bytes of one element; 0 for what has no CUDA kernel.
-inline size_t element_size(DType dtype) {
-  size_t bytes = 0;
-  (void)dispatch_dtype(dtype, [&](auto tag) {
-    bytes = sizeof(typename decltype(tag)::type);
-    return cudaSuccess;
-  });
-  return bytes;
-}
-
 }  // namespace omni_moe::cuda

@@ -1,9 +1,13 @@
-// Strategy of the expert passes as data; see expert_plan.h.
+// Plans of the expert ops; see omni_moe/cuda_plan.h.
 #include "cuda/experts/expert_plan.h"
 
 #include <algorithm>
 
+#include "cuda/common/operands.h"
+#include "cuda/common/workspace.h"
+#include "cuda/experts/bands/band_plan.h"
 #include "cuda/experts/expert_tuning.h"
+#include "cuda/experts/expert_workspace.h"
 
 namespace omni_moe::cuda {
 namespace {
@@ -26,7 +30,7 @@ int64_t two_phase_splits(const TokenPassShape& shape, const DeviceInfo& device) 
   return std::max({int64_t{1}, needed, std::min(wanted, useful)});
 }
 
-bool wide_tiles_pay(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
+bool wide_tiles_pay(const TokenPassShape& shape, const DeviceInfo& device) {
   using Wide = L2TileTuning<512>;
   const int64_t blocks = ceil_div<int64_t>(row_bytes_of(shape), Wide::kBytes) *
                          ceil_div<int64_t>(shape.num_tokens, Wide::kWarps);
@@ -38,7 +42,7 @@ bool wide_tiles_pay(const TokenPassShape& shape, const ExpertDeviceInfo& device)
 
 // The numbers are medians in µs on an H200 with bf16, H 1024 and uniform ids; of two, the first is
 // fused and the second l2_tiled by 256 bytes, both forward.
-TokenPassStrategy choose_strategy(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
+TokenPassStrategy choose_strategy(const TokenPassShape& shape, const DeviceInfo& device) {
   if (bands_pay(shape, device)) return TokenPassStrategy::kBands;
   if (!supports(TokenPassStrategy::kFused, shape)) return TokenPassStrategy::kTwoPhase;
   // Where few tokens have many pairs, two_phase splits a token's pairs over idle SMs. Otherwise
@@ -78,7 +82,7 @@ bool supports(TokenPassStrategy strategy, const TokenPassShape& shape) {
   }
 }
 
-TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device,
+TokenPassPlan plan_token_pass(const TokenPassShape& shape, const DeviceInfo& device,
                               TokenPassStrategy strategy) {
   TokenPassPlan plan{};
   plan.strategy = strategy;
@@ -97,7 +101,7 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInf
   return plan;
 }
 
-TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device) {
+TokenPassPlan plan_token_pass(const TokenPassShape& shape, const DeviceInfo& device) {
   return plan_token_pass(shape, device, choose_strategy(shape, device));
 }
 
@@ -127,6 +131,154 @@ size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassP
     return band_workspace_bytes(shape, plan.bands) / sizeof(float);
   }
   return 0;
+}
+
+// ---- Operands
+// ------------------------------------------------------------------------------------
+
+namespace {
+
+template <class Params>
+bool has_kernel(const Params& params) {
+  constexpr int64_t kMax = INT32_MAX;  // grid size; ids and k are 32-bit in registers
+  return params.num_tokens >= 0 && params.num_tokens <= kMax && params.hidden_size > 0 &&
+         params.num_experts >= 0 && params.num_experts <= kMax &&
+         params.num_experts_per_token >= 0 && params.num_experts_per_token <= kMax &&
+         element_size(params.dtype) != 0 && is_valid(params.activation) &&
+         is_valid(params.index_type);
+}
+
+}  // namespace
+
+bool is_supported(const ExpertForwardParams& params) { return has_kernel(params); }
+
+bool is_supported(const ExpertBackwardParams& params) {
+  // Pair ids are 32-bit.
+  return has_kernel(params) && params.num_tokens * params.num_experts_per_token <= INT32_MAX;
+}
+
+TokenPassShape token_pass_shape(const ExpertForwardParams& params) {
+  const size_t element = element_size(params.dtype);
+  return {params.num_tokens,
+          params.hidden_size,
+          params.num_experts,
+          params.num_experts_per_token,
+          element,
+          params.hidden_size * element % 16 == 0 && is_aligned(params.hidden_states, 16) &&
+              is_aligned(params.up_weights, 16) && is_aligned(params.down_weights, 16) &&
+              is_aligned(params.expert_states, 16) && is_aligned(params.addend, 16),
+          params.num_cols};
+}
+
+TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
+  const size_t element = element_size(params.dtype);
+  return {params.num_tokens,
+          params.hidden_size,
+          params.num_experts,
+          params.num_experts_per_token,
+          element,
+          params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
+              is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
+              is_aligned(params.down_weights, 16) && is_aligned(params.addend, 16) &&
+              is_aligned(params.grad_hidden_states, 16),
+          params.num_cols};
+}
+
+// ---- Ops
+// -----------------------------------------------------------------------------------------
+
+SchedulePlan plan_schedule(int64_t num_pairs, int64_t num_experts) {
+  SchedulePlan plan{};
+  plan.by_counting = num_pairs <= ScheduleTuning::kMaxCountingPairs &&
+                     num_pairs <= ScheduleTuning::kMaxCountingMean * num_experts;
+  const int64_t part_pairs =
+      std::max<int64_t>(WeightGradTuning::kMinPartPairs,
+                        ceil_div<int64_t>(2 * num_pairs, WeightGradTuning::kMaxParts));
+  plan.part_pairs = static_cast<uint32_t>(part_pairs);
+  // A segment of n > part_pairs pairs has fewer than 2 n / part_pairs parts.
+  plan.max_parts = num_pairs > part_pairs ? 2 * num_pairs / part_pairs : 0;
+  return plan;
+}
+
+ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params, const DeviceInfo& device,
+                                      const TokenPassPlan& token_pass) {
+  const size_t floats = token_pass_workspace_floats(token_pass_shape(params), token_pass);
+  return {device, token_pass,
+          round_up<size_t>(floats * sizeof(float), WorkspaceCutter::kAlignment)};
+}
+
+ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params, const DeviceInfo& device) {
+  if (!is_supported(params)) return {device, {}, 0};
+  return plan_expert_forward(params, device, plan_token_pass(token_pass_shape(params), device));
+}
+
+ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params,
+                                        const DeviceInfo& device, const TokenPassPlan& token_pass,
+                                        size_t sort_storage_bytes) {
+  ExpertBackwardPlan plan{};
+  plan.device = device;
+  plan.token_pass = token_pass;
+  plan.schedule =
+      plan_schedule(params.num_tokens * params.num_experts_per_token, params.num_experts);
+  if (!plan.schedule.by_counting) plan.schedule.sort_storage_bytes = sort_storage_bytes;
+  ExpertBackwardParams sizes_only = params;
+  sizes_only.workspace = nullptr;
+  plan.workspace_bytes = cut_workspace(sizes_only, plan).size;
+  return plan;
+}
+
+ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params,
+                                        const DeviceInfo& device) {
+  if (!is_supported(params)) return {device, {}, {}, 0};
+  return plan_expert_backward(params, device, plan_token_pass(token_pass_shape(params), device),
+                              /*sort_storage_bytes=*/0);
+}
+
+// ---- Workspace
+// -----------------------------------------------------------------------------------
+
+namespace {
+
+ScheduleWorkspace take_schedule_workspace(int64_t num_pairs, int64_t num_experts,
+                                          const SchedulePlan& plan, WorkspaceCutter* workspace) {
+  ScheduleWorkspace taken{};
+  ExpertSchedule& schedule = taken.schedule;
+  schedule.part_pairs = plan.part_pairs;
+  schedule.max_parts = plan.max_parts;
+  schedule.counters = workspace->take<ScheduleCounters>(1);
+  schedule.segment_end = workspace->take<uint32_t>(num_experts);
+  schedule.segment_begin = workspace->take<uint32_t>(num_experts);
+  schedule.pair_position = workspace->take<uint32_t>(num_pairs);
+  schedule.parts = workspace->take<SegmentPart>(plan.max_parts);
+  schedule.long_segments = workspace->take<LongSegment>(num_pairs / plan.part_pairs);
+  taken.pairs = workspace->take<uint32_t>(num_pairs);
+  if (plan.by_counting) {
+    taken.huge_experts = workspace->take<int32_t>(num_pairs / ScheduleTuning::kHugeSegment);
+  } else {
+    taken.keys[0] = workspace->take<uint32_t>(num_pairs);
+    taken.keys[1] = workspace->take<uint32_t>(num_pairs);
+    taken.pairs_sorted = workspace->take<uint32_t>(num_pairs);
+    taken.sort_storage = workspace->take<char>(plan.sort_storage_bytes);
+  }
+  return taken;
+}
+
+}  // namespace
+
+BackwardWorkspace cut_workspace(const ExpertBackwardParams& params,
+                                const ExpertBackwardPlan& plan) {
+  WorkspaceCutter cutter(params.workspace);
+  BackwardWorkspace workspace{};
+  const int64_t num_pairs = params.num_tokens * params.num_experts_per_token;
+  workspace.token_pass =
+      cutter.take<float>(token_pass_workspace_floats(token_pass_shape(params), plan.token_pass));
+  workspace.schedule =
+      take_schedule_workspace(num_pairs, params.num_experts, plan.schedule, &cutter);
+  workspace.records = cutter.take<PairRecord>(num_pairs);
+  workspace.weight_partial =
+      cutter.take<float>(static_cast<size_t>(plan.schedule.max_parts) * 2 * params.hidden_size);
+  workspace.size = cutter.size();
+  return workspace;
 }
 
 }  // namespace omni_moe::cuda

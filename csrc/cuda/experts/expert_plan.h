@@ -1,26 +1,13 @@
-// Which kernel an expert pass runs, as a pure function of shape and device; forward and backward
-// are the same pass (token_pass.cuh). Host code that needs no CUDA toolkit: a CPU-only build can be
-// asked too.
+// Which kernel a token pass runs, as a pure function of shape and device; forward and backward are
+// the same pass (token_pass.cuh). Needs no CUDA toolkit.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/common/device_info.h"
-#include "cuda/experts/bands/band_plan.h"
+#include "omni_moe/cuda_plan.h"
 
 namespace omni_moe::cuda {
-
-enum class TokenPassStrategy : int8_t {
-  kTwoPhase,  // a block per token or part of one: dot products by warp, then sums by column
-  kFused,     // a block per token, 16 bytes of the row per thread
-  kL2Tiled,   // one tile of columns after the other, all tokens in each: for rows used again
-  kBands,     // whole rows and columns of the grid on tensor cores: for many experts per token
-};
-
-struct ExpertDeviceInfo : DeviceInfo {
-  int l2_bytes = 0;
-};
 
 struct TokenPassShape {
   int64_t num_tokens;
@@ -32,20 +19,14 @@ struct TokenPassShape {
   int64_t num_cols = 0;  // C of the grid of experts, E = R * C; 0: ids have no grid
 };
 
-struct TokenPassPlan {
-  TokenPassStrategy strategy;
-  int tile_bytes;           // kL2Tiled: 256 or 512
-  int threads;              // kTwoPhase: per block
-  int num_splits;           // kTwoPhase: blocks per token; above 1 a second stage adds their sums
-  int64_t pairs_per_split;  // kTwoPhase
-  BandPlan bands;           // kBands
-};
+TokenPassShape token_pass_shape(const ExpertForwardParams& params);
+TokenPassShape token_pass_shape(const ExpertBackwardParams& params);
 
-TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device);
+TokenPassPlan plan_token_pass(const TokenPassShape& shape, const DeviceInfo& device);
 
 // The same with the strategy given, for tests and measurements. supports() says whether the
 // strategy takes this shape at all.
-TokenPassPlan plan_token_pass(const TokenPassShape& shape, const ExpertDeviceInfo& device,
+TokenPassPlan plan_token_pass(const TokenPassShape& shape, const DeviceInfo& device,
                               TokenPassStrategy strategy);
 bool supports(TokenPassStrategy strategy, const TokenPassShape& shape);
 
@@ -55,5 +36,17 @@ const char* name(TokenPassStrategy strategy);
 // of kTwoPhase, the partial dots [tiles, T * K] and coefficients [T * K] of kL2Tiled, or the lists
 // and partial outputs of kBands.
 size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassPlan& plan);
+
+SchedulePlan plan_schedule(int64_t num_pairs, int64_t num_experts);
+
+// The plans of whole ops around a given token pass, and whether their kernels take the operands.
+// With a radix sort, sort_storage_bytes is what CUB asks for.
+bool is_supported(const ExpertForwardParams& params);
+bool is_supported(const ExpertBackwardParams& params);
+ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params, const DeviceInfo& device,
+                                      const TokenPassPlan& token_pass);
+ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params,
+                                        const DeviceInfo& device, const TokenPassPlan& token_pass,
+                                        size_t sort_storage_bytes);
 
 }  // namespace omni_moe::cuda

@@ -31,7 +31,7 @@ cudaError_t launch_token_pass(const TokenPassArgs& args, const Pairs& pairs,
                                     : launch_l2_tiled<T, L2TileTuning<256>>(
                                           args, pairs, workspace, beside_previous, device, stream);
     case TokenPassStrategy::kBands:
-      return device.has_hopper_code
+      return device.has_hopper_kernels
                  ? launch_bands<T>(args, pairs, plan.bands, workspace, device, stream)
                  : cudaErrorNotSupported;
   }

@@ -19,11 +19,6 @@ namespace {
 
 constexpr int kThreads = ScheduleTuning::kThreads;
 
-bool use_counting(const ScheduleShape& shape) {
-  return shape.num_pairs <= ScheduleTuning::kMaxCountingPairs &&
-         shape.num_pairs <= ScheduleTuning::kMaxCountingMean * shape.num_experts;
-}
-
 int key_bits(int64_t num_experts) {
   int bits = 1;
   while (bits < 31 && (int64_t{1} << bits) < num_experts) ++bits;
@@ -276,6 +271,7 @@ __global__ void __launch_bounds__(kThreads)
   warp_list_long_segments(schedule, static_cast<int32_t>(expert), length);
 }
 
+// With null storage the sort only reports the size it needs.
 cudaError_t sort_pairs(const ScheduleShape& shape, const ScheduleWorkspace& workspace,
                        void* storage, size_t* storage_bytes, cudaStream_t stream) {
   return cub::DeviceRadixSort::SortPairs(storage, *storage_bytes, workspace.keys[0],
@@ -285,10 +281,10 @@ cudaError_t sort_pairs(const ScheduleShape& shape, const ScheduleWorkspace& work
 }
 
 cudaError_t schedule_by_sorting(const ScheduleShape& shape, const void* indices,
-                                IndexType index_type, const ScheduleWorkspace& workspace,
-                                cudaStream_t stream) {
+                                IndexType index_type, const SchedulePlan& plan,
+                                const ScheduleWorkspace& workspace, cudaStream_t stream) {
   const ExpertSchedule& schedule = workspace.schedule;
-  size_t storage_bytes = workspace.sort_storage_bytes;
+  size_t storage_bytes = plan.sort_storage_bytes;
   return run_steps(
       [&] {
         // Counters, ends and begins: experts without pairs stay empty.
@@ -319,51 +315,23 @@ cudaError_t schedule_by_sorting(const ScheduleShape& shape, const void* indices,
 
 // ---- Launcher -----------------------------------------------------------------------------------
 
-ScheduleWorkspace take_schedule_workspace(const ScheduleShape& shape, WorkspaceCutter* workspace) {
-  ScheduleWorkspace taken{};
-  ExpertSchedule& schedule = taken.schedule;
-  const int64_t num_pairs = shape.num_pairs;
-  // A segment of n > part_pairs pairs has fewer than 2 n / part_pairs parts.
-  const int64_t part_pairs =
-      std::max<int64_t>(WeightGradTuning::kMinPartPairs,
-                        ceil_div<int64_t>(2 * num_pairs, WeightGradTuning::kMaxParts));
-  schedule.part_pairs = static_cast<uint32_t>(part_pairs);
-  schedule.max_parts = num_pairs > part_pairs ? 2 * num_pairs / part_pairs : 0;
-
-  schedule.counters = workspace->take<ScheduleCounters>(1);
-  schedule.segment_end = workspace->take<uint32_t>(shape.num_experts);
-  schedule.segment_begin = workspace->take<uint32_t>(shape.num_experts);
-  schedule.pair_position = workspace->take<uint32_t>(num_pairs);
-  schedule.parts = workspace->take<SegmentPart>(schedule.max_parts);
-  schedule.long_segments = workspace->take<LongSegment>(num_pairs / part_pairs);
-  taken.pairs = workspace->take<uint32_t>(num_pairs);
-  if (use_counting(shape)) {
-    taken.huge_experts = workspace->take<int32_t>(num_pairs / ScheduleTuning::kHugeSegment);
-  } else {
-    taken.keys[0] = workspace->take<uint32_t>(num_pairs);
-    taken.keys[1] = workspace->take<uint32_t>(num_pairs);
-    taken.pairs_sorted = workspace->take<uint32_t>(num_pairs);
-    // With null storage the sort only reports the size it needs.
-    if (sort_pairs(shape, taken, nullptr, &taken.sort_storage_bytes, nullptr) != cudaSuccess) {
-      taken.sort_storage_bytes = 0;
-    }
-    taken.sort_storage = workspace->take<char>(taken.sort_storage_bytes);
-  }
-  return taken;
+size_t sort_storage_bytes(const ScheduleShape& shape) {
+  size_t bytes = 0;
+  return sort_pairs(shape, {}, nullptr, &bytes, nullptr) == cudaSuccess ? bytes : 0;
 }
 
 cudaError_t schedule_pairs(const ScheduleShape& shape, const void* indices, IndexType index_type,
-                           const ScheduleWorkspace& workspace, const DeviceInfo& device,
-                           cudaStream_t stream) {
+                           const SchedulePlan& plan, const ScheduleWorkspace& workspace,
+                           const DeviceInfo& device, cudaStream_t stream) {
   if (shape.num_pairs == 0) {
     const size_t bytes =
         reinterpret_cast<char*>(workspace.schedule.segment_begin + shape.num_experts) -
         reinterpret_cast<char*>(workspace.schedule.counters);
     return cudaMemsetAsync(workspace.schedule.counters, 0, bytes, stream);
   }
-  return use_counting(shape)
+  return plan.by_counting
              ? schedule_by_counting(shape, indices, index_type, workspace, device, stream)
-             : schedule_by_sorting(shape, indices, index_type, workspace, stream);
+             : schedule_by_sorting(shape, indices, index_type, plan, workspace, stream);
 }
 
 }  // namespace omni_moe::cuda

@@ -283,7 +283,7 @@ int experts_per_warp(int64_t num_pairs, int64_t num_experts) {
 
 template <class T, int kVec>
 cudaError_t launch(WeightGradArgs args, int64_t num_tokens, int64_t num_pairs,
-                   const ExpertDeviceInfo& device, cudaStream_t stream) {
+                   const DeviceInfo& device, cudaStream_t stream) {
   args.num_column_tiles = ceil_div<int64_t>(args.hidden_size, int64_t{kWarpSize} * kVec);
   args.experts_per_warp = experts_per_warp(num_pairs, args.num_experts);
   // The order of column tiles pays where the tokens and the gradients of both kinds together exceed
@@ -316,7 +316,7 @@ cudaError_t launch(WeightGradArgs args, int64_t num_tokens, int64_t num_pairs,
 }  // namespace
 
 cudaError_t weight_grad(const ExpertBackwardParams& params, const ExpertSchedule& schedule,
-                        const PairRecord* records, float* partial, const ExpertDeviceInfo& device,
+                        const PairRecord* records, float* partial, const DeviceInfo& device,
                         cudaStream_t stream) {
   if (params.num_experts == 0 || params.hidden_size == 0) return cudaSuccess;
   WeightGradArgs args{};

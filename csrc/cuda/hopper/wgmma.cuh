@@ -22,7 +22,7 @@
 namespace omni_moe::cuda {
 
 // False in kernels compiled for other architectures. Those trap, because a call must not look as if
-// it had worked; the host launches them only where DeviceInfo::has_hopper_code says so.
+// it had worked; the host launches them only where DeviceInfo::has_hopper_kernels says so.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 inline constexpr bool kHasHopperInstructions = true;
 #else

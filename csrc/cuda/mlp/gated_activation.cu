@@ -112,36 +112,22 @@ LaunchShape launch_shape(int64_t num_rows, int64_t num_cols, int vec) {
           dim3(width, height)};
 }
 
-// Treats dense operands as one long row, which leaves no remainder per row.
+// Dense operands as one long row, which leaves no remainder per row.
 template <class Params>
-void merge_rows_if_dense(Params& params, std::initializer_list<int64_t*> strides) {
-  const int64_t cols = params.intermediate_size;
-  const int64_t count = params.num_tokens * cols;
-  if (std::any_of(strides.begin(), strides.end(), [&](int64_t* s) { return *s != cols; })) return;
+void merge_rows(Params& params, std::initializer_list<int64_t*> strides) {
+  params.intermediate_size *= params.num_tokens;
   params.num_tokens = 1;
-  params.intermediate_size = count;
-  for (int64_t* stride : strides) *stride = count;
-}
-
-template <class T>
-bool allows_vectors(int64_t cols, std::initializer_list<const void*> pointers,
-                    std::initializer_list<int64_t> strides) {
-  return cols % kVecWidth<T> == 0 &&
-         std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return is_aligned(p, 16); }) &&
-         std::all_of(strides.begin(), strides.end(),
-                     [](int64_t s) { return s % kVecWidth<T> == 0; });
+  for (int64_t* stride : strides) *stride = params.intermediate_size;
 }
 
 // launch(T, vector width, activation), each as a tag.
-template <class Launch, class AllowsVectors>
-cudaError_t dispatch_gated(DType dtype, Activation activation, AllowsVectors vectors,
-                           Launch launch) {
+template <class Launch>
+cudaError_t dispatch_gated(DType dtype, Activation activation, bool uses_vectors, Launch launch) {
   return dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return dispatch_activation(activation, [&](auto act) {
-      return vectors(type) ? launch(type, ValueTag<kVecWidth<T>>{}, act)
-                           : launch(type, ValueTag<1>{}, act);
+      return uses_vectors ? launch(type, ValueTag<kVecWidth<T>>{}, act)
+                          : launch(type, ValueTag<1>{}, act);
     });
   });
 }
@@ -149,18 +135,13 @@ cudaError_t dispatch_gated(DType dtype, Activation activation, AllowsVectors vec
 }  // namespace
 
 cudaError_t gated_activation_forward(const GatedActivationForwardParams& given,
-                                     cudaStream_t stream) {
+                                     const GatedActivationForwardPlan& plan, cudaStream_t stream) {
   if (element_size(given.dtype) == 0 || !is_valid(given.activation)) return cudaErrorInvalidValue;
   if (given.num_tokens == 0 || given.intermediate_size == 0) return cudaSuccess;
   GatedActivationForwardParams params = given;
-  merge_rows_if_dense(params, {&params.gate_stride, &params.up_stride});
-  const auto vectors = [&](auto type) {
-    return allows_vectors<typename decltype(type)::type>(params.intermediate_size,
-                                                         {params.gate, params.up, params.activated},
-                                                         {params.gate_stride, params.up_stride});
-  };
+  if (plan.is_one_row) merge_rows(params, {&params.gate_stride, &params.up_stride});
   return dispatch_gated(
-      params.dtype, params.activation, vectors, [&](auto type, auto vec, auto act) {
+      params.dtype, params.activation, plan.uses_vectors, [&](auto type, auto vec, auto act) {
         using T = typename decltype(type)::type;
         const LaunchShape shape =
             launch_shape(params.num_tokens, params.intermediate_size, decltype(vec)::value);
@@ -172,21 +153,16 @@ cudaError_t gated_activation_forward(const GatedActivationForwardParams& given,
 }
 
 cudaError_t gated_activation_backward(const GatedActivationBackwardParams& given,
+                                      const GatedActivationBackwardPlan& plan,
                                       cudaStream_t stream) {
   if (element_size(given.dtype) == 0 || !is_valid(given.activation)) return cudaErrorInvalidValue;
   if (given.num_tokens == 0 || given.intermediate_size == 0) return cudaSuccess;
   GatedActivationBackwardParams params = given;
-  merge_rows_if_dense(params, {&params.gate_stride, &params.up_stride, &params.grad_gate_stride,
-                               &params.grad_up_stride});
-  const auto vectors = [&](auto type) {
-    return allows_vectors<typename decltype(type)::type>(
-        params.intermediate_size,
-        {params.grad_activated, params.gate, params.up, params.grad_gate, params.grad_up,
-         params.activated},
-        {params.gate_stride, params.up_stride, params.grad_gate_stride, params.grad_up_stride});
-  };
+  if (plan.is_one_row)
+    merge_rows(params, {&params.gate_stride, &params.up_stride, &params.grad_gate_stride,
+                        &params.grad_up_stride});
   return dispatch_gated(
-      params.dtype, params.activation, vectors, [&](auto type, auto vec, auto act) {
+      params.dtype, params.activation, plan.uses_vectors, [&](auto type, auto vec, auto act) {
         using T = typename decltype(type)::type;
         const LaunchShape shape =
             launch_shape(params.num_tokens, params.intermediate_size, decltype(vec)::value);

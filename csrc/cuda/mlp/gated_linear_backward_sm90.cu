@@ -39,7 +39,8 @@ namespace omni_moe::cuda {
 
 namespace {
 
-constexpr int kTileCols = kWgmmaCols;
+constexpr int kTileCols = GatedLinearTuning::kBackwardTileCols;
+static_assert(kTileCols == kWgmmaCols);
 constexpr int kGradBytes = kTileTokens * kSwizzleRowBytes;  // of grad_output in one stage
 // A stage has panels of 64 columns of down_weight.
 constexpr int kPanelCols = kSwizzleRowBytes / 2;
@@ -345,7 +346,8 @@ constexpr size_t kSharedBytes = sizeof(SharedStorage<Tuning>) + kSwizzleAlignmen
 
 template <class T, Activation kActivation, class Tuning>
 cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params,
-                                         const DeviceInfo& device, cudaStream_t stream) {
+                                         const GatedLinearBackwardPlan& plan, cudaStream_t stream) {
+  static_assert(kSharedBytes<Tuning> <= GatedLinearTuning::kMaxSharedBytes);
   GatedLinearBackwardArguments args{};
   args.gate = params.gate;
   args.up = params.up;
@@ -355,7 +357,7 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.intermediate_size = static_cast<int>(params.intermediate_size);
   args.num_stages_per_tile = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
-  args.tiles = tile_grid(params.num_tokens, params.intermediate_size, kTileCols);
+  args.tiles = tile_grid(plan);
 
   const auto kernel = gated_linear_backward_kernel<T, kActivation, Tuning>;
   return run_steps(
@@ -368,31 +370,20 @@ cudaError_t launch_gated_linear_backward(const GatedLinearBackwardParams& params
         return encode_tensor_map<T>(params.down_weight, params.hidden_size,
                                     params.intermediate_size, kStageDepth, &args.down_weight);
       },
-      [&] { return launch_gated_clusters(kernel, args, device, kSharedBytes<Tuning>, stream); });
+      [&] { return launch_gated_clusters(kernel, args, plan, kSharedBytes<Tuning>, stream); });
 }
 
 }  // namespace
 
-bool gated_linear_backward_supported(const GatedLinearBackwardParams& params) {
-  return gated_tiles_supported(params,
-                               {params.grad_output, params.down_weight, params.gate, params.up,
-                                params.grad_gate, params.grad_up, params.activated},
-                               kTileCols, kSharedBytes<Sm90Tuning>);
-}
-
-cudaError_t gated_linear_backward(const GatedLinearBackwardParams& params, cudaStream_t stream) {
-  if (!gated_linear_backward_supported(params)) return cudaErrorNotSupported;
+cudaError_t gated_linear_backward(const GatedLinearBackwardParams& params,
+                                  const GatedLinearBackwardPlan& plan, cudaStream_t stream) {
   if (params.num_tokens == 0 || params.intermediate_size == 0) return cudaSuccess;
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
   return dispatch_activation(params.activation, [&](auto act) {
     constexpr Activation kActivation = decltype(act)::value;
     return params.dtype == DType::kFloat16
-               ? launch_gated_linear_backward<__half, kActivation, Sm90Tuning>(params, device,
-                                                                               stream)
-               : launch_gated_linear_backward<__nv_bfloat16, kActivation, Sm90Tuning>(
-                     params, device, stream);
+               ? launch_gated_linear_backward<__half, kActivation, Sm90Tuning>(params, plan, stream)
+               : launch_gated_linear_backward<__nv_bfloat16, kActivation, Sm90Tuning>(params, plan,
+                                                                                      stream);
   });
 }
 

@@ -27,7 +27,7 @@ namespace omni_moe::cuda {
 
 namespace {
 
-constexpr int kTileCols = 128;                     // of gate and, again, of up
+constexpr int kTileCols = GatedLinearTuning::kForwardTileCols;  // of gate and, again, of up
 constexpr int kTileBytes = 128 * kStageDepth * 2;  // of x, gate_weight or up_weight in one stage
 static_assert(kTileTokens == kTileCols && 2 * kTileCols == kWgmmaCols);
 
@@ -181,8 +181,9 @@ template <class Tuning>
 constexpr size_t kSharedBytes = sizeof(SharedStorage<Tuning::kStages>) + kSwizzleAlignment;
 
 template <class T, Activation kActivation, class Tuning>
-cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, const DeviceInfo& device,
-                                cudaStream_t stream) {
+cudaError_t launch_gated_linear(const GatedLinearForwardParams& params,
+                                const GatedLinearForwardPlan& plan, cudaStream_t stream) {
+  static_assert(kSharedBytes<Tuning> <= GatedLinearTuning::kMaxSharedBytes);
   GatedLinearArguments args{};
   args.store_activated = params.activated != nullptr;
   args.store_gate = params.gate != nullptr;
@@ -190,7 +191,7 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, const De
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.intermediate_size = static_cast<int>(params.intermediate_size);
   args.num_stages_per_tile = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
-  args.tiles = tile_grid(params.num_tokens, params.intermediate_size, kTileCols);
+  args.tiles = tile_grid(plan);
 
   const auto operand = [&](const void* matrix, int64_t rows, CUtensorMap* map) {
     return
@@ -211,7 +212,7 @@ cudaError_t launch_gated_linear(const GatedLinearForwardParams& params, const De
       operand(params.up_weight, params.intermediate_size, &args.up_weight),
       output(params.activated, &args.activated), output(params.gate, &args.gate),
       output(params.up, &args.up),
-      [&] { return launch_gated_clusters(kernel, args, device, kSharedBytes<Tuning>, stream); });
+      [&] { return launch_gated_clusters(kernel, args, plan, kSharedBytes<Tuning>, stream); });
 }
 
 bool is_empty(const GatedLinearForwardParams& params) {
@@ -221,25 +222,14 @@ bool is_empty(const GatedLinearForwardParams& params) {
 
 }  // namespace
 
-bool gated_linear_forward_supported(const GatedLinearForwardParams& params) {
-  return gated_tiles_supported(
-      params,
-      {params.x, params.gate_weight, params.up_weight, params.activated, params.gate, params.up},
-      kTileCols, kSharedBytes<Sm90Tuning>);
-}
-
-cudaError_t gated_linear_forward(const GatedLinearForwardParams& params, cudaStream_t stream) {
-  if (!gated_linear_forward_supported(params)) return cudaErrorNotSupported;
+cudaError_t gated_linear_forward(const GatedLinearForwardParams& params,
+                                 const GatedLinearForwardPlan& plan, cudaStream_t stream) {
   if (is_empty(params)) return cudaSuccess;
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
   return dispatch_activation(params.activation, [&](auto act) {
     constexpr Activation kActivation = decltype(act)::value;
     return params.dtype == DType::kFloat16
-               ? launch_gated_linear<__half, kActivation, Sm90Tuning>(params, device, stream)
-               : launch_gated_linear<__nv_bfloat16, kActivation, Sm90Tuning>(params, device,
-                                                                             stream);
+               ? launch_gated_linear<__half, kActivation, Sm90Tuning>(params, plan, stream)
+               : launch_gated_linear<__nv_bfloat16, kActivation, Sm90Tuning>(params, plan, stream);
   });
 }
 

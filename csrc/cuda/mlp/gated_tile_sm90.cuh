@@ -6,24 +6,22 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
-#include <limits>
 
 #include "cuda/common/check.h"
 #include "cuda/common/dependent_launch.cuh"
-#include "cuda/common/dispatch.h"
 #include "cuda/common/reduce.cuh"
 #include "cuda/hopper/mainloop.cuh"
 #include "cuda/hopper/mbarrier.cuh"
 #include "cuda/hopper/tma.cuh"
 #include "cuda/hopper/wgmma.cuh"
-#include "omni_moe/types.h"
+#include "cuda/mlp/gated_linear_tuning.h"
+#include "omni_moe/cuda_plan.h"
 
 namespace omni_moe::cuda {
 
-inline constexpr int kTileTokens = 128;
+inline constexpr int kTileTokens = GatedLinearTuning::kTileTokens;
+static_assert(kCluster == GatedLinearTuning::kCluster);
 
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumers = kTileTokens / kWgmmaRows;  // warpgroups
@@ -163,50 +161,22 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
   cluster_sync();
 }
 
-// ---- Host ---------------------------------------------------------------------------------------
+// ---- Host
+// ----------------------------------------------------------------------------------------
 
-// Launches as many clusters as run at the same time, each for many tiles.
 template <class Arguments>
 cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args,
-                                  const DeviceInfo& device, size_t shared_bytes,
+                                  const GatedLinearPlan& plan, size_t shared_bytes,
                                   cudaStream_t stream) {
-  const int clusters = std::min(std::max(device.num_sms / kCluster, 1),
-                                args.tiles.num_token_tiles * args.tiles.num_col_tiles);
-  LaunchOptions options{dim3(clusters * kCluster), kGatedThreads};
+  LaunchOptions options{dim3(plan.num_clusters * kCluster), kGatedThreads};
   options.shared_bytes = shared_bytes;
   options.cluster_blocks = kCluster;
-  options.is_early = device.has_early_launch;
+  options.is_early = plan.device.has_early_launch;
   return launch_kernel(kernel, options, stream, args);
 }
 
-inline TileGrid tile_grid(int64_t num_tokens, int64_t num_cols, int tile_cols) {
-  return {static_cast<int>(ceil_div<int64_t>(num_tokens, int64_t{kTileTokens} * kCluster)),
-          static_cast<int>(ceil_div<int64_t>(num_cols, tile_cols))};
-}
-
-// What the instructions, TMA and the kernels' 32-bit coordinates ask of an operation's shape, its
-// operands and the current device.
-template <class Params>
-bool gated_tiles_supported(const Params& params, std::initializer_list<const void*> pointers,
-                           int tile_cols, size_t shared_bytes) {
-  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
-  if (!is_valid(params.activation)) return false;
-  constexpr int64_t kMaxSize = std::numeric_limits<int>::max() - 1024;
-  const auto fits = [](int64_t size) { return size >= 0 && size <= kMaxSize; };
-  if (!fits(params.num_tokens) || !fits(params.hidden_size) || !fits(params.intermediate_size) ||
-      params.hidden_size == 0 || params.hidden_size % 8 != 0 || params.intermediate_size % 8 != 0 ||
-      !fits(ceil_div<int64_t>(params.num_tokens, kTileTokens) *
-            ceil_div<int64_t>(params.intermediate_size, tile_cols))) {
-    return false;
-  }
-  if (!std::all_of(pointers.begin(), pointers.end(),
-                   [](const void* p) { return is_aligned(p, 16); })) {
-    return false;
-  }
-  DeviceInfo device;
-  return current_device_info(&device) == cudaSuccess && device.has_hopper_code &&
-         static_cast<size_t>(device.shared_bytes_per_block) >= shared_bytes &&
-         tensor_map_encoder() != nullptr;
+inline TileGrid tile_grid(const GatedLinearPlan& plan) {
+  return {plan.num_token_tiles, plan.num_col_tiles};
 }
 
 }  // namespace omni_moe::cuda

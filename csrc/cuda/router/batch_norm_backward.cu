@@ -84,14 +84,14 @@ __device__ __forceinline__ void pack_gradient(const Vec<T, kVec>& grads, const V
 
 template <class T, int kVec, bool kTraining>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    batch_norm_backward_kernel(const BatchNormBackwardParams params, const Plan plan) {
+    batch_norm_backward_kernel(const BatchNormBackwardParams params, const BatchNormGrid grid) {
   constexpr int kRows = Tiling<T, kVec>::kBackwardRows;
   using V = Vec<T, kVec>;
   __shared__ float mean_grads[kPanelColumns], mean_products[kPanelColumns];
   __shared__ WarpPartials warp_partials;
   const int column = threadIdx.x % kPanelColumns;
-  for (int round = 0; round < plan.num_rounds; ++round) {
-    const Tile tile(plan, round, params.num_tokens, params.num_rows, params.num_cols);
+  for (int round = 0; round < grid.num_rounds; ++round) {
+    const Tile tile(grid, round, params.num_tokens, params.num_rows, params.num_cols);
     const ThreadRows<T, kVec> rows(tile);
     const int64_t first_column = tile.first_column + rows.column;
     const T* grads =
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       rows.keep_packed(held_grads);
       rows.keep_packed(held_norms);
       const Sums block = merge_threads<SumsMerger>(rows, warp_partials, sum, product);
-      const Sums batch = merge_grid<SumsMerger>(plan, tile, tile.panel < plan.num_panels, block,
+      const Sums batch = merge_grid<SumsMerger>(grid, tile, tile.panel < grid.num_panels, block,
                                                 warp_partials, params.workspace);
       if (threadIdx.x < kPanelColumns) {
         mean_grads[column] = batch.first / static_cast<float>(params.num_tokens);
@@ -155,35 +155,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 }  // namespace
 
-cudaError_t batch_norm_backward(const BatchNormBackwardParams& params, cudaStream_t stream) {
+cudaError_t batch_norm_backward(const BatchNormBackwardParams& params,
+                                const BatchNormBackwardPlan& plan, cudaStream_t stream) {
   if (element_size(params.dtype) == 0) return cudaErrorInvalidValue;
   if (params.num_tokens == 0) return cudaSuccess;
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto with_vectors_of = [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      using Threads = Tiling<T, kVec>;
-      const auto plan = [&](int num_sms) {
-        return make_plan(params.num_tokens, params.num_rows, params.num_cols, Threads::kSlots,
-                         Threads::kSlots * Threads::kBackwardRows, num_sms);
-      };
       return launch(params.training ? batch_norm_backward_kernel<T, kVec, true>
                                     : batch_norm_backward_kernel<T, kVec, false>,
-                    params, plan, params.training, device, stream);
+                    params, plan, kVec, Tiling<T, kVec>::kBackwardRows, stream);
     };
-    return allows_vectors<T>(
-               params.num_rows, params.num_cols, params.num_rows + params.num_cols,
-               {params.grad_x, params.grad_y, params.normed_x, params.normed_y, params.grad_logits})
-               ? with_vectors_of(ValueTag<kVecWidth<T>>{})
-               : with_vectors_of(ValueTag<1>{});
+    return plan.uses_vectors ? with_vectors_of(ValueTag<kVecWidth<T>>{})
+                             : with_vectors_of(ValueTag<1>{});
   });
-}
-
-size_t batch_norm_backward_workspace_size(const BatchNormBackwardParams& params) {
-  return workspace_size(params.training && params.num_tokens > 0, params.num_rows, params.num_cols);
 }
 
 }  // namespace omni_moe::cuda

@@ -11,22 +11,21 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 
 #include "cuda/common/check.h"
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
-#include "cuda/common/workspace.h"
+#include "cuda/router/batch_norm_grid.h"
+#include "cuda/router/router_tuning.h"
 #include "omni_moe/batch_norm.h"
 
 namespace omni_moe::cuda::batch_norm {
 
-inline constexpr int kThreads = 256;
-inline constexpr int kBlocksPerSm = 2;  // 128 registers; the device must hold a grid at once
-inline constexpr int kPanelColumns = 32;
+inline constexpr int kThreads = BatchNormTuning::kThreads;
+inline constexpr int kBlocksPerSm = BatchNormTuning::kBlocksPerSm;
+inline constexpr int kPanelColumns = BatchNormTuning::kPanelColumns;
 inline constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kPanelColumns == kWarpSize, "a warp reads one partial of each column");
 
@@ -35,10 +34,9 @@ static_assert(kPanelColumns == kWarpSize, "a warp reads one partial of each colu
 template <class T, int kVec>
 struct Tiling {
   static constexpr int kLanes = kPanelColumns / kVec;
-  static constexpr int kSlots = kThreads / kLanes;
-  // Rows of a thread in flight, or in registers: 128 bytes of vectors.
-  static constexpr int kForwardRows = kVec == 1 ? 16 : 8;
-  static constexpr int kBackwardRows = kVec == 1 ? 8 : 4;  // of two operands each
+  static constexpr int kSlots = BatchNormTuning::slots(kVec);
+  static constexpr int kForwardRows = BatchNormTuning::forward_rows(kVec);
+  static constexpr int kBackwardRows = BatchNormTuning::backward_rows(kVec);
 };
 
 // ---- Partial statistics -------------------------------------------------------------------------
@@ -141,15 +139,6 @@ __device__ __forceinline__ auto merge_warps(const WarpPartials& partials) {
 
 // ---- A block's share ----------------------------------------------------------------------------
 
-struct Plan {
-  int panels_x;  // panels of the x axis, then those of the y axis
-  int num_panels;
-  int panels_per_round;
-  int num_rounds;
-  int num_parts;
-  int64_t tokens_per_part;
-};
-
 // kPanelColumns columns of one axis over one part of the tokens, and this thread's place in them.
 struct Tile {
   bool is_y;
@@ -161,17 +150,17 @@ struct Tile {
   int64_t axis_begin;    // the axis' first column among both
   int64_t first_column;  // of the panel in its axis
 
-  __device__ Tile(const Plan& plan, int round, int64_t num_tokens, int64_t num_rows,
+  __device__ Tile(const BatchNormGrid& grid, int round, int64_t num_tokens, int64_t num_rows,
                   int64_t num_cols)
       : num_tokens(num_tokens) {
-    panel = round * plan.panels_per_round + blockIdx.x % plan.panels_per_round;
-    part = blockIdx.x / plan.panels_per_round;
-    begin = part * plan.tokens_per_part;
-    end = min(num_tokens, begin + plan.tokens_per_part);
-    is_y = panel >= plan.panels_x;
+    panel = round * grid.panels_per_round + blockIdx.x % grid.panels_per_round;
+    part = blockIdx.x / grid.panels_per_round;
+    begin = part * grid.tokens_per_part;
+    end = min(num_tokens, begin + grid.tokens_per_part);
+    is_y = panel >= grid.panels_x;
     axis_width = is_y ? num_cols : num_rows;
     axis_begin = is_y ? num_rows : 0;
-    first_column = int64_t{is_y ? panel - plan.panels_x : panel} * kPanelColumns;
+    first_column = int64_t{is_y ? panel - grid.panels_x : panel} * kPanelColumns;
   }
   __device__ bool has(int column) const { return first_column + column < axis_width; }
 };
@@ -243,13 +232,13 @@ __device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows,
 // Merges the blocks' partials over all parts: writes this block's to the workspace, waits for the
 // grid, and merges those of the panel's columns. Blocks without a panel (in_use false) wait too.
 template <class Merger, class Partial>
-__device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, bool in_use,
+__device__ __forceinline__ auto merge_grid(const BatchNormGrid& grid, const Tile& tile, bool in_use,
                                            const Partial& own, WarpPartials& warp_partials,
                                            void* workspace) {
   const int column = threadIdx.x % kPanelColumns;
   const int warp = threadIdx.x / kPanelColumns;
   float2* partials = static_cast<float2*>(workspace) +
-                     int64_t{tile.panel} * plan.num_parts * kPanelColumns + column;
+                     int64_t{tile.panel} * grid.num_parts * kPanelColumns + column;
   if (in_use && threadIdx.x < kPanelColumns) {
     const auto [count, first, second] = own;
     partials[tile.part * kPanelColumns] = make_float2(first, second);
@@ -257,12 +246,12 @@ __device__ __forceinline__ auto merge_grid(const Plan& plan, const Tile& tile, b
   cooperative_groups::this_grid().sync();
   let_next_kernel_start();
   Merger merger;
-  const int num_parts = in_use ? plan.num_parts : 0;
+  const int num_parts = in_use ? grid.num_parts : 0;
 #pragma unroll 4
   for (int i = warp; i < num_parts; i += kWarps) {
-    const int64_t rest = tile.num_tokens - i * plan.tokens_per_part;
+    const int64_t rest = tile.num_tokens - i * grid.tokens_per_part;
     const float2 partial = __ldcg(partials + i * kPanelColumns);  // from L2: of other blocks
-    merger.add(static_cast<float>(min(rest, plan.tokens_per_part)), partial.x, partial.y);
+    merger.add(static_cast<float>(min(rest, grid.tokens_per_part)), partial.x, partial.y);
   }
   const auto [count, first, second] = merger.get();
   warp_partials[warp][0][column] = count;
@@ -297,69 +286,26 @@ struct RunningStatistics {
   }
 };
 
-// ---- Host ---------------------------------------------------------------------------------------
+// ---- Host
+// ----------------------------------------------------------------------------------------
 
-inline int64_t panels_of(int64_t columns) { return ceil_div<int64_t>(columns, kPanelColumns); }
-
-// held_tokens: what the registers of one block hold; slots: rows that a block reads at once.
-inline Plan make_plan(int64_t num_tokens, int64_t num_rows, int64_t num_cols, int64_t slots,
-                      int64_t held_tokens, int num_sms) {
-  const int64_t max_blocks = int64_t{kBlocksPerSm} * num_sms;
-  const int64_t panels_x = panels_of(num_rows), num_panels = panels_x + panels_of(num_cols);
-  const int64_t panels_per_round = std::min(num_panels, max_blocks);
-  // One block per SM where their registers hold everything, which makes the barrier cheaper.
-  int64_t parts = std::max<int64_t>(1, num_sms / panels_per_round);
-  if (ceil_div(num_tokens, parts) > held_tokens) parts = max_blocks / panels_per_round;
-  parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, ceil_div(num_tokens, slots)));
-  const int64_t tokens_per_part = std::max<int64_t>(1, ceil_div(num_tokens, parts));
-  return {static_cast<int>(panels_x),
-          static_cast<int>(num_panels),
-          static_cast<int>(panels_per_round),
-          static_cast<int>(ceil_div(num_panels, panels_per_round)),
-          static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, tokens_per_part))),
-          tokens_per_part};
-}
-
-inline size_t workspace_size(bool training, int64_t num_rows, int64_t num_cols) {
-  DeviceInfo device;
-  if (!training || current_device_info(&device) != cudaSuccess) return 0;
-  // A panel has at most as many parts as the grid has blocks for it.
-  const int64_t partials = std::max<int64_t>(panels_of(num_rows) + panels_of(num_cols),
-                                             int64_t{kBlocksPerSm} * device.num_sms);
-  return round_up<size_t>(partials * kPanelColumns * sizeof(float2), WorkspaceCutter::kAlignment);
-}
-
-// Vectors lie within one axis and are aligned in every operand.
-template <class T>
-bool allows_vectors(int64_t num_rows, int64_t num_cols, int64_t logits_stride,
-                    std::initializer_list<const void*> pointers) {
-  constexpr int kVec = kVecWidth<T>;
-  return num_rows % kVec == 0 && num_cols % kVec == 0 && logits_stride % kVec == 0 &&
-         std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* pointer) { return is_aligned(pointer, 16); });
-}
-
-// A barrier of the grid needs all its blocks on the device at once: a cooperative launch sees to
-// it. make_plan(num_sms): where the stream has only some of the device's SMs (a green context, a
-// share of MPS), fewer blocks are tried until they fit.
-template <class Params, class MakePlan>
-cudaError_t launch(void (*kernel)(Params, Plan), const Params& params, MakePlan&& make_plan,
-                   bool cooperative, const DeviceInfo& device, cudaStream_t stream) {
-  if (cooperative) {
-    int id = 0, supported = 0;
-    const cudaError_t status = run_steps(
-        [&] { return cudaGetDevice(&id); },
-        [&] { return cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, id); });
-    if (status != cudaSuccess) return status;
-    if (supported == 0) return cudaErrorNotSupported;
-  }
-  for (int num_sms = device.num_sms;; num_sms /= 2) {
-    const Plan plan = make_plan(num_sms);
-    LaunchOptions options{dim3(static_cast<unsigned>(plan.panels_per_round * plan.num_parts)),
+// A barrier of the grid needs all its blocks on the device at once, which a cooperative launch sees
+// to. Where the stream has only some of the device's SMs (a green context, a share of MPS), fewer
+// blocks are tried until they fit.
+template <class Params>
+cudaError_t launch(void (*kernel)(Params, BatchNormGrid), const Params& params,
+                   const BatchNormPlan& plan, int vec, int rows, cudaStream_t stream) {
+  if (params.training && !plan.device.has_cooperative_launch) return cudaErrorNotSupported;
+  BatchNormGrid grid = plan.grid;
+  for (int num_sms = plan.device.num_sms;;) {
+    LaunchOptions options{dim3(static_cast<unsigned>(grid.panels_per_round * grid.num_parts)),
                           kThreads};
-    options.is_cooperative = cooperative;
-    const cudaError_t status = launch_kernel(kernel, options, stream, params, plan);
+    options.is_cooperative = params.training;
+    const cudaError_t status = launch_kernel(kernel, options, stream, params, grid);
     if (status != cudaErrorCooperativeLaunchTooLarge || num_sms <= 1) return status;
+    num_sms /= 2;
+    grid = plan_batch_norm_grid(params.num_tokens, params.num_rows, params.num_cols, vec, rows,
+                                num_sms);
   }
 }
 

@@ -111,14 +111,14 @@ __device__ __forceinline__ void pack_normed(const Vec<T, kVec>& logits, const fl
 
 template <class T, int kVec, bool kTraining>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    batch_norm_forward_kernel(const BatchNormForwardParams params, const Plan plan) {
+    batch_norm_forward_kernel(const BatchNormForwardParams params, const BatchNormGrid grid) {
   constexpr int kRows = Tiling<T, kVec>::kForwardRows;
   using V = Vec<T, kVec>;
   __shared__ float means[kPanelColumns], inv_stds[kPanelColumns];
   __shared__ WarpPartials warp_partials;
   const int column = threadIdx.x % kPanelColumns;
-  for (int round = 0; round < plan.num_rounds; ++round) {
-    const Tile tile(plan, round, params.num_tokens, params.num_rows, params.num_cols);
+  for (int round = 0; round < grid.num_rounds; ++round) {
+    const Tile tile(grid, round, params.num_tokens, params.num_rows, params.num_cols);
     const ThreadRows<T, kVec> rows(tile);
     const T* logits =
         static_cast<const T*>(params.logits) + tile.axis_begin + tile.first_column + rows.column;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       rows.keep_packed(held);
       const Moments block =
           merge_threads<MomentsMerger>(rows, warp_partials, thread_mean, thread_m2);
-      const Moments batch = merge_grid<MomentsMerger>(plan, tile, tile.panel < plan.num_panels,
+      const Moments batch = merge_grid<MomentsMerger>(grid, tile, tile.panel < grid.num_panels,
                                                       block, warp_partials, params.workspace);
       statistics = statistics_of(batch, params.num_tokens, params.eps);
     } else if (owns_column) {
@@ -196,35 +196,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 }  // namespace
 
-cudaError_t batch_norm_forward(const BatchNormForwardParams& params, cudaStream_t stream) {
+cudaError_t batch_norm_forward(const BatchNormForwardParams& params,
+                               const BatchNormForwardPlan& plan, cudaStream_t stream) {
   if (params.stats_dtype != params.dtype && params.stats_dtype != DType::kFloat32) {
     return cudaErrorInvalidValue;
   }
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto with_vectors_of = [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      using Threads = Tiling<T, kVec>;
-      const auto plan = [&](int num_sms) {
-        return make_plan(params.num_tokens, params.num_rows, params.num_cols, Threads::kSlots,
-                         Threads::kSlots * Threads::kForwardRows, num_sms);
-      };
       return launch(params.training ? batch_norm_forward_kernel<T, kVec, true>
                                     : batch_norm_forward_kernel<T, kVec, false>,
-                    params, plan, params.training, device, stream);
+                    params, plan, kVec, Tiling<T, kVec>::kForwardRows, stream);
     };
-    return allows_vectors<T>(params.num_rows, params.num_cols, params.logits_stride,
-                             {params.logits, params.normed_x, params.normed_y})
-               ? with_vectors_of(ValueTag<kVecWidth<T>>{})
-               : with_vectors_of(ValueTag<1>{});
+    return plan.uses_vectors ? with_vectors_of(ValueTag<kVecWidth<T>>{})
+                             : with_vectors_of(ValueTag<1>{});
   });
-}
-
-size_t batch_norm_forward_workspace_size(const BatchNormForwardParams& params) {
-  return workspace_size(params.training, params.num_rows, params.num_cols);
 }
 
 }  // namespace omni_moe::cuda

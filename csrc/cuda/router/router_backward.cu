@@ -10,7 +10,6 @@
 // bits every run. Bytes moved: T K (grad, id) and T (R + C) logits in, T (R + C) gradients out.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/common/check.h"
@@ -19,6 +18,7 @@
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/router/router_keys.cuh"
+#include "cuda/router/router_tuning.h"
 #include "cuda/router/router_weights.cuh"
 #include "omni_moe/cuda.h"
 
@@ -26,11 +26,8 @@ namespace omni_moe::cuda {
 
 namespace {
 
-constexpr int kManyWarps = 8;  // per token, from kManyPairs pairs on
-constexpr int64_t kManyPairs = 129;
-constexpr int kTokensPerBlock = 4;  // of one warp each
-constexpr int kBlocksPerSm = 4;     // with the accumulators in the workspace
-constexpr int64_t kMaxWorkspace = int64_t{64} << 20;
+constexpr int kManyWarps = RouterBackwardTuning::kManyWarps;
+constexpr int kTokensPerBlock = RouterBackwardTuning::kTokensPerBlock;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
@@ -322,45 +319,12 @@ __global__ void __launch_bounds__(kWarps == 1 ? kTokensPerBlock * kWarpSize : kW
 
 // ---- Launcher -----------------------------------------------------------------------------------
 
-struct BackwardPlan {
-  int num_warps;  // per token
-  bool shared;
-  size_t bytes_per_block;
-  int64_t num_blocks;
-};
-
-cudaError_t make_backward_plan(const RouterBackwardParams& params, BackwardPlan* plan) {
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
-  const size_t token_bytes = (params.num_rows + params.num_cols) * sizeof(float);
-  const auto fits = [&](size_t bytes) {
-    return bytes + 1024 <= static_cast<size_t>(device.shared_bytes_per_block);
-  };
-  plan->num_warps =
-      params.num_experts_per_token >= kManyPairs && fits(kManyWarps * token_bytes) ? kManyWarps : 1;
-  const int tokens_per_block = plan->num_warps == 1 ? kTokensPerBlock : 1;
-  plan->bytes_per_block = tokens_per_block * plan->num_warps * token_bytes;
-  plan->shared = fits(plan->bytes_per_block);
-  plan->num_blocks =
-      std::min(ceil_div<int64_t>(params.num_tokens, tokens_per_block), int64_t{0x7fffffff});
-  if (!plan->shared) {
-    plan->num_warps = kManyWarps;
-    plan->bytes_per_block = kManyWarps * token_bytes;
-    plan->num_blocks =
-        std::min(params.num_tokens,
-                 std::clamp<int64_t>(kMaxWorkspace / static_cast<int64_t>(plan->bytes_per_block), 1,
-                                     int64_t{kBlocksPerSm} * device.num_sms));
-  }
-  return cudaSuccess;
-}
-
 template <class T, int kWarps, bool kShared>
-cudaError_t launch_backward_kernel(const RouterBackwardParams& params, const BackwardPlan& plan,
-                                   cudaStream_t stream) {
+cudaError_t launch_backward_kernel(const RouterBackwardParams& params,
+                                   const RouterBackwardPlan& plan, cudaStream_t stream) {
   const auto kernel = router_backward_kernel<T, kWarps, kShared>;
   const int threads = kWarps == 1 ? kTokensPerBlock * kWarpSize : kWarps * kWarpSize;
-  const size_t shared_bytes = kShared ? plan.bytes_per_block : 0;
+  const size_t shared_bytes = kShared ? plan.sum_bytes : 0;
   return run_steps(
       [&] { return allow_shared_memory(kernel, shared_bytes); },
       [&] {
@@ -371,26 +335,19 @@ cudaError_t launch_backward_kernel(const RouterBackwardParams& params, const Bac
 
 }  // namespace
 
-cudaError_t router_backward(const RouterBackwardParams& params, cudaStream_t stream) {
+cudaError_t router_backward(const RouterBackwardParams& params, const RouterBackwardPlan& plan,
+                            cudaStream_t stream) {
   if (element_size(params.dtype) == 0) return cudaErrorInvalidValue;
   if (params.num_tokens == 0) return cudaSuccess;
-  BackwardPlan plan;
-  const cudaError_t status = make_backward_plan(params, &plan);
-  if (status != cudaSuccess) return status;
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (!plan.shared) return launch_backward_kernel<T, kManyWarps, false>(params, plan, stream);
-    return plan.num_warps == 1 ? launch_backward_kernel<T, 1, true>(params, plan, stream)
-                               : launch_backward_kernel<T, kManyWarps, true>(params, plan, stream);
+    if (!plan.sums_in_shared) {
+      return launch_backward_kernel<T, kManyWarps, false>(params, plan, stream);
+    }
+    return plan.warps_per_token == 1
+               ? launch_backward_kernel<T, 1, true>(params, plan, stream)
+               : launch_backward_kernel<T, kManyWarps, true>(params, plan, stream);
   });
-}
-
-size_t router_backward_workspace_size(const RouterBackwardParams& params) {
-  BackwardPlan plan;
-  if (params.num_tokens == 0 || make_backward_plan(params, &plan) != cudaSuccess || plan.shared) {
-    return 0;
-  }
-  return round_up<size_t>(plan.bytes_per_block * static_cast<size_t>(plan.num_blocks), 256);
 }
 
 }  // namespace omni_moe::cuda

@@ -7,13 +7,14 @@
 
 #include <cstdint>
 
-#include "cuda/common/device_info.h"
+#include "cuda/common/operands.h"
 #include "cuda/common/reduce.cuh"
+#include "cuda/router/router_tuning.h"
 #include "cuda/router/warp_sort.cuh"
 
 namespace omni_moe::cuda::router_block {
 
-inline constexpr int kThreads = 256;
+inline constexpr int kThreads = RouterBlockTuning::kThreads;
 inline constexpr int kWarps = kThreads / kWarpSize;
 inline constexpr int kSortItems = 4;  // per lane
 inline constexpr int kChunk = kSortItems * kWarpSize;

@@ -14,10 +14,11 @@
 #include "cuda/router/router_axis.cuh"
 #include "cuda/router/router_keys.cuh"
 #include "cuda/router/router_ties.cuh"
+#include "cuda/router/router_tuning.h"
 
 namespace omni_moe::cuda {
 
-inline constexpr int kMaxWarpExperts = 128;  // experts per token
+inline constexpr int kMaxWarpExperts = RouterWarpTuning::kMaxExperts;
 
 // ---- Candidates ---------------------------------------------------------------------------------
 

@@ -1,20 +1,15 @@
-// The two kernel families of the router's forward, between which router_forward.cu chooses.
+// The two kernel families of the router's forward, between which the plan chooses.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <cstddef>
-
-#include "omni_moe/router.h"
+#include "omni_moe/cuda_plan.h"
 
 namespace omni_moe::cuda {
 
-// One warp per token, for few experts per token and axes that fit a warp's registers.
-bool fits_router_forward_warp(const RouterForwardParams& params);
-cudaError_t router_forward_warp(const RouterForwardParams& params, cudaStream_t stream);
-
-// One block per token, for any shape.
-cudaError_t router_forward_block(const RouterForwardParams& params, cudaStream_t stream);
-size_t router_forward_block_workspace_size(const RouterForwardParams& params);
+cudaError_t router_forward_warp(const RouterForwardParams& params, const RouterForwardPlan& plan,
+                                cudaStream_t stream);
+cudaError_t router_forward_block(const RouterForwardParams& params, const RouterForwardPlan& plan,
+                                 cudaStream_t stream);
 
 }  // namespace omni_moe::cuda

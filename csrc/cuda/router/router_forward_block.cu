@@ -11,7 +11,6 @@
 // Bytes moved: T (R + C) logits in, T K (weight, id) out.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 #include <type_traits>
@@ -23,6 +22,7 @@
 #include "cuda/router/router_block_sort.cuh"
 #include "cuda/router/router_forward.h"
 #include "cuda/router/router_keys.cuh"
+#include "cuda/router/router_tuning.h"
 #include "cuda/router/router_weights.cuh"
 #include "omni_moe/router.h"
 
@@ -32,12 +32,7 @@ namespace {
 
 using namespace router_block;
 
-constexpr int64_t kMaxWorkspace = int64_t{256} << 20;
-constexpr int kBlocksPerSm = 4;  // at 64 registers; the workspace serves as many
-
-// How many entries are listed before they are sorted. Slack above K saves the last probes of the
-// bisection.
-__host__ __device__ constexpr int64_t entry_capacity(int64_t k) { return k + k / 32 + 64; }
+constexpr int kBlocksPerSm = RouterBlockTuning::kBlocksPerSm;
 
 using RowScan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
 
@@ -49,6 +44,8 @@ struct BlockScratch {
   uint32_t keys[kWarps];
   int row_begin[kThreads + 1];  // where each row of the tile puts its entries
 };
+
+static_assert(sizeof(BlockScratch) <= RouterBlockTuning::kScratchBytes);
 
 // ---- Counting -----------------------------------------------------------------------------------
 
@@ -133,7 +130,7 @@ struct BlockRouter {
   int k;
   Key* axes;          // [num_rows + num_cols]
   Key* axes_other;    // [num_rows + num_cols]
-  uint64_t* entries;  // [entry_capacity(k)]
+  uint64_t* entries;  // [RouterBlockTuning::entry_capacity(k)]
   uint64_t* entries_other;
   BlockScratch& scratch;
 
@@ -181,7 +178,8 @@ struct BlockRouter {
       return block_count(grid, threshold, scratch.counts[parity]);
     };
     // Counts stay below 2^31, as R * C does.
-    const int limit = static_cast<int>(min(entry_capacity(k), int64_t{0x7fffffff}));
+    const int limit =
+        static_cast<int>(min(RouterBlockTuning::entry_capacity(k), int64_t{0x7fffffff}));
     int count_low = count(bound);
     const uint32_t low = bisect_threshold(bound, top, k, limit, count_low, count);
     tied = count_low > limit;
@@ -319,29 +317,23 @@ struct BlockRouter {
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
-size_t list_bytes(const RouterForwardParams& params, size_t packed_bytes) {
-  const int64_t axes = round_up<int64_t>(params.num_rows + params.num_cols, 2);
-  return 2 *
-         (axes * packed_bytes + entry_capacity(params.num_experts_per_token) * sizeof(uint64_t));
-}
-
 // kShared: lists in dynamic shared memory, else in slice blockIdx.x of the workspace.
 template <class T, class Key, bool kShared>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    router_forward_block_kernel(const RouterForwardParams params, size_t slice_bytes) {
+    router_forward_block_kernel(const RouterForwardParams params, size_t list_bytes) {
   extern __shared__ __align__(16) unsigned char shared_lists[];
   __shared__ BlockScratch scratch;
   unsigned char* lists;
   if constexpr (kShared) {
     lists = shared_lists;
   } else {
-    lists = static_cast<unsigned char*>(params.workspace) + blockIdx.x * slice_bytes;
+    lists = static_cast<unsigned char*>(params.workspace) + blockIdx.x * list_bytes;
   }
   const int num_rows = static_cast<int>(params.num_rows);
   const int num_cols = static_cast<int>(params.num_cols);
   const int64_t k = params.num_experts_per_token;
   auto* entries = reinterpret_cast<uint64_t*>(lists);
-  auto* axes = reinterpret_cast<Key*>(entries + 2 * entry_capacity(k));
+  auto* axes = reinterpret_cast<Key*>(entries + 2 * RouterBlockTuning::entry_capacity(k));
   for (int64_t t = blockIdx.x; t < params.num_tokens; t += gridDim.x) {
     BlockRouter<T, Key> router{static_cast<const T*>(params.logits_x) + t * num_rows,
                                static_cast<const T*>(params.logits_y) + t * num_cols,
@@ -351,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                                axes,
                                axes + num_rows + num_cols,
                                entries,
-                               entries + entry_capacity(k),
+                               entries + RouterBlockTuning::entry_capacity(k),
                                scratch,
                                nullptr,
                                {}};
@@ -362,66 +354,30 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 // ---- Launcher -----------------------------------------------------------------------------------
 
-// Where the lists of a shape go on the current device.
-struct BlockPlan {
-  bool shared;
-  size_t slice_bytes;
-  int64_t num_blocks;
-};
-
-cudaError_t make_block_plan(const RouterForwardParams& params, BlockPlan* plan) {
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
-  const size_t element_bytes = element_size(params.dtype);
-  plan->slice_bytes = list_bytes(params, element_bytes == 2 ? sizeof(uint32_t) : sizeof(uint64_t));
-  // A 16-bit position serves 65536 logits; lists this long do not fit shared memory on any device.
-  const bool positions_fit = std::max(params.num_rows, params.num_cols) <= 65536;
-  plan->shared = positions_fit && plan->slice_bytes + sizeof(BlockScratch) <=
-                                      static_cast<size_t>(device.shared_bytes_per_block);
-  plan->num_blocks = std::min<int64_t>(params.num_tokens, 0x7fffffff);
-  if (!plan->shared) {
-    plan->slice_bytes = round_up<size_t>(list_bytes(params, sizeof(uint64_t)), 256);
-    const int64_t affordable = kMaxWorkspace / static_cast<int64_t>(plan->slice_bytes);
-    plan->num_blocks =
-        std::min(params.num_tokens,
-                 std::clamp<int64_t>(affordable, 1, int64_t{kBlocksPerSm} * device.num_sms));
-  }
-  return cudaSuccess;
-}
-
 template <class T, class Key, bool kShared>
-cudaError_t launch_block_kernel(const RouterForwardParams& params, const BlockPlan& plan,
+cudaError_t launch_block_kernel(const RouterForwardParams& params, const RouterForwardPlan& plan,
                                 cudaStream_t stream) {
   const auto kernel = router_forward_block_kernel<T, Key, kShared>;
-  const size_t shared_bytes = kShared ? plan.slice_bytes : 0;
+  const size_t shared_bytes = kShared ? plan.list_bytes : 0;
   return run_steps(
       [&] { return allow_shared_memory(kernel, shared_bytes); },
       [&] {
         kernel<<<static_cast<unsigned>(plan.num_blocks), kThreads, shared_bytes, stream>>>(
-            params, plan.slice_bytes);
+            params, plan.list_bytes);
         return launch_status();
       });
 }
 
 }  // namespace
 
-cudaError_t router_forward_block(const RouterForwardParams& params, cudaStream_t stream) {
-  BlockPlan plan;
-  const cudaError_t status = make_block_plan(params, &plan);
-  if (status != cudaSuccess) return status;
+cudaError_t router_forward_block(const RouterForwardParams& params, const RouterForwardPlan& plan,
+                                 cudaStream_t stream) {
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Packed = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
-    return plan.shared ? launch_block_kernel<T, Packed, true>(params, plan, stream)
-                       : launch_block_kernel<T, uint64_t, false>(params, plan, stream);
+    return plan.lists_in_shared ? launch_block_kernel<T, Packed, true>(params, plan, stream)
+                                : launch_block_kernel<T, uint64_t, false>(params, plan, stream);
   });
-}
-
-size_t router_forward_block_workspace_size(const RouterForwardParams& params) {
-  BlockPlan plan;
-  if (make_block_plan(params, &plan) != cudaSuccess || plan.shared) return 0;
-  return plan.slice_bytes * static_cast<size_t>(plan.num_blocks);
 }
 
 }  // namespace omni_moe::cuda

@@ -8,7 +8,6 @@
 // out.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/common/check.h"
@@ -21,6 +20,7 @@
 #include "cuda/router/router_forward.h"
 #include "cuda/router/router_keys.cuh"
 #include "cuda/router/router_ties.cuh"
+#include "cuda/router/router_tuning.h"
 #include "cuda/router/router_weights.cuh"
 #include "omni_moe/router.h"
 
@@ -28,9 +28,8 @@ namespace omni_moe::cuda {
 
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
+constexpr int kWarpsPerBlock = RouterWarpTuning::kWarpsPerBlock;
 constexpr int kThreads = kWarpsPerBlock * kWarpSize;
-constexpr int kMaxAxis = 1024;
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
@@ -167,47 +166,50 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kItems, kCapacity
 // ---- Launcher -----------------------------------------------------------------------------------
 
 template <class T, int kItems, int kCapacity>
-cudaError_t launch_warp_kernel(const RouterForwardParams& params, cudaStream_t stream) {
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
+cudaError_t launch_warp_kernel(const RouterForwardParams& params, const RouterForwardPlan& plan,
+                               cudaStream_t stream) {
   constexpr int kVec = AxisKeys<T, kItems>::kVec;
   const auto allows_vectors = [](const void* logits, int64_t n) {
     return n % kVec == 0 && is_aligned(logits, kVec * sizeof(T));
   };
-  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(params.num_tokens, kWarpsPerBlock));
-  return launch_early(router_forward_warp_kernel<T, kItems, kCapacity>, blocks, kThreads, device,
-                      stream, params,
+  return launch_early(router_forward_warp_kernel<T, kItems, kCapacity>,
+                      static_cast<unsigned>(plan.num_blocks), kThreads, plan.device, stream, params,
                       num_rank_pairs(static_cast<int>(params.num_experts_per_token)),
                       allows_vectors(params.logits_x, params.num_rows),
                       allows_vectors(params.logits_y, params.num_cols));
 }
 
 template <class T, int kItems>
-cudaError_t launch_for_capacity(const RouterForwardParams& params, cudaStream_t stream) {
-  // The border check needs rank K + 1 of each axis, hence K < capacity.
-  const int64_t k = params.num_experts_per_token;
-  if (k < 32) return launch_warp_kernel<T, kItems, 32>(params, stream);
-  if (k < 64) return launch_warp_kernel<T, kItems, 64>(params, stream);
-  if (k < 128) return launch_warp_kernel<T, kItems, 128>(params, stream);
-  return launch_warp_kernel<T, kItems, 256>(params, stream);
+cudaError_t launch_for_width(const RouterForwardParams& params, const RouterForwardPlan& plan,
+                             cudaStream_t stream) {
+  switch (plan.sort_width) {
+    case 32:
+      return launch_warp_kernel<T, kItems, 32>(params, plan, stream);
+    case 64:
+      return launch_warp_kernel<T, kItems, 64>(params, plan, stream);
+    case 128:
+      return launch_warp_kernel<T, kItems, 128>(params, plan, stream);
+    default:
+      return launch_warp_kernel<T, kItems, 256>(params, plan, stream);
+  }
 }
 
 }  // namespace
 
-bool fits_router_forward_warp(const RouterForwardParams& params) {
-  return params.num_experts_per_token <= kMaxWarpExperts &&
-         std::max(params.num_rows, params.num_cols) <= kMaxAxis;
-}
-
-cudaError_t router_forward_warp(const RouterForwardParams& params, cudaStream_t stream) {
+cudaError_t router_forward_warp(const RouterForwardParams& params, const RouterForwardPlan& plan,
+                                cudaStream_t stream) {
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const int64_t axis = std::max(params.num_rows, params.num_cols);
-    if (axis <= 2 * kWarpSize) return launch_for_capacity<T, 2>(params, stream);
-    if (axis <= 8 * kWarpSize) return launch_for_capacity<T, 8>(params, stream);
-    if (axis <= 16 * kWarpSize) return launch_for_capacity<T, 16>(params, stream);
-    return launch_for_capacity<T, 32>(params, stream);
+    switch (plan.items_per_lane) {
+      case 2:
+        return launch_for_width<T, 2>(params, plan, stream);
+      case 8:
+        return launch_for_width<T, 8>(params, plan, stream);
+      case 16:
+        return launch_for_width<T, 16>(params, plan, stream);
+      default:
+        return launch_for_width<T, 32>(params, plan, stream);
+    }
   });
 }
 

@@ -8,14 +8,17 @@
 #include <cstdint>
 
 #include "cuda/common/reduce.cuh"
+#include "cuda/hopper/mainloop.cuh"
 #include "cuda/hopper/tma.cuh"
 #include "cuda/hopper/wgmma.cuh"
+#include "cuda/router/router_tuning.h"
 #include "omni_moe/batch_norm.h"
 
 namespace omni_moe::cuda::router_logits {
 
-inline constexpr int kTileTokens = kWgmmaRows;
-inline constexpr int kPanelCols = 64;
+inline constexpr int kTileTokens = RouterLogitsTuning::kTileTokens;
+static_assert(kTileTokens == kWgmmaRows && kCluster == RouterLogitsTuning::kCluster);
+inline constexpr int kPanelCols = RouterLogitsTuning::kPanelCols;
 inline constexpr int kTileThreads = 128;  // a warpgroup
 inline constexpr int kTileWarps = kTileThreads / kWarpSize;
 inline constexpr int kRegisters = kTileTokens * kPanelCols / kTileThreads;

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/device_info.h"
+#include "cuda/common/operands.h"
 #include "cuda/common/reduce.cuh"
 #include "cuda/router/router_logits_layout.cuh"
 

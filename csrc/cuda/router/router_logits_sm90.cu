@@ -13,14 +13,11 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <iterator>
 
 #include "cuda/common/check.h"
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/dispatch.h"
-#include "cuda/common/workspace.h"
 #include "cuda/hopper/mainloop.cuh"
 #include "cuda/hopper/mbarrier.cuh"
 #include "cuda/hopper/stmatrix.cuh"
@@ -219,37 +216,11 @@ template <class B>
 constexpr size_t kSharedBytes = sizeof(SharedStorage<B>) + kSwizzleAlignment;
 
 int panels_of(int64_t cols) { return static_cast<int>(ceil_div<int64_t>(cols, kPanelCols)); }
-int panels_of(const BatchNormForwardParams& norm) {
-  return panels_of(norm.num_rows) + panels_of(norm.num_cols);
-}
-
-template <class B>
-dim3 grid_of(const BatchNormForwardParams& norm) {
-  return {
-      static_cast<unsigned>(ceil_div<int64_t>(norm.num_tokens, kCluster * B::kTokens) * kCluster),
-      static_cast<unsigned>(ceil_div(panels_of(norm), B::kPanels))};
-}
-
-// f(TypeTag<B>) of the smallest blocks whose grid fits on the device, one on each SM.
-template <class F>
-cudaError_t with_block(const BatchNormForwardParams& norm, const DeviceInfo& device, F&& f) {
-  const auto fits = [&](auto block) {
-    const dim3 grid = grid_of<typename decltype(block)::type>(norm);
-    return grid.x * grid.y <= static_cast<unsigned>(device.num_sms);
-  };
-  constexpr TypeTag<Block<1, 1>> kSmall;
-  constexpr TypeTag<Block<1, 2>> kWide;
-  constexpr TypeTag<Block<2, 2>> kLarge;
-  constexpr TypeTag<Block<2, 3>> kLargest;
-  if (fits(kSmall)) return f(kSmall);
-  if (fits(kWide)) return f(kWide);
-  if (fits(kLarge)) return f(kLarge);
-  return fits(kLargest) ? f(kLargest) : cudaErrorNotSupported;
-}
 
 template <class T, class B>
-cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, const DeviceInfo& device,
-                                 cudaStream_t stream) {
+cudaError_t launch_router_logits(const RouterLogitsForwardParams& params,
+                                 const RouterLogitsForwardPlan& plan, cudaStream_t stream) {
+  static_assert(kSharedBytes<B> <= RouterLogitsTuning::kMaxSharedBytes);
   const BatchNormForwardParams& norm = params;
   Arguments args{};
   args.norm = norm;
@@ -257,14 +228,17 @@ cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, const 
   args.token_share = 1.0f / static_cast<float>(norm.num_tokens);
   args.num_stages = static_cast<int>(ceil_div<int64_t>(params.hidden_size, kStageDepth));
   args.num_panels_x = panels_of(norm.num_rows);
-  args.num_panels = panels_of(norm);
+  args.num_panels = args.num_panels_x + panels_of(norm.num_cols);
 
   const auto kernel = norm.training ? router_logits_forward_kernel<T, B, true>
                                     : router_logits_forward_kernel<T, B, false>;
-  LaunchOptions options{grid_of<B>(norm), B::kThreads};
+  const dim3 grid(
+      static_cast<unsigned>(RouterLogitsTuning::token_blocks(norm.num_tokens, B::kTokenTiles)),
+      static_cast<unsigned>(ceil_div(args.num_panels, B::kPanels)));
+  LaunchOptions options{grid, B::kThreads};
   options.shared_bytes = kSharedBytes<B>;
   options.cluster_blocks = kCluster;
-  options.is_early = device.has_early_launch;
+  options.is_early = plan.device.has_early_launch;
   options.is_cooperative = norm.training;
 
   const auto matrix = [](const void* data, int64_t rows, int64_t cols, int tile_rows,
@@ -286,62 +260,28 @@ cudaError_t launch_router_logits(const RouterLogitsForwardParams& params, const 
       });
 }
 
-// What the instructions and TMA ask of shapes and operands.
-bool is_representable(const RouterLogitsForwardParams& params) {
-  const BatchNormForwardParams& norm = params;
-  constexpr int64_t kMaxSize = 1 << 20;
-  if (norm.dtype != DType::kFloat16 && norm.dtype != DType::kBFloat16) return false;
-  if (norm.stats_dtype != norm.dtype && norm.stats_dtype != DType::kFloat32) return false;
-  for (const int64_t size : {norm.num_tokens, norm.num_rows, norm.num_cols, params.hidden_size}) {
-    if (size <= 0 || size > kMaxSize) return false;
-  }
-  for (const int64_t size : {norm.num_rows, norm.num_cols, params.hidden_size}) {
-    if (size % 8 != 0) return false;
-  }
-  const void* const pointers[] = {params.hidden_states, params.gate_x, params.gate_y, norm.normed_x,
-                                  norm.normed_y};
-  return std::all_of(std::begin(pointers), std::end(pointers),
-                     [](const void* pointer) { return is_aligned(pointer, 16); });
+// f(TypeTag<Block>) of the plan's block.
+template <class F>
+cudaError_t dispatch_block(const RouterLogitsForwardPlan& plan, F&& f) {
+  const auto is = [&](int token_tiles, int panels) {
+    return plan.token_tiles == token_tiles && plan.panels == panels;
+  };
+  if (is(1, 1)) return f(TypeTag<Block<1, 1>>{});
+  if (is(1, 2)) return f(TypeTag<Block<1, 2>>{});
+  if (is(2, 2)) return f(TypeTag<Block<2, 2>>{});
+  return is(2, 3) ? f(TypeTag<Block<2, 3>>{}) : cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-bool router_logits_forward_supported(const RouterLogitsForwardParams& params) {
-  DeviceInfo device;
-  if (!is_representable(params) || current_device_info(&device) != cudaSuccess) return false;
-  if (!device.has_hopper_code || tensor_map_encoder() == nullptr) return false;
-  const auto has_shared_memory = [&](auto block) {
-    const bool enough = static_cast<size_t>(device.shared_bytes_per_block) >=
-                        kSharedBytes<typename decltype(block)::type>;
-    return enough ? cudaSuccess : cudaErrorNotSupported;
-  };
-  return with_block(params, device, has_shared_memory) == cudaSuccess;
-}
-
-cudaError_t router_logits_forward(const RouterLogitsForwardParams& params, cudaStream_t stream) {
-  if (!router_logits_forward_supported(params)) return cudaErrorNotSupported;
-  DeviceInfo device;
-  const cudaError_t status = current_device_info(&device);
-  if (status != cudaSuccess) return status;
-  return with_block(params, device, [&](auto block) {
+cudaError_t router_logits_forward(const RouterLogitsForwardParams& params,
+                                  const RouterLogitsForwardPlan& plan, cudaStream_t stream) {
+  return dispatch_block(plan, [&](auto block) {
     using B = typename decltype(block)::type;
     return params.dtype == DType::kFloat16
-               ? launch_router_logits<__half, B>(params, device, stream)
-               : launch_router_logits<__nv_bfloat16, B>(params, device, stream);
+               ? launch_router_logits<__half, B>(params, plan, stream)
+               : launch_router_logits<__nv_bfloat16, B>(params, plan, stream);
   });
-}
-
-size_t router_logits_forward_workspace_size(const RouterLogitsForwardParams& params) {
-  DeviceInfo device;
-  if (!params.training || current_device_info(&device) != cudaSuccess) return 0;
-  size_t bytes = 0;
-  (void)with_block(params, device, [&](auto block) {
-    const dim3 grid = grid_of<typename decltype(block)::type>(params);
-    const size_t partials = size_t{grid.x} * panels_of(params) * kPanelCols;
-    bytes = round_up<size_t>(partials * sizeof(float2), WorkspaceCutter::kAlignment);
-    return cudaSuccess;
-  });
-  return bytes;
 }
 
 }  // namespace omni_moe::cuda

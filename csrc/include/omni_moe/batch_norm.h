@@ -35,7 +35,7 @@ struct BatchNormForwardParams {
   bool training;
   double momentum;
   double eps;
-  void* workspace = nullptr;  // CUDA: batch_norm_forward_workspace_size(params) bytes; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // With n = normed, for each column: training: grad = inv_std (g - mean(g) - n mean(g n)), means
@@ -52,7 +52,7 @@ struct BatchNormBackwardParams {
   int64_t num_cols;
   DType dtype;
   bool training;
-  void* workspace = nullptr;  // CUDA: batch_norm_backward_workspace_size(params) bytes; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 }  // namespace omni_moe

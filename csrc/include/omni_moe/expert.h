@@ -34,7 +34,7 @@ struct ExpertForwardParams : ExpertShape {
   const void* addend = nullptr;           // [T, H], or null: none
   void* expert_states = nullptr;          // [T, H]
   void* pre_activations = nullptr;        // [T, K] s in fp32 (fp64 for fp64), or null: not wanted
-  void* workspace = nullptr;  // CUDA: expert_forward_workspace_size(params) bytes; CPU: unused
+  void* workspace = nullptr;              // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // With s of the forward and g = grad[t] · down[i] for each pair (t, k), i = idx[t,k]:
@@ -54,7 +54,8 @@ struct ExpertBackwardParams : ExpertShape {
   void* grad_up_weights = nullptr;           // [E, H], or null: not wanted
   void* grad_down_weights = nullptr;         // [E, H], or null: not wanted
   void* grad_routing_weights = nullptr;      // [T, K], or null: not wanted
-  void* workspace = nullptr;                 // expert_backward_workspace_size(params) bytes
+  // CUDA: plan.workspace_bytes bytes; CPU: expert_backward_workspace_size(params) bytes
+  void* workspace = nullptr;
 };
 
 }  // namespace omni_moe

@@ -26,8 +26,7 @@ struct RouterForwardParams {
   int64_t num_experts_per_token;  // 0 <= K <= R * C < 2^31
   DType dtype;
   RouterScore score;
-  void* workspace =
-      nullptr;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // kLogit: grad_x[row] = Σ grad_weights over the chosen pairs in that row, grad_y likewise.
@@ -45,8 +44,7 @@ struct RouterBackwardParams {
   int64_t num_experts_per_token;
   DType dtype;
   RouterScore score;
-  void* workspace =
-      nullptr;  // CUDA: router_*_workspace_size(params) bytes, null where that is 0; CPU: unused
+  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 }  // namespace omni_moe

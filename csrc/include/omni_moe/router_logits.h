@@ -6,8 +6,7 @@
 namespace omni_moe {
 
 // BatchNorm, as the base says, of logits = hidden_states [gate_x; gate_y]ᵀ; `logits` and
-// `logits_stride` are not read, and `workspace` has router_logits_forward_workspace_size(params)
-// bytes. Operands are dense, row-major and of `dtype`. Sums are in fp32, and
+// `logits_stride` are not read. Operands are dense, row-major and of `dtype`. Sums are in fp32, and
 // the products are not rounded before they are normalised.
 struct RouterLogitsForwardParams : BatchNormForwardParams {
   const void* hidden_states = nullptr;  // [T, H]

@@ -7,8 +7,8 @@
 //
 // It reads 4 or 8 bytes a pair and writes 4, in blocks of one token, and lists are in order of k:
 // a token's warps each own a run of pairs, count them by task, and place them behind the warps
-// before them. At T 4096 and K 512 it moves 16 MB; the time (about 15 µs expected) is that of the
-// steps, between which a block has to meet.
+// before them. At T 4096 and K 512 it moves 20 MB in 35 µs on an H100. Instructions bound it: the
+// schedulers issue one in 54 % of the cycles.
 //
 // A band that a token chose more often than it has experts, which takes repeated ids, keeps as many
 // pairs as it has experts; the others go to the end of the tail.
@@ -30,7 +30,8 @@ struct CoverArgs {
   BandShape shape;
   const void* indices;
   IndexType index_type;
-  int max_height;  // of h: floor(sqrt(K)), at most R
+  int max_height;         // of h: floor(sqrt(K)), at most R
+  uint32_t inverse_cols;  // ceil(2^32 / C): the upper word of id * this is id / C, as E * C < 2^32
   BandPair* pairs;
   uint16_t* places;
   TokenCover* covers;
@@ -48,6 +49,7 @@ struct CoverShared {
   int* bands;       // [max_tasks] of each task
   int* counts;      // [kWarps, max_tasks + 1] pairs of each warp in each task and the tail
   int* firsts;      // [max_tasks + 1] where the pairs of a task, or the tail, begin
+  int* kept;        // [max_tasks + 1] pairs of a task
   int* overflows;   // [max_tasks] where those begin that are more than the band has experts
   int* totals;      // [2] row tasks; all tasks
   BandPair* list;   // [K], written at once in the end
@@ -62,7 +64,8 @@ struct CoverShared {
     bands = heights + args.max_height + 1;
     counts = bands + num_groups;
     firsts = counts + kWarps * num_groups;
-    overflows = firsts + num_groups;
+    kept = firsts + num_groups;
+    overflows = kept + num_groups;
     totals = overflows + num_groups;
     list = reinterpret_cast<BandPair*>(totals + 2);
   }
@@ -71,7 +74,7 @@ struct CoverShared {
 size_t shared_bytes(const CoverArgs& args) {
   const int num_groups = args.shape.plan.max_tasks + 1;
   return sizeof(int) * (2 * args.shape.num_pairs + 2 * args.shape.num_bands() + args.max_height +
-                        1 + (3 + kWarps) * num_groups + 2);
+                        1 + (4 + kWarps) * num_groups + 2);
 }
 
 // The largest h such that h rows have at least h pairs each. For a whole warp.
@@ -124,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = threadIdx.x; k < num_pairs; k += kThreads) {
     const uint32_t id =
         load_expert_id(args.indices, args.index_type, first_pair + k, args.shape.num_experts);
-    const uint32_t row = id / static_cast<uint32_t>(plan.num_cols);
+    const uint32_t row = plan.num_cols == 1 ? id : __umulhi(id, args.inverse_cols);
     shared.cells[k] = row << 16 | (id - row * plan.num_cols);
     atomicAdd(&shared.sizes[row], 1);
   }
@@ -163,36 +166,17 @@ __global__ void __launch_bounds__(kThreads)
   const int warp_first = warp * warp_pairs;
   const int warp_last = min(warp_first + warp_pairs, num_pairs);
   int* counts = shared.counts + warp * (plan.max_tasks + 1);
-  // Calls body(window) for 32 pairs after the other.
-  struct Window {
-    int k;
-    uint32_t cell;
-    bool exists;
-    bool in_row;  // its task is a row
-    int group;    // task, or num_tasks: tail
-    int rank;     // among the pairs of the same group in this window
-    int size;     // pairs of the same group in this window
-  };
-  const auto for_each_window = [&](auto&& body) {
-    for (int base = warp_first; base < warp_last; base += kWarpSize) {
-      Window window{};
-      window.exists = base + lane < warp_last;
-      window.k = window.exists ? base + lane : warp_first;
-      window.cell = shared.cells[window.k];
-      const int row_slot = shared.slots[window.cell >> 16];
-      const int col_slot = shared.slots[plan.num_rows + (window.cell & 0xffff)];
-      window.in_row = row_slot >= 0;
-      window.group = window.in_row ? row_slot : col_slot >= 0 ? col_slot : num_tasks;
-      const unsigned same = __match_any_sync(kFullWarp, window.exists ? window.group : -1);
-      window.rank = __popc(same & ((1u << lane) - 1));
-      window.size = __popc(same);
-      body(window);
-      __syncwarp();
-    }
-  };
-  for_each_window([&](const Window& window) {
-    if (window.exists && window.rank == 0) counts[window.group] += window.size;
-  });
+  for (int k = warp_first + lane; k < warp_last; k += kWarpSize) {
+    const uint32_t cell = shared.cells[k];
+    const uint32_t row = cell >> 16;
+    const uint32_t col = cell & 0xffff;
+    const int row_slot = shared.slots[row];
+    const int col_slot = shared.slots[plan.num_rows + col];
+    const int group = row_slot >= 0 ? row_slot : col_slot >= 0 ? col_slot : num_tasks;
+    atomicAdd(&counts[group], 1);
+    // From here on the task and the place in its band.
+    shared.cells[k] = static_cast<uint32_t>(group) << 16 | (row_slot >= 0 ? col : row);
+  }
   __syncthreads();
 
   // 4. Where each task's pairs begin, and each warp's among them.
@@ -213,7 +197,10 @@ __global__ void __launch_bounds__(kThreads)
         if (group < num_tasks) shared.overflows[group] = total - kept;
       }
       const int end = used + warp_inclusive_scan(kept);
-      if (group <= num_tasks) shared.firsts[group] = end - kept;
+      if (group <= num_tasks) {
+        shared.firsts[group] = end - kept;
+        shared.kept[group] = kept;
+      }
       if (group < num_tasks) {
         const int band = shared.bands[group];
         args.token_tasks[static_cast<int64_t>(token) * plan.max_tasks + group] = {band, end - kept,
@@ -235,21 +222,28 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // 5. The list.
-  for_each_window([&](const Window& window) {
-    const int before = counts[window.group];
+  // 5. The list: a pair comes behind those of its task in the windows of 32 before it, and behind
+  // those of its window in lanes below.
+  for (int base = warp_first; base < warp_last; base += kWarpSize) {
+    const int k = base + lane;
+    const bool exists = k < warp_last;
+    const uint32_t cell = shared.cells[exists ? k : warp_first];
+    const int group = static_cast<int>(cell >> 16);
+    const unsigned same = __match_any_sync(kFullWarp, exists ? group : -1);
+    const int rank = __popc(same & ((1u << lane) - 1));
+    const int before = counts[group];
     __syncwarp();
-    if (!window.exists) return;
-    if (window.rank == 0) counts[window.group] = before + window.size;
-    const int at = before + window.rank;
-    int position = shared.firsts[window.group] + at;
-    if (window.group < num_tasks) {
-      const int length = band_length(plan, shared.bands[window.group]);
-      if (at >= length) position = shared.overflows[window.group] + at - length;
+    if (exists) {
+      if (rank == 0) counts[group] = before + __popc(same);
+      const int at = before + rank;
+      int position = shared.firsts[group] + at;
+      if (group < num_tasks && at >= shared.kept[group]) {
+        position = shared.overflows[group] + at - shared.kept[group];
+      }
+      shared.list[position] = (cell & 0xffff) << 16 | static_cast<uint32_t>(k);
     }
-    const uint32_t place = window.in_row ? window.cell & 0xffff : window.cell >> 16;
-    shared.list[position] = place << 16 | static_cast<uint32_t>(window.k);
-  });
+    __syncwarp();
+  }
   __syncthreads();
   for (int i = threadIdx.x; i < num_pairs; i += kThreads) {
     args.pairs[first_pair + i] = shared.list[i];
@@ -261,16 +255,13 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t band_cover(const BandShape& shape, const void* indices, IndexType index_type,
                        const BandWorkspace& workspace, cudaStream_t stream) {
-  CoverArgs args{shape,
-                 indices,
-                 index_type,
-                 /*max_height=*/0,
-                 workspace.pairs,
-                 workspace.places,
-                 workspace.covers,
-                 workspace.token_tasks,
-                 workspace.chosen,
-                 workspace.band_sizes};
+  CoverArgs args{
+      shape, indices, index_type,
+      /*max_height=*/0,
+      /*inverse_cols=*/
+      static_cast<uint32_t>(((uint64_t{1} << 32) + shape.plan.num_cols - 1) / shape.plan.num_cols),
+      workspace.pairs, workspace.places, workspace.covers, workspace.token_tasks, workspace.chosen,
+      workspace.band_sizes};
   while ((args.max_height + 1) * (args.max_height + 1) <= shape.num_pairs &&
          args.max_height < shape.plan.num_rows) {
     ++args.max_height;

@@ -2,16 +2,19 @@
 //   S = query[tokens of the tasks] · keys[band]ᵀ,
 // of which the dot products of the tasks' own pairs are kept: dots[pair] = S[task, place].
 //
-// A tile reads 2 H bytes for each of its tasks, out of L2, and 2 H for each expert of the band, and
-// multiplies 2 · 128 · L · H FLOP (L 320, H 1024: 0.26 + 0.66 MB and 84 MFLOP, 20,500 cycles of an
-// SM's tensor cores, 45 bytes a cycle of the about 36 to 45 that L2 gives an SM). A table read from
-// memory for rows and once more for columns takes 140 µs at 320 x 320 and 3 TB/s; tiles of the same
-// band run side by side, so that memory is read once for them.
+// A tile of 256 tasks reads 2 H bytes for each of them, out of L2, and 2 H for each expert of the
+// band, and multiplies 2 · 256 · L · H FLOP (L 320, H 1024: 0.5 and 0.66 MB, and 20,500 cycles of
+// the tensor cores of two SMs). It is memory that bounds it: at 320 x 320 a table read for rows and
+// once more for columns is 420 MB, 170 µs at the 2.5 TB/s that TMA streams bands of it on an H100
+// (rows 2.55, columns 2.2 to 2.4 TB/s, whatever the order of the boxes). With tiles of one block,
+// 128 tasks, 650 MB came from memory, because blocks with the same band drift apart; a cluster
+// keeps together and reads 490, lists and tokens included.
 //
-// Two warpgroups multiply, 64 tasks each by the whole band (m64n160k16, twice, at L 320). One more
-// warpgroup fills the ring: it gathers the tokens' rows by 16-byte copies, and one of its threads
-// starts TMA for the experts. S goes through shared memory by columns, kChunk of them at a time and
-// each warp with its own 16 tasks, whose lists it then walks for the places of the chunk.
+// Two warpgroups of each block multiply, 64 tasks each by the whole band (m64n160k16, twice, at
+// L 320). A third fills the ring: it gathers the tokens' rows by 16-byte copies, and one of its
+// threads starts TMA for the block's half of the experts. S goes through shared memory by columns,
+// kChunk of them at a time and each warp with its own 16 tasks, whose lists it then walks for the
+// places of the chunk.
 #include <algorithm>
 
 #include "cuda/common/check.h"
@@ -156,9 +159,11 @@ __device__ __forceinline__ void load_tiles(const DotsArgs& args, DotsShared<Tile
 // Lists of a warp's 16 tasks, in units of 64 pairs of one list: a lane takes two places that follow
 // each other, from an even pair on.
 constexpr int kUnitPairs = 2 * kWarpSize;
-// So many units a lane loads before it multiplies, for the wait for them was a third of the
-// kernel's time; at 320 x 320 and K 512 a warp has about 18.
-constexpr int kEarlyUnits = 16;
+// Units go in groups, whose loads and stores overlap. A lane loads so many groups before it
+// multiplies, for the wait for them was a third of the kernel's time; at 320 x 320 and K 512 a warp
+// has about 18 units, at K 4096 about 26.
+constexpr int kGroupUnits = 6;
+constexpr int kGroups = 3;
 constexpr uint32_t kNoPlace = 0xffff;
 
 template <class T, class Tile>
@@ -172,19 +177,32 @@ class DotsConsumer {
         consumer_(warp_ / 4) {}
 
   __device__ __forceinline__ void run(int num_tiles) {
+    int i = first_tile();
+    if (i >= num_tiles) return;
     const int rank = cluster_rank();
-    for (int i = first_tile(); i < num_tiles; i += tile_step()) {
-      const BandTile tile = args_.tiles[i];
+    const int first_task = task_of_row(warp_ * kBandWarpRows, rank);
+    BandTile tile = args_.tiles[i];
+    BandTask task = load_task(tile, first_task);
+    while (true) {
+      // The tile after this one and its tasks come while this one is multiplied.
+      const int next_i = i + tile_step();
+      const bool has_next = next_i < num_tiles;
+      const BandTile next = args_.tiles[has_next ? next_i : i];
       const bool has_tasks = task_of_row(consumer_ * kWgmmaRows, rank) < tile.num_tasks;
-      if (has_tasks) open_lists(tile, task_of_row(warp_ * kBandWarpRows, rank));
-      for (int piece = 0; piece < num_pieces<Tile>(args_.plan, tile.band); ++piece) {
-        if (!has_tasks) {
+      if (has_tasks) open_lists(task);
+      const int pieces = num_pieces<Tile>(args_.plan, tile.band);
+      for (int piece = 0; piece < pieces; ++piece) {
+        if (has_tasks) {
+          multiply();
+        } else {
           pass_stages();
-          continue;
         }
-        multiply();
-        keep_pairs(piece * Tile::kPlaces);
+        if (piece == pieces - 1) task = load_task(next, first_task);
+        if (has_tasks) keep_pairs(piece * Tile::kPlaces);
       }
+      if (!has_next) return;
+      tile = next;
+      i = next_i;
     }
   }
 
@@ -201,10 +219,11 @@ class DotsConsumer {
     }
   }
 
-  // d_ = S of 64 tasks. A stage goes back once the next one's products have been issued.
+  // d_ = S of 64 tasks. A stage goes back as soon as it is multiplied, not behind the wait for the
+  // next one: memory bounds this kernel, so that the stages on their way matter more than a gap
+  // between two products, which the other warpgroup fills.
   __device__ __forceinline__ void multiply() {
     constexpr uint64_t kStep = kWgmmaDepthStep<WgmmaMajor::kDepth, kWgmmaRows>;
-    int last_stage = 0;
     for (int k = 0; k < args_.num_stages; ++k, ring_.advance()) {
       const int stage = ring_.stage;
       mbarrier_wait(&shared_.full[stage], ring_.parity);
@@ -221,32 +240,34 @@ class DotsConsumer {
         }
       }
       wgmma_commit();
-      wgmma_wait<1>();
-      if (k > 0) release(last_stage);
-      last_stage = stage;
+      wgmma_wait<0>();
+      release(stage);
     }
-    wgmma_wait<0>();
 #pragma unroll
     for (int p = 0; p < Tile::kParts; ++p) wgmma_use(d_[p]);
-    release(last_stage);
   }
 
-  // Lane r takes the list of the warp's task r, and every lane its places of the first units.
-  __device__ __forceinline__ void open_lists(const BandTile& tile, int first_task) {
-    begin_ = end_ = 0;
-    if (lane_ < kBandWarpRows && first_task + lane_ < tile.num_tasks) {
-      const BandTask task = args_.tasks[tile.first_task + first_task + lane_];
-      begin_ = task.first;
-      end_ = task.first + task.num_pairs;
-    }
+  // Lane r gets the warp's task r.
+  __device__ __forceinline__ BandTask load_task(const BandTile& tile, int first_task) const {
+    const bool exists = lane_ < kBandWarpRows && first_task + lane_ < tile.num_tasks;
+    return exists ? args_.tasks[tile.first_task + first_task + lane_] : BandTask{};
+  }
+
+  // The tasks' lists, of which every lane loads its places of the first units.
+  __device__ __forceinline__ void open_lists(const BandTask& task) {
+    begin_ = task.first;
+    end_ = task.first + task.num_pairs;
     const int even = begin_ & ~1;
     const int units = (end_ - even + kUnitPairs - 1) / kUnitPairs;
     last_unit_ = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(units)));
     first_pair_ = even - (last_unit_ - units) * kUnitPairs;
     num_units_ = __shfl_sync(kFullWarp, last_unit_, kWarpSize - 1);
 #pragma unroll
-    for (int u = 0; u < kEarlyUnits; ++u) {
-      if (u < num_units_) places_[u] = load_places(pair_of(u, row_of(u)));
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int u = 0; u < kGroupUnits; ++u) {
+        places_[group][u] = load_places(group * kGroupUnits + u);
+      }
     }
   }
 
@@ -258,8 +279,9 @@ class DotsConsumer {
   __device__ __forceinline__ int pair_of(int unit, int row) const {
     return __shfl_sync(kFullWarp, first_pair_, row) + unit * kUnitPairs + 2 * lane_;
   }
-  __device__ __forceinline__ uint32_t load_places(int pair) const {
-    const bool exists = pair < args_.num_pairs;
+  __device__ __forceinline__ uint32_t load_places(int unit) const {
+    const int pair = pair_of(unit, row_of(unit));
+    const bool exists = unit < num_units_ && pair < args_.num_pairs;
     return exists ? *reinterpret_cast<const uint32_t*>(args_.places + pair) : ~0u;
   }
   // With kNoPlace instead of what belongs to other lists.
@@ -271,20 +293,35 @@ class DotsConsumer {
     return places;
   }
 
-  // dot = row[place - begin] where the chunk has this place.
-  __device__ __forceinline__ static bool take(const float* row, uint32_t place, int begin,
-                                              float& dot) {
-    const unsigned at = place - static_cast<unsigned>(begin);
-    const bool has = at < static_cast<unsigned>(Tile::kChunk);
-    if (has) dot = row[at];
-    return has;
+  // Stores what the chunk's rows have at the places of kCount units from `first` on.
+  template <int kCount>
+  __device__ __forceinline__ void store_units(const float (*products)[Tile::kStride], int begin,
+                                              int first, const uint32_t (&places)[kCount]) {
+    float dots[kCount][2];
+    bool has[kCount][2];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const float* row = products[row_of(first + u)];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t place = half == 0 ? places[u] & 0xffff : places[u] >> 16;
+        const unsigned at = place - static_cast<unsigned>(begin);
+        has[u][half] = at < static_cast<unsigned>(Tile::kChunk);
+        if (has[u][half]) dots[u][half] = row[at];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      float* to = args_.dots + pair_of(first + u, row_of(first + u));
+      if (has[u][0]) to[0] = dots[u][0];
+      if (has[u][1]) to[1] = dots[u][1];
+    }
   }
 
   // Writes the dot products of the warp's pairs, from the piece's places on. S goes through shared
   // memory chunk by chunk.
   __device__ __forceinline__ void keep_pairs(int first_place) {
     float(*products)[Tile::kStride] = shared_.products[warp_];
-    float dots[kEarlyUnits][2];
 #pragma unroll
     for (int p = 0; p < Tile::kParts; ++p) {
 #pragma unroll
@@ -302,38 +339,31 @@ class DotsConsumer {
         }
         __syncwarp();
 #pragma unroll
-        for (int u = 0; u < kEarlyUnits; ++u) {
-          if (u >= num_units_) continue;
-          const int row = row_of(u);
+        for (int group = 0; group < kGroups; ++group) {
+          const int first = group * kGroupUnits;
+          if (first >= num_units_) continue;
           if (p == 0 && chunk == 0) {
-            places_[u] = own_places(places_[u], pair_of(u, row), row);
-            dots[u][0] = dots[u][1] = 0.0f;
+#pragma unroll
+            for (int u = 0; u < kGroupUnits; ++u) {
+              const int row = row_of(first + u);
+              places_[group][u] = own_places(places_[group][u], pair_of(first + u, row), row);
+            }
           }
-          take(products[row], places_[u] & 0xffff, begin, dots[u][0]);
-          take(products[row], places_[u] >> 16, begin, dots[u][1]);
+          store_units(products, begin, first, places_[group]);
         }
 #pragma unroll 1
-        for (int u = kEarlyUnits; u < num_units_; ++u) {
-          const int row = row_of(u);
-          const int pair = pair_of(u, row);
-          const uint32_t places = own_places(load_places(pair), pair, row);
-          float dot;
-          if (take(products[row], places & 0xffff, begin, dot)) args_.dots[pair] = dot;
-          if (take(products[row], places >> 16, begin, dot)) args_.dots[pair + 1] = dot;
+        for (int first = kGroups * kGroupUnits; first < num_units_; first += kGroupUnits) {
+          uint32_t places[kGroupUnits];
+#pragma unroll
+          for (int u = 0; u < kGroupUnits; ++u) places[u] = load_places(first + u);
+#pragma unroll
+          for (int u = 0; u < kGroupUnits; ++u) {
+            const int row = row_of(first + u);
+            places[u] = own_places(places[u], pair_of(first + u, row), row);
+          }
+          store_units(products, begin, first, places);
         }
       }
-    }
-#pragma unroll
-    for (int u = 0; u < kEarlyUnits; ++u) {
-      if (u >= num_units_) continue;
-      const int pair = pair_of(u, row_of(u));
-      const auto store = [&](uint32_t place, int at, float dot) {
-        if (place - static_cast<unsigned>(first_place) < static_cast<unsigned>(Tile::kPlaces)) {
-          args_.dots[at] = dot;
-        }
-      };
-      store(places_[u] & 0xffff, pair, dots[u][0]);
-      store(places_[u] >> 16, pair + 1, dots[u][1]);
     }
   }
 
@@ -348,7 +378,7 @@ class DotsConsumer {
   // from which unit u of all is at first_pair_ + 64 u.
   int begin_, end_, last_unit_, first_pair_;
   int num_units_;
-  uint32_t places_[kEarlyUnits];
+  uint32_t places_[kGroups][kGroupUnits];
 };
 
 // ---- Kernel and launcher ------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/common/device_info.h"
+#include "cuda/common/operands.h"
 #include "cuda/common/workspace.h"
 #include "cuda/experts/bands/band_plan.h"
 

@@ -3,14 +3,16 @@
 //
 // A block lays out P once, 128 tasks by the whole band in shared memory (80 KB at L 320), and then
 // streams the band's values through a ring, 64 experts by 256 elements a stage, for one 256-element
-// piece of the outputs after the other. A tile reads 2 L H bytes of the table and writes 2 H for
-// each task (L 320, H 1024: 0.66 and 0.26 MB) for 2 · 128 · L · H FLOP, 20,500 cycles of an SM's
-// tensor cores: 32 and 13 bytes a cycle. At 320 x 320, T 4096 and K 512 it is memory that bounds
-// it: 420 MB of table and 164 MB of outputs are 195 µs at 3 TB/s.
+// piece of the outputs after the other. Its cluster's other block has 128 more tasks and loads half
+// of every stage. A tile of 256 tasks reads 2 L H bytes of the table and writes 2 H for each task
+// (L 320, H 1024: 0.66 and 0.5 MB) for 2 · 256 · L · H FLOP, 20,500 cycles of the tensor cores of
+// two SMs. Memory bounds it: at 320 x 320, T 4096 and K 512 there are 430 MB of reads and 170 MB of
+// writes, 230 µs at 2.6 TB/s; it takes 275 on an H100.
 //
 // Two warpgroups multiply (m64n256k16), 64 tasks each; a thread of a third starts TMA. Each warp
-// lays out the rows of P for its own 16 tasks. A token may have chosen an expert more than once:
-// where two pairs of a task meet in one place, the row is laid out again with their sums.
+// lays out the rows of P for its own 16 tasks, whose lists it loads while it multiplies the tile
+// before. A token may have chosen an expert more than once: where two pairs of a task meet in one
+// place, the row is laid out again with their sums.
 #include <algorithm>
 
 #include "cuda/common/check.h"
@@ -106,9 +108,9 @@ __device__ __forceinline__ void sync_warpgroup(int consumer) {
   }
 }
 
-// Units of a warp's lists whose pairs are in registers when P is laid out: at 320 x 320 and K 512 a
-// warp has about 22 units. The wait for them was a third of the kernel's time.
-constexpr int kEarlyUnits = 28;
+// Units of a warp's lists whose pairs are in registers when P is laid out. At 320 x 320 a warp has
+// about 22 units with K 512 and 38 with K 4096.
+constexpr int kEarlyUnits = 40;
 constexpr BandPair kNoPair = 0xffffffff;
 
 template <class T, class Tile>
@@ -219,7 +221,7 @@ class ValuesConsumer {
       const int row = row_of(u);
       if (early_[u] != kNoPair) body(row, u * kWarpSize + lane_, early_[u]);
     }
-    constexpr int kBatch = 4;
+    constexpr int kBatch = 8;
 #pragma unroll 1
     for (int unit = kEarlyUnits; unit < num_units_; unit += kBatch) {
       BandPair pairs[kBatch];
@@ -256,6 +258,7 @@ class ValuesConsumer {
       if (*cell(row, pair >> 16) != mark) shared_rows |= 1u << row;
     });
     shared_rows = __reduce_or_sync(kFullWarp, shared_rows);
+    __syncwarp();
     // 3. The coefficients.
     for_each_pair(
         [&](int row, int, BandPair pair) { *cell(row, pair >> 16) = static_cast<uint16_t>(pair); });
@@ -286,7 +289,8 @@ class ValuesConsumer {
     return to_float(reinterpret_cast<const T&>(bits));
   }
 
-  // d_ = P · values of 256 elements.
+  // d_ = P · values of 256 elements. A stage goes back once the next one's products have been
+  // issued: waiting for each stage's own products took 287 µs instead of 275.
   __device__ __forceinline__ void multiply(int blocks) {
     constexpr uint64_t kStepA = kWgmmaDepthStep<WgmmaMajor::kDepth, kWgmmaRows>;
     constexpr uint64_t kStepB = kWgmmaDepthStep<WgmmaMajor::kCols, kBlockPlaces>;
