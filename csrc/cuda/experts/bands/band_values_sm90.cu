@@ -212,28 +212,22 @@ class ValuesConsumer {
     return pair < end ? args_.coefficients[pair] : kNoPair;
   }
 
-  // Calls body(row, mark, pair) for the pairs of the warp's tasks, mark: another one for each.
-  template <class Body>
-  __device__ __forceinline__ void for_each_pair(Body&& body) {
-#pragma unroll
-    for (int u = 0; u < kEarlyUnits; ++u) {
-      if (u >= num_units_) continue;
-      const int row = row_of(u);
-      if (early_[u] != kNoPair) body(row, u * kWarpSize + lane_, early_[u]);
+  // Lays out one unit; returns the bit of its row where two pairs share a place. The lowest of the
+  // lanes with one place stores, after it has looked for what an earlier unit of the row left there
+  // (a coefficient of 0 looks like none, and adds nothing).
+  __device__ __forceinline__ unsigned lay_out_unit(int unit, BandPair pair) {
+    const int row = row_of(unit);
+    const bool exists = pair != kNoPair;
+    const unsigned place = exists ? pair >> 16 : 0x10000u + lane_;
+    const unsigned same = __match_any_sync(kFullWarp, place);
+    bool is_shared = same != 1u << lane_;
+    if (exists && (same & ((1u << lane_) - 1)) == 0) {
+      uint16_t* to = cell(row, place);
+      is_shared = is_shared || *to != 0;
+      *to = static_cast<uint16_t>(pair);
     }
-    constexpr int kBatch = 8;
-#pragma unroll 1
-    for (int unit = kEarlyUnits; unit < num_units_; unit += kBatch) {
-      BandPair pairs[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        pairs[u] = unit + u < num_units_ ? load_pair(unit + u) : kNoPair;
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int row = row_of(unit + u);
-        if (pairs[u] != kNoPair) body(row, (unit + u) * kWarpSize + lane_, pairs[u]);
-      }
-    }
+    __syncwarp();  // the row's next unit may have the same places
+    return is_shared ? 1u << row : 0;
   }
 
   // P of the warp's tasks.
@@ -248,20 +242,27 @@ class ValuesConsumer {
       }
     }
     __syncwarp();
-    // 2. Each pair marks its place. A pair that does not find its mark again shares its place.
-    for_each_pair([&](int row, int mark, BandPair pair) {
-      *cell(row, pair >> 16) = static_cast<uint16_t>(mark);
-    });
-    __syncwarp();
+    // 2. The coefficients.
     unsigned shared_rows = 0;
-    for_each_pair([&](int row, int mark, BandPair pair) {
-      if (*cell(row, pair >> 16) != mark) shared_rows |= 1u << row;
-    });
+#pragma unroll
+    for (int u = 0; u < kEarlyUnits; ++u) {
+      if (u < num_units_) shared_rows |= lay_out_unit(u, early_[u]);
+    }
+    constexpr int kBatch = 8;
+#pragma unroll 1
+    for (int unit = kEarlyUnits; unit < num_units_; unit += kBatch) {
+      BandPair pairs[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        pairs[u] = unit + u < num_units_ ? load_pair(unit + u) : kNoPair;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (unit + u < num_units_) shared_rows |= lay_out_unit(unit + u, pairs[u]);
+      }
+    }
+    // 3. Rows in which pairs share places once more.
     shared_rows = __reduce_or_sync(kFullWarp, shared_rows);
-    __syncwarp();
-    // 3. The coefficients.
-    for_each_pair(
-        [&](int row, int, BandPair pair) { *cell(row, pair >> 16) = static_cast<uint16_t>(pair); });
     if (shared_rows != 0) add_up_places(shared_rows);
   }
 
