@@ -13,6 +13,8 @@ _SIZES = {
     "omni_expert": ("num_tokens", "hidden_size", "num_experts", "num_experts_per_token"),
     "omni_mlp": ("num_tokens", "hidden_size", "intermediate_size"),
 }
+# Those that may be left out: 0 then. The experts' plans depend on C where experts form a grid.
+_OPTIONAL_SIZES = {"omni_expert": ("num_cols",)}
 _PLANS = {
     "omni_router": _C.plan_router,
     "omni_router_logits": _C.plan_router_logits,
@@ -70,7 +72,8 @@ def plan(
         dtype: of the operands; fp32, fp16 or bf16.
         gpu: the device; by default the current CUDA device.
         sizes: ``num_tokens`` and, as the op has them, ``hidden_size``, ``num_rows``, ``num_cols``,
-            ``num_experts``, ``num_experts_per_token``, ``intermediate_size``.
+            ``num_experts``, ``num_experts_per_token``, ``intermediate_size``. ``num_cols`` may be
+            left out of ``omni_expert``, whose ids then have no grid.
 
     Returns:
         For each kernel that the op or its backward can run, by name, the numbers of its plan, among
@@ -84,7 +87,8 @@ def plan(
     """
     if op not in _SIZES:
         raise ValueError(f"plan: expected op to be one of {', '.join(_SIZES)}, but got {op!r}")
-    if set(sizes) != set(_SIZES[op]):
+    optional = _OPTIONAL_SIZES.get(op, ())
+    if set(sizes) - set(optional) != set(_SIZES[op]):
         raise ValueError(
             f"plan: expected for {op} the sizes {', '.join(_SIZES[op])}, but got "
             f"{', '.join(sizes) or 'none'}"
@@ -93,7 +97,7 @@ def plan(
         if size < 0:
             raise ValueError(f"plan: expected {name} >= 0, but got {size}")
     return _PLANS[op](
-        **sizes,
+        **{**dict.fromkeys(optional, 0), **sizes},
         dtype=str(dtype).removeprefix("torch."),
         gpu=asdict(gpu or GpuProperties.of()),
     )

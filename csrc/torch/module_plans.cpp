@@ -105,6 +105,11 @@ py::dict facts_of(const TokenPassPlan& plan) {
       facts["strategy"] = "l2_tiled";
       facts["tile_bytes"] = plan.tile_bytes;
       break;
+    case TokenPassStrategy::kBands:
+      facts["strategy"] = "bands";
+      facts["max_tasks"] = plan.bands.max_tasks;
+      facts["min_pairs"] = plan.bands.min_pairs;
+      break;
   }
   return facts;
 }
@@ -195,7 +200,8 @@ py::dict plan_router_logits(int64_t num_tokens, int64_t hidden_size, int64_t num
 }
 
 py::dict plan_expert(int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
-                     int64_t num_experts_per_token, const std::string& dtype, const py::dict& gpu) {
+                     int64_t num_experts_per_token, int64_t num_cols, const std::string& dtype,
+                     const py::dict& gpu) {
   const DeviceInfo device = device_of(gpu);
   const ExpertShape shape{.num_tokens = num_tokens,
                           .hidden_size = hidden_size,
@@ -203,7 +209,8 @@ py::dict plan_expert(int64_t num_tokens, int64_t hidden_size, int64_t num_expert
                           .num_experts_per_token = num_experts_per_token,
                           .dtype = dtype_of(dtype),
                           .index_type = IndexType::kInt32,
-                          .activation = Activation::kSilu};
+                          .activation = Activation::kSilu,
+                          .num_cols = num_cols};
   py::dict plans;
   plans["expert_forward"] = facts_of(plan_expert_forward(ExpertForwardParams{shape}, device));
   plans["expert_backward"] = facts_of(plan_expert_backward(ExpertBackwardParams{shape}, device));
@@ -249,7 +256,8 @@ void add_plans(py::module_& m) {
       k("num_experts_per_token");
   define("plan_router", plan_router, tokens, rows, cols, k);
   define("plan_router_logits", plan_router_logits, tokens, hidden, rows, cols);
-  define("plan_expert", plan_expert, tokens, hidden, py::arg("num_experts"), k);
+  define("plan_expert", plan_expert, tokens, hidden, py::arg("num_experts"), k,
+         py::arg("num_cols"));
   define("plan_mlp", plan_mlp, tokens, hidden, py::arg("intermediate_size"));
 }
 

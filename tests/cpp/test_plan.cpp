@@ -1,6 +1,7 @@
 // The plans of the CUDA kernels as data: pure functions, so that no GPU is needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -86,6 +87,55 @@ TEST(Plan, IsAlwaysPossible) {
         }
       }
     }
+  }
+}
+
+TokenPassShape on_grid(int64_t num_tokens, int64_t rows, int64_t cols, int64_t k) {
+  TokenPassShape shape = bf16(num_tokens, 1024, rows * cols, k);
+  shape.num_cols = cols;
+  return shape;
+}
+
+TEST(Plan, BandsPayForManyExpertsOfAToken) {
+  EXPECT_EQ(plan_text(on_grid(4096, 320, 320, 512)), "bands");
+  EXPECT_EQ(plan_text(on_grid(1024, 320, 320, 4096)), "bands");
+  EXPECT_EQ(plan_text(on_grid(4096, 320, 320, 4096)), "bands");
+  EXPECT_EQ(plan_text(on_grid(4096, 64, 64, 16)), "l2_tiled 512");
+  EXPECT_EQ(plan_text(on_grid(16384, 64, 64, 16)), "l2_tiled 512");
+  EXPECT_EQ(plan_text(on_grid(1, 320, 320, 512)), "two_phase 512 x16");
+  EXPECT_EQ(plan_text(on_grid(4096, 1024, 1024, 64)), "fused");
+  // Neither without a grid nor without the kernels.
+  EXPECT_EQ(plan_text(bf16(4096, 1024, 102400, 512)), "l2_tiled 256");
+  EXPECT_EQ(plan_text(on_grid(4096, 320, 320, 512), a100()), "l2_tiled 256");
+}
+
+TEST(Plan, BandsTakeGridsOfWholeRows) {
+  TokenPassShape shape = on_grid(4096, 40, 60, 64);
+  EXPECT_TRUE(supports(TokenPassStrategy::kBands, shape));
+  shape.num_cols = 70;  // 2400 experts are no rows of 70
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, shape));
+  shape.num_cols = 0;
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, shape));
+  shape = on_grid(4096, 40, 60, 64);
+  shape.element_size = 4;
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, shape));
+  EXPECT_FALSE(supports(TokenPassStrategy::kBands, on_grid(16, 2, 600, 64)));
+}
+
+TEST(Plan, BandsBoundTheTasksOfAToken) {
+  for (const int64_t k : {1, 7, 64, 512, 4096}) {
+    const TokenPassShape shape = on_grid(4096, 320, 320, k);
+    const BandPlan plan = plan_token_pass(shape, h200(), TokenPassStrategy::kBands).bands;
+    EXPECT_EQ(plan.num_rows, 320);
+    EXPECT_EQ(plan.num_cols, 320);
+    EXPECT_GE(plan.max_tasks, 1);
+    EXPECT_LE(plan.max_tasks, std::min<int64_t>(k, 640));
+    // Partial outputs are most of the workspace.
+    TokenPassPlan pass = plan_token_pass(shape, h200(), TokenPassStrategy::kBands);
+    const double bytes = 4.0 * static_cast<double>(token_pass_workspace_floats(shape, pass));
+    const double partial = 4096.0 * plan.max_tasks * 2048;
+    EXPECT_GE(bytes, partial);
+    EXPECT_LE(bytes, partial * 1.4 + 4096 * (18.0 * k + 64) + (1 << 20));
   }
 }
 

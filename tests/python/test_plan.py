@@ -122,6 +122,15 @@ def test_mlp(changed, has_kernel):
     assert plans["gated_activation_forward"]["uses_vectors"]
 
 
+def test_bands_need_a_grid():
+    sizes = dict(num_tokens=4096, hidden_size=1024, num_experts=320**2, num_experts_per_token=512)
+    assert plan("omni_expert", **sizes, gpu=H200)["expert_forward"]["strategy"] == "l2_tiled"
+    on_grid = plan("omni_expert", **sizes, num_cols=320, gpu=H200)
+    for name in ("expert_forward", "expert_backward"):
+        assert on_grid[name]["strategy"] == "bands"
+        assert on_grid[name]["max_tasks"] <= 640
+
+
 TINY = GpuProperties(num_sms=1, l2_bytes=0, shared_bytes_per_block=48 * 2**10)
 
 

@@ -5,6 +5,7 @@
 
 #include "cuda/common/operands.h"
 #include "cuda/common/workspace.h"
+#include "cuda/experts/bands/band_plan.h"
 #include "cuda/experts/expert_tuning.h"
 #include "cuda/experts/expert_workspace.h"
 
@@ -42,6 +43,7 @@ bool wide_tiles_pay(const TokenPassShape& shape, const DeviceInfo& device) {
 // The numbers are medians in µs on an H200 with bf16, H 1024 and uniform ids; of two, the first is
 // fused and the second l2_tiled by 256 bytes, both forward.
 TokenPassStrategy choose_strategy(const TokenPassShape& shape, const DeviceInfo& device) {
+  if (bands_pay(shape, device)) return TokenPassStrategy::kBands;
   if (!supports(TokenPassStrategy::kFused, shape)) return TokenPassStrategy::kTwoPhase;
   // Where few tokens have many pairs, two_phase splits a token's pairs over idle SMs. Otherwise
   // fused has a whole batch of rows in flight at once: against two_phase T1 K16 went from 5.3
@@ -73,6 +75,8 @@ bool supports(TokenPassStrategy strategy, const TokenPassShape& shape) {
       return has_rows && row_bytes <= kMaxFusedRowBytes;
     case TokenPassStrategy::kL2Tiled:
       return has_rows && row_bytes <= INT32_MAX;
+    case TokenPassStrategy::kBands:
+      return has_rows && bands_support(shape);
     default:
       return false;
   }
@@ -93,6 +97,7 @@ TokenPassPlan plan_token_pass(const TokenPassShape& shape, const DeviceInfo& dev
                      ? TwoPhaseTuning::kDecodeThreads
                      : TwoPhaseTuning::kThreads;
   plan.tile_bytes = wide_tiles_pay(shape, device) ? 512 : 256;
+  if (strategy == TokenPassStrategy::kBands) plan.bands = plan_bands(shape);
   return plan;
 }
 
@@ -108,6 +113,8 @@ const char* name(TokenPassStrategy strategy) {
       return "fused";
     case TokenPassStrategy::kL2Tiled:
       return "l2_tiled";
+    case TokenPassStrategy::kBands:
+      return "bands";
   }
   return "unknown";
 }
@@ -119,6 +126,9 @@ size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassP
   if (plan.strategy == TokenPassStrategy::kL2Tiled) {
     const int64_t num_tiles = ceil_div<int64_t>(row_bytes_of(shape), plan.tile_bytes);
     return static_cast<size_t>(shape.num_tokens) * shape.num_experts_per_token * (num_tiles + 1);
+  }
+  if (plan.strategy == TokenPassStrategy::kBands) {
+    return band_workspace_bytes(shape, plan.bands) / sizeof(float);
   }
   return 0;
 }
@@ -156,7 +166,8 @@ TokenPassShape token_pass_shape(const ExpertForwardParams& params) {
           element,
           params.hidden_size * element % 16 == 0 && is_aligned(params.hidden_states, 16) &&
               is_aligned(params.up_weights, 16) && is_aligned(params.down_weights, 16) &&
-              is_aligned(params.expert_states, 16) && is_aligned(params.addend, 16)};
+              is_aligned(params.expert_states, 16) && is_aligned(params.addend, 16),
+          params.num_cols};
 }
 
 TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
@@ -169,7 +180,8 @@ TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
           params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
               is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
               is_aligned(params.down_weights, 16) && is_aligned(params.addend, 16) &&
-              is_aligned(params.grad_hidden_states, 16)};
+              is_aligned(params.grad_hidden_states, 16),
+          params.num_cols};
 }
 
 // ---- Ops

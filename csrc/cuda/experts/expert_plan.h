@@ -15,7 +15,8 @@ struct TokenPassShape {
   int64_t num_experts;
   int64_t num_experts_per_token;
   size_t element_size;
-  bool is_aligned;  // every row of every operand starts at a multiple of 16 bytes
+  bool is_aligned;       // every row of every operand starts at a multiple of 16 bytes
+  int64_t num_cols = 0;  // C of the grid of experts, E = R * C; 0: ids have no grid
 };
 
 TokenPassShape token_pass_shape(const ExpertForwardParams& params);
@@ -32,7 +33,8 @@ bool supports(TokenPassStrategy strategy, const TokenPassShape& shape);
 const char* name(TokenPassStrategy strategy);
 
 // fp32 words that a pass of this plan keeps in the workspace: the partial sums [T, num_splits, H]
-// of kTwoPhase, or the partial dots [tiles, T * K] and coefficients [T * K] of kL2Tiled.
+// of kTwoPhase, the partial dots [tiles, T * K] and coefficients [T * K] of kL2Tiled, or the lists
+// and partial outputs of kBands.
 size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassPlan& plan);
 
 SchedulePlan plan_schedule(int64_t num_pairs, int64_t num_experts);

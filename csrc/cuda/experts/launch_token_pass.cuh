@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/check.h"
+#include "cuda/experts/bands/band_pass.cuh"
 #include "cuda/experts/expert_plan.h"
 #include "cuda/experts/expert_tuning.h"
 #include "cuda/experts/fused.cuh"
@@ -29,6 +30,10 @@ cudaError_t launch_token_pass(const TokenPassArgs& args, const Pairs& pairs,
                                           args, pairs, workspace, beside_previous, device, stream)
                                     : launch_l2_tiled<T, L2TileTuning<256>>(
                                           args, pairs, workspace, beside_previous, device, stream);
+    case TokenPassStrategy::kBands:
+      return device.has_hopper_kernels
+                 ? launch_bands<T>(args, pairs, plan.bands, workspace, device, stream)
+                 : cudaErrorNotSupported;
   }
   return cudaErrorInvalidValue;
 }

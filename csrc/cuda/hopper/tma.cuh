@@ -63,6 +63,30 @@ cudaError_t encode_tensor_map(const void* matrix, int64_t num_rows, int64_t num_
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Describes a grid [num_rows, num_cols] of dense vectors of `length` elements. A copy moves 128
+// bytes of tile_rows by tile_cols neighbours, which follow each other row by row. What it asks else
+// is as above.
+template <class T>
+cudaError_t encode_grid_map(const void* grid, int64_t num_rows, int64_t num_cols, int64_t length,
+                            int tile_rows, int tile_cols, CUtensorMap* map) {
+  static_assert(sizeof(T) == 2, "other element types are not needed yet");
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(length), static_cast<cuuint64_t>(num_cols),
+                              static_cast<cuuint64_t>(num_rows)};
+  const cuuint64_t strides[] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T)};
+  const cuuint32_t tile[] = {kSwizzleRowBytes / sizeof(T), static_cast<cuuint32_t>(tile_cols),
+                             static_cast<cuuint32_t>(tile_rows)};
+  const cuuint32_t steps[] = {1, 1, 1};
+  constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(map, kType, 3, const_cast<void*>(grid), sizes, strides, tile, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 // ---- Device: copies -----------------------------------------------------------------------------
 
 // Byte of 16-byte piece `piece` of row `row` in a tile aligned to kSwizzleAlignment.
@@ -83,6 +107,15 @@ __device__ __forceinline__ void tma_load_multicast(const CUtensorMap& map, void*
                                                    uint64_t* barrier, int row, int col,
                                                    uint16_t blocks) {
   const int32_t at[] = {col, row};
+  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, tile, &map, at, barrier, blocks);
+}
+
+// The same of a grid: the tile's first vector is (row, col), of which it takes elements from
+// `element` on.
+__device__ __forceinline__ void tma_load_grid_multicast(const CUtensorMap& map, void* tile,
+                                                        uint64_t* barrier, int row, int col,
+                                                        int element, uint16_t blocks) {
+  const int32_t at[] = {element, col, row};
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, tile, &map, at, barrier, blocks);
 }
 

@@ -107,6 +107,15 @@ enum class TokenPassStrategy : int8_t {
   kTwoPhase,  // a block per token or part of one: dot products by warp, then sums by column
   kFused,     // a block per token, 16 bytes of the row per thread
   kL2Tiled,   // one tile of columns after the other, all tokens in each: for rows used again
+  kBands,     // whole rows and columns of the grid on tensor cores: for many experts per token
+};
+
+// A band is a row or a column of the grid of experts, a task a token's experts in one band.
+struct BandPlan {
+  int num_rows;   // R
+  int num_cols;   // C
+  int max_tasks;  // of a token; the pairs of further bands are gathered
+  int min_pairs;  // of a task; the pairs of bands with fewer are gathered
 };
 
 // Forward and backward are the same pass over tokens.
@@ -116,6 +125,7 @@ struct TokenPassPlan {
   int threads;              // kTwoPhase: per block
   int num_splits;           // kTwoPhase: blocks per token; above 1 a second stage adds their sums
   int64_t pairs_per_split;  // kTwoPhase
+  BandPlan bands;           // kBands
 };
 
 struct ExpertForwardPlan {

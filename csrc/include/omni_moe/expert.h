@@ -17,6 +17,10 @@ struct ExpertShape {
   DType dtype;
   IndexType index_type;
   Activation activation;
+  // C, where experts are the cells row * C + col of a grid, E = R * C, and a token's ids are those
+  // of a router over rows and columns; 0: no grid. Any ids are right, but a strategy may rely on
+  // the grid for its speed.
+  int64_t num_cols = 0;
 };
 
 // The backward wants the pre-activations s = hidden[t] · up[i] again. Indices must lie in [0, E):

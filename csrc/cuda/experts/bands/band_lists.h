@@ -1,0 +1,101 @@
+// The lists of a pass by bands: which pairs of a token lie in which task, the tasks in the order of
+// their bands, and where they stand in the workspace. Needs no CUDA toolkit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/common/operands.h"
+#include "cuda/common/workspace.h"
+#include "cuda/experts/bands/band_plan.h"
+
+namespace omni_moe::cuda {
+
+// A band's number: rows 0 … R-1, then columns R … R+C-1.
+OMNI_MOE_HOST_DEVICE inline int band_length(const BandPlan& plan, int band) {
+  return band < plan.num_rows ? plan.num_cols : plan.num_rows;
+}
+
+// A pair in a token's list: its place in the band in the upper half, its k in the lower.
+// In the list of coefficients the bits of the coefficient stand in place of k.
+using BandPair = uint32_t;
+
+// Where a token's list of pairs is cut. Tasks come first, in order of their bands and each with
+// pairs in order of k; pairs from `tail` on have no task.
+struct TokenCover {
+  int num_tasks;
+  int tail;
+};
+struct TokenTask {
+  int band;
+  int first;  // pair in the token's list
+  int num_pairs;
+};
+
+// A task in the order of bands and tokens, and a run of them in one band.
+struct BandTask {
+  int token;
+  int first;  // pair in the list of all tokens
+  int num_pairs;
+};
+struct BandTile {
+  int band;
+  int first_task;
+  int num_tasks;
+};
+
+// What cover and schedule are told of a pass.
+struct BandShape {
+  int num_tokens;   // T
+  int num_pairs;    // K, of a token
+  int num_experts;  // R * C
+  BandPlan plan;
+
+  OMNI_MOE_HOST_DEVICE int num_bands() const { return plan.num_rows + plan.num_cols; }
+  // Of a band's bits of chosen tokens.
+  OMNI_MOE_HOST_DEVICE int num_words() const { return ceil_div(num_tokens, 32); }
+  int64_t max_tasks() const { return int64_t{num_tokens} * plan.max_tasks; }
+  int64_t max_tiles() const { return num_bands() + max_tasks() / BandTuning::kTileTasks; }
+};
+
+struct BandWorkspace {
+  BandPair* pairs;         // [T, K]
+  uint16_t* places;        // [T, K] of the pairs in their bands, and one more
+  TokenCover* covers;      // [T]
+  TokenTask* token_tasks;  // [T, max_tasks]
+  int* positions;          // [T, max_tasks] of a token's tasks among all tasks
+  uint32_t* chosen;        // [bands, words] a bit for each token with a task in the band
+  int* band_sizes;         // [bands] tasks of each band
+  BandTask* tasks;         // [T * max_tasks]
+  BandTile* tiles;         // [max_tiles]
+  int* num_tiles;          // [1]
+  float* dots;             // [T, K] of each pair in the lists
+  BandPair* coefficients;  // [T, K]
+  void* partial;           // [T * max_tasks, H] in the 16-bit type
+  size_t size;
+};
+
+inline BandWorkspace cut_band_workspace(const BandShape& shape, int64_t hidden_size, void* base) {
+  WorkspaceCutter cutter(base);
+  BandWorkspace workspace{};
+  const size_t num_pairs = static_cast<size_t>(shape.num_tokens) * shape.num_pairs;
+  const size_t num_tasks = static_cast<size_t>(shape.max_tasks());
+  workspace.pairs = cutter.take<BandPair>(num_pairs);
+  workspace.places = cutter.take<uint16_t>(num_pairs + 1);
+  workspace.covers = cutter.take<TokenCover>(shape.num_tokens);
+  workspace.token_tasks = cutter.take<TokenTask>(num_tasks);
+  workspace.positions = cutter.take<int>(num_tasks);
+  workspace.chosen =
+      cutter.take<uint32_t>(static_cast<size_t>(shape.num_bands()) * shape.num_words());
+  workspace.band_sizes = cutter.take<int>(shape.num_bands());  // cleared together with `chosen`
+  workspace.tasks = cutter.take<BandTask>(num_tasks);
+  workspace.tiles = cutter.take<BandTile>(static_cast<size_t>(shape.max_tiles()));
+  workspace.num_tiles = cutter.take<int>(1);
+  workspace.dots = cutter.take<float>(num_pairs);
+  workspace.coefficients = cutter.take<BandPair>(num_pairs);
+  workspace.partial = cutter.take<uint16_t>(num_tasks * static_cast<size_t>(hidden_size));
+  workspace.size = cutter.size();
+  return workspace;
+}
+
+}  // namespace omni_moe::cuda

@@ -1,0 +1,124 @@
+// The tasks of all tokens in order of band, then token, and their tiles: runs of at most kTileTasks
+// tasks of one band. A block writes the tasks of one band. It finds where they begin by adding the
+// sizes of the bands before it, and their order in the band's bits, one for each token, so that the
+// order is always the same. At T 4096 with 320 rows and columns it reads 0.3 MB of bits and moves
+// 28 bytes for each of 80,000 tasks: a few µs, most of it the time to find a token's own list.
+#include "cuda/common/check.h"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/warp_scan.cuh"
+#include "cuda/experts/bands/bands.h"
+
+namespace omni_moe::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
+
+struct ScheduleArgs {
+  BandShape shape;
+  const TokenCover* covers;
+  const TokenTask* token_tasks;
+  const uint32_t* chosen;
+  const int* band_sizes;
+  int* positions;
+  BandTask* tasks;
+  BandTile* tiles;
+  int* num_tiles;
+};
+
+__device__ __forceinline__ int block_add(int value, int* scratch) {
+  const int sum = block_reduce<kWarps>(value, scratch, [](int a, int b) { return a + b; });
+  __syncthreads();
+  return sum;
+}
+
+// The place of a band among a token's tasks, which are in order of their bands.
+__device__ __forceinline__ int find_slot(const TokenTask* tasks, int num_tasks, int band) {
+  int slot = 0;
+  int last = num_tasks - 1;
+  while (slot < last) {
+    const int middle = (slot + last) / 2;
+    if (tasks[middle].band < band) {
+      slot = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  return slot;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    band_schedule_kernel(const __grid_constant__ ScheduleArgs args) {
+  __shared__ int scratch[kWarps];
+  constexpr int kTileTasks = BandTuning::kTileTasks;
+  const int band = blockIdx.x;
+  const int size = args.band_sizes[band];
+  const int max_tasks = args.shape.plan.max_tasks;
+
+  // 1. Tasks and tiles of the bands before this one.
+  int tasks_before = 0;
+  int tiles_before = 0;
+  for (int other = threadIdx.x; other < band; other += kThreads) {
+    const int tasks = args.band_sizes[other];
+    tasks_before += tasks;
+    tiles_before += ceil_div(tasks, kTileTasks);
+  }
+  tasks_before = block_add(tasks_before, scratch);
+  tiles_before = block_add(tiles_before, scratch);
+
+  // 2. Tiles.
+  const int num_tiles = ceil_div(size, kTileTasks);
+  for (int tile = threadIdx.x; tile < num_tiles; tile += kThreads) {
+    const int first = tile * kTileTasks;
+    args.tiles[tiles_before + tile] = {band, tasks_before + first, min(size - first, kTileTasks)};
+  }
+  if (band == args.shape.num_bands() - 1 && threadIdx.x == 0) {
+    *args.num_tiles = tiles_before + num_tiles;
+  }
+
+  // 3. Tasks: 32 tokens a thread.
+  const uint32_t* chosen = args.chosen + static_cast<int64_t>(band) * args.shape.num_words();
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  int position = tasks_before;
+  for (int base = 0; base < args.shape.num_words(); base += kThreads) {
+    const int word = base + threadIdx.x;
+    uint32_t bits = word < args.shape.num_words() ? chosen[word] : 0;
+    const int end = warp_inclusive_scan(__popc(bits));
+    if (lane == kWarpSize - 1) scratch[warp] = end;
+    __syncthreads();
+    int at = position + end - __popc(bits);
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) at += scratch[w];
+      position += scratch[w];
+    }
+    __syncthreads();
+    for (; bits != 0; bits &= bits - 1, ++at) {
+      const int token = word * 32 + __ffs(bits) - 1;
+      const int64_t first_slot = static_cast<int64_t>(token) * max_tasks;
+      const TokenTask* own = args.token_tasks + first_slot;
+      const int slot = find_slot(own, args.covers[token].num_tasks, band);
+      args.tasks[at] = {token, token * args.shape.num_pairs + own[slot].first, own[slot].num_pairs};
+      args.positions[first_slot + slot] = at;
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t band_schedule(const BandShape& shape, const BandWorkspace& workspace,
+                          cudaStream_t stream) {
+  const ScheduleArgs args{shape,
+                          workspace.covers,
+                          workspace.token_tasks,
+                          workspace.chosen,
+                          workspace.band_sizes,
+                          workspace.positions,
+                          workspace.tasks,
+                          workspace.tiles,
+                          workspace.num_tiles};
+  band_schedule_kernel<<<shape.num_bands(), kThreads, 0, stream>>>(args);
+  return clear_failure(launch_status());
+}
+
+}  // namespace omni_moe::cuda
