@@ -70,6 +70,7 @@ def _expert_backward(
     activation: str,
     addend: Shape | None,
     output_mask: Sequence[bool],
+    *args: Any,
     **kwargs: Any,
 ) -> int:
     of_hidden, of_up, of_down, of_routing = output_mask

@@ -16,18 +16,22 @@
 TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
   // hidden (T, H), up and down (E, H), routing and indices (T, K), addend (T, H) -> (T, H). With
   // save_for_backward also hidden[t] · up[idx[t,k]], (T, K) in the accumulation type, else empty;
-  // with a gradient to come, autograd saves it by itself, and it comes back empty.
+  // with a gradient to come, autograd saves it by itself, and it comes back empty. num_cols: C, if
+  // the experts are the cells row * C + col of a router's grid, which many experts per token are
+  // fast with; 0: they are not.
   m.def(
       "omni_expert(Tensor hidden_states, Tensor up_weights, Tensor down_weights, "
       "Tensor routing_weights, Tensor indices, str activation=\"silu\", Tensor? addend=None, "
-      "bool save_for_backward=False) -> (Tensor expert_states, Tensor pre_activations)");
+      "bool save_for_backward=False, SymInt num_cols=0) "
+      "-> (Tensor expert_states, Tensor pre_activations)");
   // The addend (T, H) is added to grad_hidden_states. A gradient that output_mask does not ask for
   // comes back empty.
   m.def(
       "_omni_expert_backward(Tensor grad_expert_states, Tensor hidden_states, Tensor up_weights, "
       "Tensor down_weights, Tensor routing_weights, Tensor indices, Tensor pre_activations, "
-      "str activation, Tensor? addend, bool[4] output_mask) -> (Tensor grad_hidden_states, "
-      "Tensor grad_up_weights, Tensor grad_down_weights, Tensor grad_routing_weights)");
+      "str activation, Tensor? addend, bool[4] output_mask, SymInt num_cols=0) "
+      "-> (Tensor grad_hidden_states, Tensor grad_up_weights, Tensor grad_down_weights, Tensor "
+      "grad_routing_weights)");
 }
 
 namespace omni_moe::torch_api {
@@ -77,6 +81,10 @@ void check_experts(const ExpertOperands& operands, const OptionalTensor& addend)
   check_size(routing, 0, num_tokens, "number of tokens of hidden_states");
   check_size(routing, 1, ids.tensor.sym_size(1), "experts per token of indices");
   if (addend) check_like_tokens({op, "addend", *addend}, hidden);
+  const c10::SymInt num_experts = up.tensor.sym_size(0), &num_cols = operands.num_cols;
+  TORCH_CHECK_VALUE(num_cols == 0 || (num_cols > 0 && num_experts % num_cols == 0), op,
+                    ": expected num_cols to be 0 or to divide the number of experts (", num_experts,
+                    "), but got ", num_cols);
 }
 
 std::tuple<Tensor, Tensor> expert_outputs_of(const ExpertOperands& operands,
@@ -93,9 +101,10 @@ namespace {
 std::tuple<Tensor, Tensor> expert_outputs(const Tensor& hidden_states, const Tensor& up_weights,
                                           const Tensor& down_weights, const Tensor& routing_weights,
                                           const Tensor& indices, std::string_view activation,
-                                          const OptionalTensor& addend, bool save_for_backward) {
-  const ExpertOperands operands{omni_expert.name, hidden_states,   up_weights,
-                                down_weights,     routing_weights, indices};
+                                          const OptionalTensor& addend, bool save_for_backward,
+                                          c10::SymInt num_cols) {
+  const ExpertOperands operands{omni_expert.name, hidden_states, up_weights, down_weights,
+                                routing_weights,  indices,       num_cols};
   parse_activation(operands.op, activation);
   check_experts(operands, addend);
   return expert_outputs_of(operands, save_for_backward);
@@ -107,11 +116,13 @@ Gradients expert_backward_outputs(const Tensor& grad_expert_states, const Tensor
                                   const Tensor& up_weights, const Tensor& down_weights,
                                   const Tensor& routing_weights, const Tensor& indices,
                                   const Tensor& pre_activations, std::string_view activation,
-                                  const OptionalTensor& addend, Mask<4> output_mask) {
+                                  const OptionalTensor& addend, Mask<4> output_mask,
+                                  c10::SymInt num_cols) {
   const char* op = omni_expert_backward.name;
   const Argument hidden{op, "hidden_states", hidden_states};
   parse_activation(op, activation);
-  check_experts({op, hidden_states, up_weights, down_weights, routing_weights, indices}, addend);
+  check_experts({op, hidden_states, up_weights, down_weights, routing_weights, indices, num_cols},
+                addend);
   check_like_tokens({op, "grad_expert_states", grad_expert_states}, hidden);
   const Argument saved{op, "pre_activations", pre_activations};
   check_rank(saved, 2);
@@ -134,14 +145,15 @@ Gradients expert_backward_outputs(const Tensor& grad_expert_states, const Tensor
 namespace {
 
 ExpertShape shape_of(const Tensor& hidden_states, const Tensor& up_weights, const Tensor& indices,
-                     const char* op, std::string_view activation) {
+                     const char* op, std::string_view activation, const c10::SymInt& num_cols) {
   return {.num_tokens = hidden_states.size(0),
           .hidden_size = hidden_states.size(1),
           .num_experts = up_weights.size(0),
           .num_experts_per_token = indices.size(1),
           .dtype = to_dtype(hidden_states),
           .index_type = to_index_type(indices),
-          .activation = parse_activation(op, activation)};
+          .activation = parse_activation(op, activation),
+          .num_cols = num_cols.expect_int()};
 }
 
 }  // namespace
@@ -160,7 +172,7 @@ void run_experts(const ExpertOperands& operands, std::string_view activation,
     if (save_for_backward) pre_activations.zero_();
     return;
   }
-  ExpertForwardParams params{shape_of(hidden, up, ids, operands.op, activation)};
+  ExpertForwardParams params{shape_of(hidden, up, ids, operands.op, activation, operands.num_cols)};
   params.hidden_states = hidden.const_data_ptr();
   params.up_weights = up.const_data_ptr();
   params.down_weights = down.const_data_ptr();
@@ -177,10 +189,12 @@ namespace {
 std::tuple<Tensor, Tensor> expert_kernel(const Tensor& hidden_states, const Tensor& up_weights,
                                          const Tensor& down_weights, const Tensor& routing_weights,
                                          const Tensor& indices, std::string_view activation,
-                                         const OptionalTensor& addend, bool save_for_backward) {
+                                         const OptionalTensor& addend, bool save_for_backward,
+                                         c10::SymInt num_cols) {
   const auto outputs = expert_outputs(hidden_states, up_weights, down_weights, routing_weights,
-                                      indices, activation, addend, save_for_backward);
-  run_experts({omni_expert.name, hidden_states, up_weights, down_weights, routing_weights, indices},
+                                      indices, activation, addend, save_for_backward, num_cols);
+  run_experts({omni_expert.name, hidden_states, up_weights, down_weights, routing_weights, indices,
+               num_cols},
               activation, addend, outputs);
   return outputs;
 }
@@ -191,9 +205,9 @@ Gradients expert_backward_kernel(const Tensor& grad_expert_states, const Tensor&
                                  const Tensor& pre_activations, std::string_view activation,
                                  const OptionalTensor& addend, Mask<4> output_mask) {
   const NamedRange range(kExpertsRange);
-  const auto outputs = expert_backward_outputs(grad_expert_states, hidden_states, up_weights,
-                                               down_weights, routing_weights, indices,
-                                               pre_activations, activation, addend, output_mask);
+  const auto outputs = expert_backward_outputs(
+      grad_expert_states, hidden_states, up_weights, down_weights, routing_weights, indices,
+      pre_activations, activation, addend, output_mask, num_cols);
   const auto& [grad_hidden, grad_up, grad_down, grad_routing] = outputs;
   check_indices(omni_expert_backward.name, indices, up_weights.size(0));
   const Tensor grad = grad_expert_states.contiguous(), hidden = hidden_states.contiguous(),
@@ -205,7 +219,8 @@ Gradients expert_backward_kernel(const Tensor& grad_expert_states, const Tensor&
     grad_routing.zero_();
     return outputs;
   }
-  ExpertBackwardParams params{shape_of(hidden, up, ids, omni_expert_backward.name, activation)};
+  ExpertBackwardParams params{
+      shape_of(hidden, up, ids, omni_expert_backward.name, activation, num_cols)};
   params.grad_expert_states = grad.const_data_ptr();
   params.hidden_states = hidden.const_data_ptr();
   params.up_weights = up.const_data_ptr();
@@ -229,15 +244,17 @@ struct OmniExpertBackward : Function<OmniExpertBackward> {
                                const Tensor& up_weights, const Tensor& down_weights,
                                const Tensor& routing_weights, const Tensor& indices,
                                std::string_view activation, const OptionalTensor& addend,
-                               bool /*save_for_backward: the node does*/) {
+                               bool /*save_for_backward: the node does*/,
+                               const c10::SymInt& num_cols) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [expert_states, pre_activations] =
         omni_expert(hidden_states, up_weights, down_weights, routing_weights, indices, activation,
-                    addend, /*save_for_backward=*/true);
+                    addend, /*save_for_backward=*/true, num_cols);
     ctx->save_for_backward(
         {hidden_states, up_weights, down_weights, routing_weights, indices, pre_activations});
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["has_addend"] = addend.has_value();
+    ctx->saved_data["num_cols"] = num_cols;
     return {expert_states};
   }
 
@@ -245,9 +262,10 @@ struct OmniExpertBackward : Function<OmniExpertBackward> {
     const auto saved = ctx->get_saved_variables();
     Mask<4> mask;
     for (size_t i = 0; i < 4; ++i) mask[i] = ctx->needs_input_grad(i);
-    auto [grad_hidden, grad_up, grad_down, grad_routing] = omni_expert_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
-        ctx->saved_data["activation"].toStringRef(), /*addend=*/std::nullopt, mask);
+    auto [grad_hidden, grad_up, grad_down, grad_routing] =
+        omni_expert_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
+                             ctx->saved_data["activation"].toStringRef(), /*addend=*/std::nullopt,
+                             mask, ctx->saved_data["num_cols"].toSymInt());
     constexpr size_t kAddendEdge = 5;  // among the tensors of the forward
     const bool want_addend =
         ctx->saved_data["has_addend"].toBool() && ctx->needs_input_grad(kAddendEdge);
@@ -258,7 +276,8 @@ struct OmniExpertBackward : Function<OmniExpertBackward> {
             /*indices=*/Tensor(),
             /*activation=*/Tensor(),
             if_wanted(want_addend, grads[0]),
-            /*save_for_backward=*/Tensor()};
+            /*save_for_backward=*/Tensor(),
+            /*num_cols=*/Tensor()};
   }
 };
 

@@ -14,6 +14,7 @@ struct ExpertOperands {
   const Tensor& down_weights;
   const Tensor& routing_weights;
   const Tensor& indices;
+  c10::SymInt num_cols;
   const char* up_name = "up_weights";
   const char* down_name = "down_weights";
 };

@@ -14,7 +14,8 @@ TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
   m.def(
       "omni_expert_mlp(Tensor hidden_states, Tensor up_embed, Tensor down_embed, "
       "Tensor routing_weights, Tensor indices, Tensor gate_weight, Tensor up_weight, "
-      "Tensor down_weight, str activation=\"silu\", bool save_for_backward=False) "
+      "Tensor down_weight, str activation=\"silu\", bool save_for_backward=False, "
+      "SymInt num_cols=0) "
       "-> (Tensor output, Tensor pre_activations, Tensor gate, Tensor up)");
 }
 
@@ -28,18 +29,20 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 ExpertOperands operands_of(const Tensor& hidden_states, const Tensor& up_embed,
                            const Tensor& down_embed, const Tensor& routing_weights,
-                           const Tensor& indices) {
-  return {omni_expert_mlp.name, hidden_states, up_embed,   down_embed,
-          routing_weights,      indices,       "up_embed", "down_embed"};
+                           const Tensor& indices, const c10::SymInt& num_cols) {
+  return {omni_expert_mlp.name, hidden_states, up_embed, down_embed,
+          routing_weights,      indices,       num_cols, "up_embed",
+          "down_embed"};
 }
 
 Outputs expert_mlp_outputs(const Tensor& hidden_states, const Tensor& up_embed,
                            const Tensor& down_embed, const Tensor& routing_weights,
                            const Tensor& indices, const Tensor& gate_weight,
                            const Tensor& up_weight, const Tensor& down_weight,
-                           std::string_view activation, bool save_for_backward) {
+                           std::string_view activation, bool save_for_backward,
+                           c10::SymInt num_cols) {
   const ExpertOperands operands =
-      operands_of(hidden_states, up_embed, down_embed, routing_weights, indices);
+      operands_of(hidden_states, up_embed, down_embed, routing_weights, indices, num_cols);
   parse_activation(operands.op, activation);
   check_experts(operands, /*addend=*/std::nullopt);
   check_mlp(operands.op, hidden_states, gate_weight, up_weight, down_weight, "hidden_states");
@@ -59,9 +62,9 @@ Outputs expert_mlp_kernel(const Tensor& hidden_states, const Tensor& up_embed,
   const auto guard = without_autocast();
   const auto outputs =
       expert_mlp_outputs(hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
-                         up_weight, down_weight, activation, save_for_backward);
+                         up_weight, down_weight, activation, save_for_backward, num_cols);
   const auto& [output, pre_activations, gate, up] = outputs;
-  run_experts(operands_of(hidden_states, up_embed, down_embed, routing_weights, indices),
+  run_experts(operands_of(hidden_states, up_embed, down_embed, routing_weights, indices, num_cols),
               activation, /*addend=*/std::nullopt, {output, pre_activations});
   const NamedRange range(kMlpRange);
   const Tensor activated =
@@ -81,12 +84,14 @@ struct OmniExpertMlpBackward : Function<OmniExpertMlpBackward> {
                                const Tensor& routing_weights, const Tensor& indices,
                                const Tensor& gate_weight, const Tensor& up_weight,
                                const Tensor& down_weight, std::string_view activation,
-                               bool /*save_for_backward: the node does*/) {
+                               bool /*save_for_backward: the node does*/,
+                               const c10::SymInt& num_cols) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, pre_activations, gate, up] =
         omni_expert_mlp(hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
-                        up_weight, down_weight, activation, /*save_for_backward=*/true);
+                        up_weight, down_weight, activation, /*save_for_backward=*/true, num_cols);
     save_mlp_options(ctx, activation);
+    ctx->saved_data["num_cols"] = num_cols;
     ctx->save_for_backward({hidden_states, up_embed, down_embed, routing_weights, indices,
                             gate_weight, up_weight, down_weight, pre_activations, gate, up});
     return {output};
@@ -102,7 +107,7 @@ struct OmniExpertMlpBackward : Function<OmniExpertMlpBackward> {
       return std::any_of(mask.begin(), mask.end(), [](bool wanted) { return wanted; });
     };
 
-    variable_list result(10);
+    variable_list result(11);
     if (any(mlp_mask)) {
       auto [grad_x, grad_gate, grad_up, grad_down] =
           mlp_backward(ctx, grads[0], hidden_states, saved[5], saved[6], saved[7], saved[9],
@@ -116,7 +121,8 @@ struct OmniExpertMlpBackward : Function<OmniExpertMlpBackward> {
       auto [grad_hidden, grad_up, grad_down, grad_routing] =
           omni_expert_backward(grads[0], hidden_states, saved[1], saved[2], saved[3], saved[4],
                                saved[8], ctx->saved_data["activation"].toStringRef(),
-                               needs(0) ? std::optional(result[0]) : std::nullopt, expert_mask);
+                               needs(0) ? std::optional(result[0]) : std::nullopt, expert_mask,
+                               ctx->saved_data["num_cols"].toSymInt());
       result[0] = if_wanted(expert_mask[0], grad_hidden);
       result[1] = if_wanted(expert_mask[1], grad_up);
       result[2] = if_wanted(expert_mask[2], grad_down);

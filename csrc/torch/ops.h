@@ -55,11 +55,12 @@ inline constexpr Op<"_omni_router_logits_backward",
                         const Tensor& inv_std, bool training, Mask<2> output_mask)>
     omni_router_logits_backward;
 
-inline constexpr Op<"omni_expert", std::tuple<Tensor, Tensor>(
-                                       const Tensor& hidden_states, const Tensor& up_weights,
-                                       const Tensor& down_weights, const Tensor& routing_weights,
-                                       const Tensor& indices, std::string_view activation,
-                                       const OptionalTensor& addend, bool save_for_backward)>
+inline constexpr Op<"omni_expert",
+                    std::tuple<Tensor, Tensor>(
+                        const Tensor& hidden_states, const Tensor& up_weights,
+                        const Tensor& down_weights, const Tensor& routing_weights,
+                        const Tensor& indices, std::string_view activation,
+                        const OptionalTensor& addend, bool save_for_backward, c10::SymInt num_cols)>
     omni_expert;
 inline constexpr Op<"_omni_expert_backward",
                     std::tuple<Tensor, Tensor, Tensor, Tensor>(
@@ -67,7 +68,7 @@ inline constexpr Op<"_omni_expert_backward",
                         const Tensor& up_weights, const Tensor& down_weights,
                         const Tensor& routing_weights, const Tensor& indices,
                         const Tensor& pre_activations, std::string_view activation,
-                        const OptionalTensor& addend, Mask<4> output_mask)>
+                        const OptionalTensor& addend, Mask<4> output_mask, c10::SymInt num_cols)>
     omni_expert_backward;
 
 inline constexpr Op<"omni_mlp", std::tuple<Tensor, Tensor, Tensor>(
@@ -88,12 +89,13 @@ inline constexpr Op<"_omni_mlp_backward_consume",
                         Tensor& up, std::string_view activation, Mask<4> output_mask)>
     omni_mlp_backward_consume;
 
-inline constexpr Op<"omni_expert_mlp", std::tuple<Tensor, Tensor, Tensor, Tensor>(
-                                           const Tensor& hidden_states, const Tensor& up_embed,
-                                           const Tensor& down_embed, const Tensor& routing_weights,
-                                           const Tensor& indices, const Tensor& gate_weight,
-                                           const Tensor& up_weight, const Tensor& down_weight,
-                                           std::string_view activation, bool save_for_backward)>
+inline constexpr Op<"omni_expert_mlp",
+                    std::tuple<Tensor, Tensor, Tensor, Tensor>(
+                        const Tensor& hidden_states, const Tensor& up_embed,
+                        const Tensor& down_embed, const Tensor& routing_weights,
+                        const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
+                        const Tensor& down_weight, std::string_view activation,
+                        bool save_for_backward, c10::SymInt num_cols)>
     omni_expert_mlp;
 
 }  // namespace omni_moe::torch_api

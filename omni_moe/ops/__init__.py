@@ -92,6 +92,7 @@ def omni_expert(
     indices: Tensor,
     activation: str = "silu",
     addend: Tensor | None = None,
+    num_cols: int = 0,
 ) -> Tensor:
     """Weighted sum of each token's K atomic experts `E_i(x) = act(x . up_i) * down_i`.
 
@@ -109,6 +110,12 @@ def omni_expert(
         activation: silu, gelu, gelu_tanh, relu or identity.
         addend: (T, H), same dtype; added before the one rounding, so that a layer needs no pass of
             its own for the sum with its shared MLP.
+        num_cols: C, if the experts are the cells `id = row * C + col` of a router's grid; 0 if they
+            are not. Says nothing about the result: with hundreds of experts per token it lets fp16
+            and bf16 run on the tensor cores of Hopper GPUs, where each coefficient `act(...) *
+            routing` and each partial sum over a row or a column of the grid is rounded to the
+            dtype, and where a NaN or infinity in `down_weights` spreads to the tokens that chose
+            an expert of the same row or column.
 
     Returns:
         expert_states: (T, H) in the dtype of `hidden_states`; differentiable with respect to all
@@ -119,7 +126,14 @@ def omni_expert(
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
     expert_states, _ = torch.ops.omni_moe.omni_expert.default(
-        hidden_states, up_weights, down_weights, routing_weights, indices, activation, addend
+        hidden_states,
+        up_weights,
+        down_weights,
+        routing_weights,
+        indices,
+        activation,
+        addend,
+        num_cols=num_cols,
     )
     return expert_states
 
@@ -201,6 +215,7 @@ def omni_expert_mlp(
     up_weight: Tensor,
     down_weight: Tensor,
     activation: str = "silu",
+    num_cols: int = 0,
 ) -> Tensor:
     """Atomic experts plus shared MLP of the same tokens: the paper's layer behind its router.
 
@@ -219,6 +234,7 @@ def omni_expert_mlp(
         up_weight: (I, H), same dtype.
         down_weight: (H, I), same dtype.
         activation: silu, gelu, gelu_tanh, relu or identity; of experts and MLP.
+        num_cols: as in `omni_expert`.
 
     Returns:
         (T, H) in the dtype of `hidden_states`; differentiable with respect to all floating-point
@@ -238,6 +254,7 @@ def omni_expert_mlp(
         up_weight,
         down_weight,
         activation,
+        num_cols=num_cols,
     )
     return output
 

@@ -44,7 +44,8 @@ void expect_same(const TensorFunction& op, const TensorFunction& composition,
 // The op alone, with the options that most tests leave as they are.
 Tensor experts(const TensorList& t, const Tensor& indices, std::string_view activation = "silu") {
   return std::get<0>(omni_expert(t[0], t[1], t[2], t[3], indices, activation,
-                                 /*addend=*/std::nullopt, /*save_for_backward=*/false));
+                                 /*addend=*/std::nullopt, /*save_for_backward=*/false,
+                                 /*num_cols=*/0));
 }
 
 Tensor mlp(const TensorList& t) {
@@ -176,10 +177,10 @@ TEST_F(Ops, OnlyTheWantedGradientsAreComputed) {
   const Tensor indices = at::randint(12, {9, 5}, at::kLong), grad = at::randn({9, 20}, kDouble);
   const Tensor pre_activations =
       std::get<1>(omni_expert(t[0], t[1], t[2], t[3], indices, "silu", std::nullopt,
-                              /*save_for_backward=*/true));
+                              /*save_for_backward=*/true, /*num_cols=*/0));
   const auto backward = [&](Mask<4> mask) {
     return omni_expert_backward(grad, t[0], t[1], t[2], t[3], indices, pre_activations, "silu",
-                                /*addend=*/std::nullopt, mask);
+                                /*addend=*/std::nullopt, mask, /*num_cols=*/0);
   };
   const auto all = backward({true, true, true, true});
   const auto some = backward({false, true, false, true});
@@ -262,13 +263,13 @@ TEST_F(Ops, GradientOfTooManyPairsOnTheGpu) {
   expect_error<c10::ValueError>(
       [&] {
         omni_expert(hidden, table, table, weights, indices, "silu", std::nullopt,
-                    /*save_for_backward=*/true);
+                    /*save_for_backward=*/true, /*num_cols=*/0);
       },
       "omni_expert" + expected);
   expect_error<c10::ValueError>(
       [&] {
         omni_expert_backward(hidden, hidden, table, table, weights, indices, weights, "silu",
-                             std::nullopt, {true, true, true, true});
+                             std::nullopt, {true, true, true, true}, /*num_cols=*/0);
       },
       "_omni_expert_backward" + expected);
 
@@ -277,7 +278,7 @@ TEST_F(Ops, GradientOfTooManyPairsOnTheGpu) {
   const auto [out, pre_activations] =
       omni_expert(at::empty({kTokens, 8}, meta), meta_table, meta_table,
                   at::empty({kTokens, kK}, meta), at::empty({kTokens, kK}, meta.dtype(at::kInt)),
-                  "silu", std::nullopt, /*save_for_backward=*/true);
+                  "silu", std::nullopt, /*save_for_backward=*/true, /*num_cols=*/0);
   EXPECT_EQ(pre_activations.sizes(), indices.sizes());
 }
 

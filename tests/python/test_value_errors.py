@@ -77,6 +77,15 @@ def test_dtype_of_what_is_saved(dtype, expected, given):
         call_with("_omni_expert_backward", **arguments_of_dtype)
 
 
+@pytest.mark.parametrize("num_cols", [-1, 5, E + 1])
+@pytest.mark.parametrize("op", [*EXPERTS, "omni_expert_mlp"])
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
+def test_experts_that_are_no_grid(device, op, num_cols):
+    message = f"{op}: expected num_cols to be 0 or to divide the number of experts ({E}), but got "
+    with pytest.raises(ValueError, match=re.escape(message + str(num_cols))):
+        call_with(op, device, num_cols=num_cols)
+
+
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_consumed_products_lie_apart(device):
     given = arguments("_omni_mlp_backward_consume", device)
