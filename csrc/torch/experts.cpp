@@ -203,7 +203,8 @@ Gradients expert_backward_kernel(const Tensor& grad_expert_states, const Tensor&
                                  const Tensor& up_weights, const Tensor& down_weights,
                                  const Tensor& routing_weights, const Tensor& indices,
                                  const Tensor& pre_activations, std::string_view activation,
-                                 const OptionalTensor& addend, Mask<4> output_mask) {
+                                 const OptionalTensor& addend, Mask<4> output_mask,
+                                 c10::SymInt num_cols) {
   const NamedRange range(kExpertsRange);
   const auto outputs = expert_backward_outputs(
       grad_expert_states, hidden_states, up_weights, down_weights, routing_weights, indices,

@@ -58,7 +58,7 @@ Outputs expert_mlp_kernel(const Tensor& hidden_states, const Tensor& up_embed,
                           const Tensor& down_embed, const Tensor& routing_weights,
                           const Tensor& indices, const Tensor& gate_weight, const Tensor& up_weight,
                           const Tensor& down_weight, std::string_view activation,
-                          bool save_for_backward) {
+                          bool save_for_backward, c10::SymInt num_cols) {
   const auto guard = without_autocast();
   const auto outputs =
       expert_mlp_outputs(hidden_states, up_embed, down_embed, routing_weights, indices, gate_weight,
