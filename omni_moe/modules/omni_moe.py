@@ -13,6 +13,7 @@ from omni_moe.activations import ACTIVATION_FUNCTIONS
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
 from omni_moe.modules.plain import plain_batch_norm_buffers, plain_weight
+from omni_moe.modules.recomputing import is_recomputing
 from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
@@ -114,7 +115,7 @@ class OmniMoE(nn.Module):
         )
         if config.has_router_loss:
             self._router_losses(logits_x, logits_y, indices)
-        if config.track_expert_load and not _is_recomputing():
+        if config.track_expert_load and not is_recomputing():
             add_expert_counts(self.expert_counts, indices)
 
         outputs = self._experts_and_mlp(tokens, routing_weights, indices)
@@ -148,9 +149,9 @@ class OmniMoE(nn.Module):
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
         config = self.config
-        is_recomputing = _is_recomputing()
+        recomputing = is_recomputing()
         has_grad = torch.is_grad_enabled()
-        if not is_recomputing:
+        if not recomputing:
             self._aux_loss_is_missing = self.training and not has_grad
             self.aux_loss = None
         if not (self.training and has_grad):
@@ -162,7 +163,7 @@ class OmniMoE(nn.Module):
         if config.router_z_loss_coef > 0:
             losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
         # The loss of a recomputed forward would keep its graph, and with it the activations.
-        if not is_recomputing:
+        if not recomputing:
             self.aux_loss = sum(losses)
 
     def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
@@ -239,11 +240,6 @@ class OmniMoE(nn.Module):
             f"num_experts_per_token={config.num_experts_per_token}, "
             f"hidden_act={config.hidden_act}, norm_topk_prob={config.norm_topk_prob}"
         )
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward is part of a backward pass, as under activation checkpointing."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def router_loss(model: nn.Module) -> Tensor:
