@@ -10,7 +10,13 @@ from omni_moe._library import build_info, check_indices
 from omni_moe import ops, reference  # isort: skip  (need the ops that _library loads)
 import omni_moe.flops  # noqa: F401  # isort: skip  (for FlopCounterMode)
 from omni_moe.config import OmniMoEConfig
-from omni_moe.losses import load_balancing_loss, router_z_loss
+from omni_moe.losses import (
+    load_balancing_loss,
+    router_z_loss,
+    topk_load_balancing_loss,
+    topk_router_z_loss,
+    topk_sequence_load_balancing_loss,
+)
 from omni_moe.modules.omni_moe import OmniMoE, router_loss
 from omni_moe.planning import GpuProperties, plan
 
@@ -28,4 +34,7 @@ __all__ = [
     "reference",
     "router_loss",
     "router_z_loss",
+    "topk_load_balancing_loss",
+    "topk_router_z_loss",
+    "topk_sequence_load_balancing_loss",
 ]

@@ -97,6 +97,133 @@ def omni_softmax_router(
     return weights.to(router_logits_x.dtype), indices.int()
 
 
+def _topk_scores(logits: Tensor, scoring_func: str) -> Tensor:
+    if scoring_func == "softmax":
+        return logits.softmax(-1)
+    if scoring_func == "sigmoid":
+        return logits.sigmoid()
+    assert scoring_func == "sqrtsoftplus", scoring_func
+    # sqrt(log(1 + exp(x))); F.softplus is linear above 20. Far below zero that is exp(x / 2), whose
+    # gradient exists even where the score is 0.
+    is_low = logits < -40
+    softplus = torch.logaddexp(logits.masked_fill(is_low, 0), torch.zeros_like(logits))
+    return torch.where(is_low, (logits.clamp(max=0) / 2).exp(), softplus.sqrt())
+
+
+def _topk_choice(
+    values: Tensor, group_values: Tensor, k: int, n_group: int, topk_group: int, group_score: str
+) -> Tensor:
+    """Ids (T, K) int64 of the best values in the best groups, ties by ascending id, NaN first."""
+    num_tokens, num_experts = values.shape
+    kept = torch.ones_like(values, dtype=torch.bool)
+    if topk_group < n_group:
+        grouped = group_values.view(num_tokens, n_group, num_experts // n_group)
+        num_best = min(2 if group_score == "top2_sum" else 1, grouped.shape[-1])
+        scores = grouped.sort(dim=-1, descending=True).values[..., :num_best].sum(-1)
+        groups = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, groups, True)
+        kept = kept.repeat_interleave(num_experts // n_group, dim=-1)
+    by_value = values.sort(dim=-1, descending=True, stable=True).indices
+    order = kept.gather(-1, by_value).int().sort(dim=-1, descending=True, stable=True).indices
+    return by_value.gather(-1, order)[:, :k]
+
+
+def omni_topk_router(
+    router_logits: Tensor,
+    num_experts_per_token: int,
+    scoring_func: str = "softmax",
+    norm_topk_prob: bool = False,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "top2_sum",
+    e_score_correction_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    replay_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K experts of the greatest `score + bias` in the best groups, and their weights.
+
+    Args:
+        router_logits: (T, E).
+        num_experts_per_token: K, 0 <= K <= E * topk_group / n_group.
+        scoring_func: softmax, sigmoid or sqrtsoftplus.
+        norm_topk_prob: divide the K scores of a token by their sum.
+        routed_scaling_factor: multiplies all weights.
+        n_group: groups of E / n_group neighbouring experts.
+        topk_group: groups kept.
+        group_score: top2_sum or max of a group's scores, bias included.
+        e_score_correction_bias: (E,) added to the scores for the choice alone.
+        token_mask: (T,) bool, False for tokens that choose nothing.
+        replay_indices: (T, K) in [-1, E), the choice to be used.
+
+    Returns:
+        routing_weights: (T, K) in the dtype of the logits; 0 where the id is -1.
+        indices: (T, K) int32; -1 for masked tokens.
+        expert_counts: (E,) int64.
+    """
+    logits = _wide(router_logits)
+    num_experts = logits.shape[1]
+    if replay_indices is not None:
+        indices = replay_indices.long()
+    else:
+        scores = _topk_scores(logits.detach(), scoring_func)
+        values = logits.detach()  # in the order of the scores, and free of their rounding
+        if e_score_correction_bias is not None:
+            values = scores = scores + e_score_correction_bias
+        elif scoring_func == "softmax":
+            values = torch.where(scores.isnan().any(-1, keepdim=True), scores, values)
+        group_values = scores if group_score == "top2_sum" else values
+        indices = _topk_choice(
+            values, group_values, num_experts_per_token, n_group, topk_group, group_score
+        )
+    if token_mask is not None:
+        indices = torch.where(token_mask.unsqueeze(-1), indices, -1)
+    is_chosen = indices >= 0
+    ids = indices.clamp(min=0)
+
+    if scoring_func == "softmax" and norm_topk_prob:
+        # The softmax of the chosen logits; through log_softmax, so that it is NaN where that is.
+        chosen = logits.log_softmax(-1).gather(-1, ids)
+        weights = chosen.masked_fill(~is_chosen, -torch.inf).softmax(-1)
+    else:
+        if scoring_func == "softmax":
+            weights = logits.softmax(-1).gather(-1, ids)
+        else:
+            weights = _topk_scores(logits.gather(-1, ids), scoring_func)
+        weights = weights.masked_fill(~is_chosen, 0)
+        if norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    weights = (weights * routed_scaling_factor).masked_fill(~is_chosen, 0)
+    counts = torch.bincount(indices[is_chosen], minlength=num_experts)
+    return weights.to(router_logits.dtype), indices.int(), counts
+
+
+def omni_expert_slots(
+    indices: Tensor, num_experts: int, capacity: int, priorities: Tensor | None = None
+) -> Tensor:
+    """The place of each pair in its expert's queue, or -1 past the capacity.
+
+    Args:
+        indices: (T, K) in [-1, E).
+        num_experts: E.
+        capacity: places in each queue.
+        priorities: (T, K); queue by these, descending, instead of by position.
+
+    Returns:
+        slots: (T, K) int32.
+    """
+    ids = indices.flatten()
+    slots = torch.full_like(ids, -1, dtype=torch.int32)
+    for expert in range(num_experts):
+        pairs = (ids == expert).nonzero().flatten()
+        if priorities is not None:
+            order = priorities.flatten()[pairs].sort(descending=True, stable=True).indices
+            pairs = pairs[order]
+        pairs = pairs[:capacity]
+        slots[pairs] = torch.arange(len(pairs), dtype=torch.int32, device=slots.device)
+    return slots.view_as(indices)
+
+
 def omni_expert(
     hidden_states: Tensor,
     up_weights: Tensor,

@@ -31,10 +31,10 @@ void counting_sort(const ScheduleParams& params) {
 }
 
 template <typename Index>
-int64_t first_outside(const Index* indices, int64_t count, int64_t num_experts) {
+int64_t first_outside(const Index* indices, int64_t count, int64_t num_experts, int64_t lowest) {
   const auto* end = indices + count;
   const auto* found = std::find_if(
-      indices, end, [num_experts](Index index) { return index < 0 || index >= num_experts; });
+      indices, end, [=](Index index) { return index < lowest || index >= num_experts; });
   return found == end ? -1 : found - indices;
 }
 
@@ -46,10 +46,10 @@ void schedule(const ScheduleParams& params) {
 }
 
 int64_t find_invalid_index(const void* indices, IndexType index_type, int64_t count,
-                           int64_t num_experts) {
+                           int64_t num_experts, int64_t lowest) {
   return index_type == IndexType::kInt32
-             ? first_outside(static_cast<const int32_t*>(indices), count, num_experts)
-             : first_outside(static_cast<const int64_t*>(indices), count, num_experts);
+             ? first_outside(static_cast<const int32_t*>(indices), count, num_experts, lowest)
+             : first_outside(static_cast<const int64_t*>(indices), count, num_experts, lowest);
 }
 
 }  // namespace omni_moe::cpu

@@ -49,6 +49,14 @@ constexpr CpuKernel<BatchNormForwardParams> kCpu<BatchNormForwardParams>{cpu::ba
 template <>
 constexpr CpuKernel<BatchNormBackwardParams> kCpu<BatchNormBackwardParams>{
     cpu::batch_norm_backward};
+template <>
+constexpr CpuKernel<TopKRouterForwardParams> kCpu<TopKRouterForwardParams>{
+    cpu::topk_router_forward};
+template <>
+constexpr CpuKernel<TopKRouterBackwardParams> kCpu<TopKRouterBackwardParams>{
+    cpu::topk_router_backward};
+template <>
+constexpr CpuKernel<ExpertSlotsParams> kCpu<ExpertSlotsParams>{cpu::expert_slots};
 
 #if OMNI_MOE_WITH_CUDA
 // Planned is the kernel's plan, or std::optional of it where the kernel may not take the operands.
@@ -77,6 +85,15 @@ constexpr CudaKernel<BatchNormForwardParams, cuda::BatchNormForwardPlan>
 template <>
 constexpr CudaKernel<BatchNormBackwardParams, cuda::BatchNormBackwardPlan>
     kCuda<BatchNormBackwardParams>{cuda::plan_batch_norm_backward, cuda::batch_norm_backward};
+template <>
+constexpr CudaKernel<TopKRouterForwardParams, cuda::TopKRouterForwardPlan>
+    kCuda<TopKRouterForwardParams>{cuda::plan_topk_router_forward, cuda::topk_router_forward};
+template <>
+constexpr CudaKernel<TopKRouterBackwardParams, cuda::TopKRouterBackwardPlan>
+    kCuda<TopKRouterBackwardParams>{cuda::plan_topk_router_backward, cuda::topk_router_backward};
+template <>
+constexpr CudaKernel<ExpertSlotsParams, cuda::ExpertSlotsPlan> kCuda<ExpertSlotsParams>{
+    cuda::plan_expert_slots, cuda::expert_slots};
 template <>
 constexpr CudaKernel<ExpertForwardParams, cuda::ExpertForwardPlan> kCuda<ExpertForwardParams>{
     cuda::plan_expert_forward, cuda::expert_forward};
@@ -187,6 +204,9 @@ template void launch(GatedActivationForwardParams, at::Device);
 template void launch(GatedActivationBackwardParams, at::Device);
 template void launch(BatchNormForwardParams, at::Device);
 template void launch(BatchNormBackwardParams, at::Device);
+template void launch(TopKRouterForwardParams, at::Device);
+template void launch(TopKRouterBackwardParams, at::Device);
+template void launch(ExpertSlotsParams, at::Device);
 template bool try_launch(GatedLinearForwardParams, at::Device);
 template bool try_launch(GatedLinearBackwardParams, at::Device);
 template bool try_launch(RouterLogitsForwardParams, at::Device);

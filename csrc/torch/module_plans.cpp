@@ -80,6 +80,29 @@ py::dict facts_of(const RouterLogitsForwardPlan& plan) {
   return with_workspace(facts, plan);
 }
 
+py::dict facts_of(const TopKRouterForwardPlan& plan) {
+  py::dict facts;
+  const bool is_warp = plan.kernel == TopKRouterForwardKernel::kWarp;
+  facts["kernel"] = is_warp ? "warp" : "block";
+  if (is_warp) facts["items_per_lane"] = plan.items_per_lane;
+  facts["num_blocks"] = plan.num_blocks;
+  return with_workspace(facts, plan);
+}
+
+py::dict facts_of(const TopKRouterBackwardPlan& plan) {
+  py::dict facts;
+  facts["warps_per_block"] = plan.warps_per_block;
+  facts["num_blocks"] = plan.num_blocks;
+  return with_workspace(facts, plan);
+}
+
+py::dict facts_of(const ExpertSlotsPlan& plan) {
+  py::dict facts;
+  facts["pairs_per_block"] = plan.pairs_per_block;
+  facts["num_blocks"] = plan.num_blocks;
+  return with_workspace(facts, plan);
+}
+
 py::dict facts_of(const BatchNormPlan& plan) {
   py::dict facts;
   facts["uses_vectors"] = plan.uses_vectors;
@@ -199,6 +222,28 @@ py::dict plan_router_logits(int64_t num_tokens, int64_t hidden_size, int64_t num
   return plans;
 }
 
+py::dict plan_topk_router(int64_t num_tokens, int64_t num_experts, int64_t num_experts_per_token,
+                          const std::string& dtype, const py::dict& gpu) {
+  const DeviceInfo device = device_of(gpu);
+  TopKRouterForwardParams forward{};
+  TopKRouterBackwardParams backward{};
+  const auto set_sizes = [&](auto&... params) {
+    ((params.num_tokens = num_tokens), ...);
+    ((params.num_experts = num_experts), ...);
+    ((params.num_experts_per_token = num_experts_per_token), ...);
+    ((params.dtype = dtype_of(dtype)), ...);
+  };
+  set_sizes(forward, backward);
+  ExpertSlotsParams slots{};
+  slots.num_pairs = num_tokens * num_experts_per_token;
+  slots.num_experts = num_experts;
+  py::dict plans;
+  plans["topk_router_forward"] = facts_of(plan_topk_router_forward(forward, device));
+  plans["topk_router_backward"] = facts_of(plan_topk_router_backward(backward, device));
+  plans["expert_slots"] = facts_of(plan_expert_slots(slots, device));
+  return plans;
+}
+
 py::dict plan_expert(int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
                      int64_t num_experts_per_token, int64_t num_cols, const std::string& dtype,
                      const py::dict& gpu) {
@@ -256,6 +301,7 @@ void add_plans(py::module_& m) {
       k("num_experts_per_token");
   define("plan_router", plan_router, tokens, rows, cols, k);
   define("plan_router_logits", plan_router_logits, tokens, hidden, rows, cols);
+  define("plan_topk_router", plan_topk_router, tokens, py::arg("num_experts"), k);
   define("plan_expert", plan_expert, tokens, hidden, py::arg("num_experts"), k,
          py::arg("num_cols"));
   define("plan_mlp", plan_mlp, tokens, hidden, py::arg("intermediate_size"));

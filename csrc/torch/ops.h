@@ -36,6 +36,24 @@ inline constexpr Op<"_omni_softmax_router_backward",
                         const Tensor& router_logits_y, const Tensor& indices, bool norm_topk_prob)>
     omni_softmax_router_backward;
 
+inline constexpr Op<"omni_topk_router",
+                    std::tuple<Tensor, Tensor, Tensor>(
+                        const Tensor& router_logits, c10::SymInt num_experts_per_token,
+                        std::string_view scoring_func, bool norm_topk_prob,
+                        double routed_scaling_factor, int64_t n_group, int64_t topk_group,
+                        std::string_view group_score, const OptionalTensor& e_score_correction_bias,
+                        const OptionalTensor& token_mask, const OptionalTensor& replay_indices)>
+    omni_topk_router;
+inline constexpr Op<"_omni_topk_router_backward",
+                    Tensor(const Tensor& grad_routing_weights, const Tensor& router_logits,
+                           const Tensor& indices, std::string_view scoring_func,
+                           bool norm_topk_prob, double routed_scaling_factor)>
+    omni_topk_router_backward;
+inline constexpr Op<"omni_expert_slots",
+                    Tensor(const Tensor& indices, c10::SymInt num_experts, c10::SymInt capacity,
+                           const OptionalTensor& priorities)>
+    omni_expert_slots;
+
 inline constexpr Op<"omni_router_logits",
                     std::tuple<Tensor, Tensor, Tensor>(
                         const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,

@@ -20,6 +20,7 @@ from omni_moe.modules.plain import (
     plain_batch_norm_buffers,
     plain_weight,
 )
+from omni_moe.modules.recomputing import is_recomputing
 from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
@@ -158,13 +159,13 @@ class OmniMoE(nn.Module):
         )
         if logits_x.dtype != tokens.dtype and not _is_autocast(tokens):
             routing_weights = routing_weights.to(tokens.dtype)
-        if self._recorders and not _is_recomputing():
+        if self._recorders and not is_recomputing():
             recorded = RouterOutputs(logits_x, logits_y, indices, torch.is_grad_enabled())
             for recorder in self._recorders:
                 recorder.append(recorded)
         if config.has_router_loss:
             self._router_losses(logits_x, logits_y, indices)
-        if config.track_expert_load and not _is_recomputing():
+        if config.track_expert_load and not is_recomputing():
             self._count(indices)
 
         outputs = self._experts_and_mlp(tokens, routing_weights, indices)
@@ -203,16 +204,16 @@ class OmniMoE(nn.Module):
     def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
         """Sets `aux_loss`."""
         config = self.config
-        is_recomputing = _is_recomputing()
+        recomputing = is_recomputing()
         has_grad = torch.is_grad_enabled()
-        if not is_recomputing:
+        if not recomputing:
             self._aux_loss_is_missing = self.training and not has_grad
             self.aux_loss = None
         if not (self.training and has_grad):
             return
         loss = weighted_router_loss(config, logits_x, logits_y, indices)
         # The loss of a recomputed forward would keep its graph, and with it the activations.
-        if not is_recomputing:
+        if not recomputing:
             self.aux_loss = loss
 
     def _experts_and_mlp(self, tokens: Tensor, routing_weights: Tensor, indices: Tensor) -> Tensor:
@@ -330,11 +331,6 @@ class OmniMoE(nn.Module):
 
 def _is_autocast(tokens: Tensor) -> bool:
     return not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward is part of a backward pass, as under activation checkpointing."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _named_range(name: str) -> contextlib.AbstractContextManager[object]:

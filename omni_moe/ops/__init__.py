@@ -259,6 +259,104 @@ def omni_expert_mlp(
     return output
 
 
+def omni_topk_router(
+    router_logits: Tensor,
+    num_experts_per_token: int,
+    *,
+    scoring_func: str = "softmax",
+    norm_topk_prob: bool = False,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "top2_sum",
+    e_score_correction_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    replay_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K best of E experts with independent logits, their routing weights, and expert counts.
+
+    `weight = routed_scaling_factor * score`, with `norm_topk_prob` divided by the sum of the K
+    chosen scores. Experts are chosen by `score + e_score_correction_bias` in fp32 (fp64 for fp64):
+    descending, equal ones by ascending id, NaN first as in `torch.topk`. Without a bias that is the
+    order of the logits, which are then compared themselves. Mixtral is `norm_topk_prob=True`,
+    Qwen3-MoE the same by its configuration, DeepSeek-V3 `scoring_func="sigmoid"` with groups and
+    bias (arXiv 2412.19437, Eq. 12-16). A softmax over the K chosen logits alone, top-k before the
+    score, is `norm_topk_prob=True`; sigmoid and sqrtsoftplus are the same before and after.
+
+    Where a softmax is NaN (a NaN or +inf logit, or all of them -inf) the token's weights are NaN,
+    and as all its scores are equal its ids are the lowest that may be chosen.
+
+    Args:
+        router_logits: (T, E), E <= 4096; fp32, fp16, bf16 (fp64 on CPU).
+        num_experts_per_token: K, 0 <= K <= E * topk_group / n_group.
+        scoring_func: softmax over the E logits, sigmoid, or sqrtsoftplus: sqrt(log(1 + exp(x))).
+        norm_topk_prob: make the weights of each token sum to `routed_scaling_factor`. The sum of
+            sigmoids or sqrtsoftpluses has 1e-20 added, as in DeepSeek-V3.
+        routed_scaling_factor: multiplies all weights.
+        n_group: of E / n_group neighbouring experts each; must divide E.
+        topk_group: groups that experts are chosen from, the best of the n_group.
+        group_score: what a group is worth: top2_sum, the sum of its two best scores (DeepSeek-V3),
+            or max, its best one (DeepSeek-V2); bias included.
+        e_score_correction_bias: (E,) fp32 (fp64 for fp64 logits); changes the choice, not the
+            weights, and has no gradient.
+        token_mask: (T,) bool, False for tokens that choose nothing: their ids are -1, their weights
+            and gradients 0, and they are not counted.
+        replay_indices: (T, K) int32 or int64 in [-1, E), a choice to be used as it is: groups and
+            bias are not looked at. Ids of -1 have the weight 0 and are not counted.
+
+    Returns:
+        routing_weights: (T, K) in the dtype of the logits, in the order of the choice;
+            differentiable with respect to the logits.
+        indices: (T, K) int32.
+        expert_counts: (E,) int64, how many tokens chose each expert.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, a name is unknown, or K, `n_group` or
+            `topk_group` is out of range.
+        IndexError: a replayed id is outside [-1, E) (CPU; a device-side assert on CUDA).
+    """
+    return torch.ops.omni_moe.omni_topk_router.default(
+        router_logits,
+        num_experts_per_token,
+        scoring_func,
+        norm_topk_prob,
+        routed_scaling_factor,
+        n_group,
+        topk_group,
+        group_score,
+        e_score_correction_bias,
+        token_mask,
+        replay_indices,
+    )
+
+
+def omni_expert_slots(
+    indices: Tensor, num_experts: int, capacity: int, priorities: Tensor | None = None
+) -> Tensor:
+    """The place of each pair of token and expert in the expert's queue, or -1 past its capacity.
+
+    The pairs of an expert queue in the order of the tokens, or by descending priority where that is
+    given (equal ones in the order of the tokens, NaN first). With routing weights as priorities
+    the least probable pairs are dropped. No atomics decide a place: the slots are the same on every
+    run.
+
+    Args:
+        indices: (T, K) int32 in [-1, E), as of `omni_topk_router`; pairs of -1 have no place.
+        num_experts: E, at most 4096.
+        capacity: places in each queue, >= 0.
+        priorities: (T, K) floating point; no gradient.
+
+    Returns:
+        slots: (T, K) int32 in [-1, capacity).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a number is out of range.
+        IndexError: an index is outside [-1, E) (CPU; a device-side assert on CUDA).
+    """
+    priorities = None if priorities is None else priorities.detach()
+    return torch.ops.omni_moe.omni_expert_slots.default(indices, num_experts, capacity, priorities)
+
+
 def omni_router_logits(
     hidden_states: Tensor,
     gate_x: Tensor,

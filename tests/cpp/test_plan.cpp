@@ -333,5 +333,47 @@ TEST(Plan, GatedActivationVectors) {
   EXPECT_FALSE(plan_gated_activation_forward(params).uses_vectors);
 }
 
+TopKRouterForwardPlan topk_plan(int64_t num_tokens, int64_t num_experts, int64_t k,
+                                int64_t n_group = 1, int64_t topk_group = 1) {
+  TopKRouterForwardParams params{};
+  params.num_tokens = num_tokens;
+  params.num_experts = num_experts;
+  params.num_experts_per_token = k;
+  params.n_group = n_group;
+  params.topk_group = topk_group;
+  return plan_topk_router_forward(params, h200());
+}
+
+TEST(Plan, TopKRouterKernels) {
+  using Kernel = TopKRouterForwardKernel;
+  EXPECT_EQ(topk_plan(4096, 256, 8).kernel, Kernel::kWarp);
+  EXPECT_EQ(topk_plan(4096, 256, 8, 8, 4).kernel, Kernel::kWarp);
+  EXPECT_EQ(topk_plan(4096, 1024, 32).kernel, Kernel::kWarp);
+  EXPECT_EQ(topk_plan(4096, 1024, 33).kernel, Kernel::kBlock);
+  EXPECT_EQ(topk_plan(4096, 1025, 8).kernel, Kernel::kBlock);
+  // A lane compares a group, unless all are kept.
+  EXPECT_EQ(topk_plan(4096, 64, 8, 64, 8).kernel, Kernel::kBlock);
+  EXPECT_EQ(topk_plan(4096, 64, 8, 64, 64).kernel, Kernel::kWarp);
+}
+
+TEST(Plan, TopKRouterMemory) {
+  for (const int64_t num_tokens : {0, 1, 9, 4096, 1000000}) {
+    for (const int64_t num_experts : {1, 60, 1024, 4096}) {
+      for (const int64_t n_group : {int64_t{1}, num_experts}) {
+        const auto plan = topk_plan(num_tokens, num_experts, 1, n_group);
+        EXPECT_LE(plan.shared_bytes, 96 * 1024u);  // two blocks an SM
+        const size_t rows = plan.num_blocks > 1 ? plan.num_blocks : 0;
+        EXPECT_GE(plan.workspace_bytes, rows * num_experts * sizeof(int32_t));
+        EXPECT_LE(plan.workspace_bytes, 528 * 4096 * sizeof(int32_t));
+        ExpertSlotsParams slots{};
+        slots.num_pairs = num_tokens;
+        slots.num_experts = num_experts;
+        const auto slots_plan = plan_expert_slots(slots, h200());
+        EXPECT_LE(slots_plan.workspace_bytes, (num_tokens + 2 * 4096) * sizeof(int32_t));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace omni_moe::cuda

@@ -15,6 +15,7 @@ def arguments(op, device="cpu"):
         "up_weights": (E, H),
         "down_weights": (E, H),
         "routing_weights": (T, K),
+        "router_logits": (T, E),
         "router_logits_x": (T, R),
         "router_logits_y": (T, C),
         "grad_scores": (T, K),
@@ -37,10 +38,21 @@ def arguments(op, device="cpu"):
         "num_rows": R,
         "num_cols": C,
         "norm_topk_prob": False,
+        "num_experts": E,
+        "capacity": 2,
+        "scoring_func": "softmax",
+        "routed_scaling_factor": 2.5,
+        "n_group": 4,
+        "topk_group": 2,
+        "group_score": "top2_sum",
+        "e_score_correction_bias": torch.zeros(E, device=device),
+        "token_mask": torch.ones(T, dtype=torch.bool, device=device),
+        "replay_indices": choice,
+        "priorities": torch.rand(T, K, device=device),
         "activation": "silu",
         "save_for_backward": False,
         "output_mask": [True] * 4,
-        "indices": choice.int() if "router" in op else choice,
+        "indices": choice.int() if "router" in op or "slots" in op else choice,
     }
     schema = getattr(ops, op).default._schema
     return {
@@ -61,6 +73,9 @@ ALL_OPS = (
     "_omni_router_backward",
     "omni_softmax_router",
     "_omni_softmax_router_backward",
+    "omni_topk_router",
+    "_omni_topk_router_backward",
+    "omni_expert_slots",
     "omni_expert",
     "_omni_expert_backward",
     "omni_mlp",
@@ -69,5 +84,6 @@ ALL_OPS = (
     "omni_expert_mlp",
 )
 ROUTERS = ("omni_router", "omni_softmax_router")
+TOPK_ROUTERS = ("omni_topk_router", "_omni_topk_router_backward")
 EXPERTS = ("omni_expert", "_omni_expert_backward")
 MLPS = ("omni_mlp", "_omni_mlp_backward")

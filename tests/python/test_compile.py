@@ -38,6 +38,25 @@ def softmax_router_case(num_tokens, device):
     return lambda x, y: ops.omni_softmax_router(x, y, 5, True)[0], inputs, [0, 1]
 
 
+def topk_router_case(num_tokens, device):
+    bias = torch.randn(12, device=device) / 10
+
+    def route(logits):
+        weights, ids, _ = omni_moe.ops.omni_topk_router(
+            logits,
+            4,
+            scoring_func="sigmoid",
+            norm_topk_prob=True,
+            n_group=4,
+            topk_group=2,
+            e_score_correction_bias=bias,
+        )
+        slots = omni_moe.ops.omni_expert_slots(ids, 12, logits.shape[0] // 3, weights)
+        return weights.masked_fill(slots < 0, 0)
+
+    return route, [torch.randn(num_tokens, 12, device=device)], [0]
+
+
 def expert_case(num_tokens, device):
     inputs, indices, _ = expert_inputs(ExpertShape(num_tokens, 20, 11, 3), device, torch.float32)
 
@@ -80,6 +99,7 @@ def expert_mlp_case(num_tokens, device):
 CASES = {
     "omni_router": router_case,
     "omni_softmax_router": softmax_router_case,
+    "omni_topk_router": topk_router_case,
     "omni_expert": expert_case,
     "flash_expert": flash_expert_case,
     "omni_mlp": mlp_case,

@@ -14,7 +14,8 @@ pytestmark = needs_gpu
 
 @needs_launch_testing
 @pytest.mark.parametrize(
-    "case", [name for name in CASES if name.startswith(("router", "softmax_router", "expert_s"))]
+    "case",
+    [name for name in CASES if name.startswith(("router", "softmax_router", "topk", "expert_s"))],
 )
 def test_a_failed_launch_is_reported_once(case):
     """By the call that failed, not by the next one that works."""

@@ -34,6 +34,23 @@ def router_case(shape, k, name, device):
     return lambda x, y: getattr(ops, name)(x, y, k)[0], logits, grad
 
 
+def topk_router_case(shape, k, options, device):
+    """Scores, choice, counts and slots; pairs past a capacity lose their weight."""
+    num_tokens, num_experts = shape
+    logits, grad = torch.randn(shape).to(device, BF16), torch.randn(num_tokens, k).to(device, BF16)
+    bias = torch.randn(num_experts).to(device) / 10
+
+    def route(logits):
+        weights, ids, counts = omni_moe.ops.omni_topk_router(
+            logits, k, e_score_correction_bias=bias, **options
+        )
+        slots = omni_moe.ops.omni_expert_slots(ids, num_experts, num_tokens * k // num_experts)
+        fits = (slots >= 0) & (counts[ids.long()] > 1)
+        return weights.masked_fill(~fits, 0)
+
+    return route, [logits], grad
+
+
 def expert_case(shape, index_dtype, device):
     inputs, indices, grad = expert_inputs(ExpertShape(*shape), device, BF16)
     indices = indices.to(index_dtype)
@@ -74,6 +91,11 @@ CASES = {
     "router": partial(router_case, (67, 12, 20), 19, "omni_router"),
     "softmax_router": partial(router_case, (67, 30, 40), 16, "omni_softmax_router"),
     "router_forward_block": partial(router_case, (37, 64, 48), 700, "omni_softmax_router"),
+    "topk_router_warp": partial(topk_router_case, (67, 60), 7, {"norm_topk_prob": True}),
+    "topk_router_groups": partial(
+        topk_router_case, (1024, 256), 8, {"scoring_func": "sigmoid", "n_group": 8, "topk_group": 4}
+    ),
+    "topk_router_block": partial(topk_router_case, (67, 2000), 40, {}),
     "expert_two_phase": partial(expert_case, (67, 100, 40, 7), torch.int64),
     "expert_splits": partial(expert_case, (2, 256, 300, 200), torch.int32),
     "expert_fused": partial(expert_case, (67, 256, 300, 8), torch.int32),

@@ -10,6 +10,7 @@ from op_arguments import (
     EXPERTS,
     MLPS,
     ROUTERS,
+    TOPK_ROUTERS,
     C,
     E,
     H,
@@ -49,6 +50,33 @@ SHAPE_CASES = [
         "router_logits_y",
         (T + 1, C),
         size_message("router_logits_y", 0, "number of tokens of router_logits_x", T, (T + 1, C)),
+    ),
+    (TOPK_ROUTERS, "router_logits", (E,), rank_message("router_logits", 2, (E,))),
+    (
+        ["omni_topk_router"],
+        "e_score_correction_bias",
+        (E + 1,),
+        size_message(
+            "e_score_correction_bias", 0, "number of experts of router_logits", E, (E + 1,)
+        ),
+    ),
+    (
+        ["_omni_topk_router_backward"],
+        "grad_routing_weights",
+        (T + 1, K),
+        size_message("grad_routing_weights", 0, "number of tokens of router_logits", T, (T + 1, K)),
+    ),
+    (
+        ["_omni_topk_router_backward"],
+        "grad_routing_weights",
+        (T, K + 1),
+        size_message("indices", 1, "experts per token of the gradient", K + 1, (T, K)),
+    ),
+    (
+        ["omni_expert_slots"],
+        "priorities",
+        (T, K + 1),
+        size_message("priorities", 1, "experts per token of indices", K, (T, K + 1)),
     ),
     (EXPERTS, "hidden_states", (1, T, H), rank_message("hidden_states", 2, (1, T, H))),
     (EXPERTS, "up_weights", (E,), rank_message("up_weights", 2, (E,))),
@@ -279,6 +307,7 @@ FLOATS = [
     for op in ALL_OPS
     for argument in getattr(ops, op).default._schema.arguments
     if "Tensor" in str(argument.type) and argument.name not in ("indices", "pre_activations")
+    if op not in ("omni_topk_router", "omni_expert_slots")  # no two in one dtype
 ]
 
 
@@ -356,6 +385,11 @@ def test_router_backward_wants_its_own_indices(device, op):
         ("omni_softmax_router", "router_logits_y"),
         ("_omni_router_backward", "indices"),
         ("_omni_softmax_router_backward", "indices"),
+        ("omni_topk_router", "e_score_correction_bias"),
+        ("omni_topk_router", "token_mask"),
+        ("omni_topk_router", "replay_indices"),
+        ("_omni_topk_router_backward", "indices"),
+        ("omni_expert_slots", "priorities"),
         ("omni_expert", "up_weights"),
         ("omni_expert", "indices"),
         ("_omni_expert_backward", "grad_expert_states"),

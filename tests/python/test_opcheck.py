@@ -43,6 +43,38 @@ def softmax_router_backward_samples(device):
     return [(grad, x, y, indices, False), (strided(grad), strided(x), y, indices, True)]
 
 
+def topk_router_samples(device):
+    logits = torch.randn(T, 8, device=device)
+    bias, mask = torch.randn(8, device=device), torch.arange(T, device=device) % 3 > 0
+    ids = torch.randint(-1, 8, (T, K), device=device)
+    grouped = ("sigmoid", True, 2.5, 4, 2, "top2_sum", bias, mask)
+    return [
+        (*with_grad(logits), K),
+        (*with_grad(strided(logits)), 8, "sqrtsoftplus", True),
+        (*with_grad(logits), K, *grouped),
+        (*with_grad(logits), K, *grouped, ids),
+        (logits.half(), K, "softmax", False, 1.0, 4, 2, "max", *with_grad(bias)),
+        (logits, 0),
+        (logits[:0], K),
+        (logits[:1], 1, *grouped[:6], strided(bias), mask[:1], ids[:1, :1].int()),
+    ]
+
+
+def topk_router_backward_samples(device):
+    grad, logits = torch.randn(T, K, device=device), torch.randn(T, 8, device=device)
+    ids = torch.randint(-1, 8, (T, K), device=device, dtype=torch.int32)
+    return [
+        (grad, logits, ids, "softmax", False, 1.0),
+        (strided(grad), strided(logits), strided(ids), "sigmoid", True, 2.5),
+        (grad[:0], logits[:0], ids[:0], "sqrtsoftplus", True, 1.0),
+    ]
+
+
+def expert_slots_samples(device):
+    ids = torch.randint(-1, 8, (T, K), device=device, dtype=torch.int32)
+    return [(ids, 8, 1), (strided(ids), 8, 2, torch.rand(T, K, device=device)), (ids[:0], 8, 0)]
+
+
 def expert_samples(device):
     inputs, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
     hidden, up, down, routing = inputs
@@ -170,6 +202,9 @@ SAMPLES = {
     "_omni_router_backward": router_backward_samples,
     "omni_softmax_router": softmax_router_samples,
     "_omni_softmax_router_backward": softmax_router_backward_samples,
+    "omni_topk_router": topk_router_samples,
+    "_omni_topk_router_backward": topk_router_backward_samples,
+    "omni_expert_slots": expert_slots_samples,
     "omni_expert": expert_samples,
     "_omni_expert_backward": expert_backward_samples,
     "omni_mlp": mlp_samples,

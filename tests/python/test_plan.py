@@ -93,6 +93,36 @@ def test_router():
 
 
 @pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k", "kernel"),
+    [
+        (4096, 256, 8, {"kernel": "warp", "items_per_lane": 8, "num_blocks": 512,
+                        "workspace_bytes": 512 * 256 * 4}),
+        (4096, 8, 2, {"kernel": "warp", "items_per_lane": 2, "num_blocks": 512,
+                      "workspace_bytes": 512 * 8 * 4}),
+        # The counts of one block need no sum.
+        (8, 1024, 32, {"kernel": "warp", "items_per_lane": 32, "num_blocks": 1,
+                       "workspace_bytes": 0}),
+        (4096, 64, 33, {"kernel": "block", "num_blocks": 264, "workspace_bytes": 264 * 64 * 4}),
+        (3, 4096, 2, {"kernel": "block", "num_blocks": 3, "workspace_bytes": 3 * 4096 * 4}),
+    ],
+)  # fmt: skip
+def test_topk_router(num_tokens, num_experts, k, kernel):
+    plans = plan(
+        "omni_topk_router",
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        num_experts_per_token=k,
+        gpu=H200,
+    )
+    assert plans["topk_router_forward"] == kernel
+    assert plans["topk_router_backward"]["warps_per_block"] == (4 if num_experts <= 2048 else 2)
+    # As many pairs as experts in a block: no more counts than pairs, but for the last block's.
+    slots = plans["expert_slots"]
+    assert slots["pairs_per_block"] == max(256, num_experts)
+    assert slots["num_blocks"] == -(-num_tokens * k // slots["pairs_per_block"])
+
+
+@pytest.mark.parametrize(
     ("changed", "has_kernel"),
     [
         ({}, True),
@@ -143,6 +173,13 @@ def test_every_size_has_plans(gpu):
             num_tokens=num_tokens,
             num_rows=50,
             num_cols=64,
+            num_experts_per_token=k,
+            gpu=gpu,
+        )
+        plan(
+            "omni_topk_router",
+            num_tokens=num_tokens,
+            num_experts=4 * size,
             num_experts_per_token=k,
             gpu=gpu,
         )

@@ -18,6 +18,12 @@
 //   kernel                        launched  trigger        global memory before the wait
 //   router_logits_forward         early     after barrier  -
 //   router_forward_warp           early     first          -
+//   topk_router_forward_warp      early     first          -
+//   topk_router_forward_block     early     first          -
+//   topk_router_backward          early     first          -
+//   scan_block_counts             early     first          -
+//   expert_slots_count            early     first          -
+//   expert_slots_place            early     first          -
 //   expert_l2_tiled_dots          early     after wait     - (beside_previous, below: ids, rows,
 //                                                            partial dots)
 //   expert_l2_tiled_coefficients  early     first          -
@@ -108,11 +114,15 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchOptions& option
 
 // For kernels of the table above.
 template <class... Params, class... Args>
-cudaError_t launch_early(void (*kernel)(Params...), unsigned blocks, unsigned threads,
-                         const DeviceInfo& device, cudaStream_t stream, const Args&... args) {
-  LaunchOptions options{dim3(blocks), threads};
+cudaError_t launch_early(void (*kernel)(Params...), LaunchOptions options, const DeviceInfo& device,
+                         cudaStream_t stream, const Args&... args) {
   options.is_early = device.has_early_launch;
   return launch_kernel(kernel, options, stream, args...);
+}
+template <class... Params, class... Args>
+cudaError_t launch_early(void (*kernel)(Params...), unsigned blocks, unsigned threads,
+                         const DeviceInfo& device, cudaStream_t stream, const Args&... args) {
+  return launch_early(kernel, LaunchOptions{dim3(blocks), threads}, device, stream, args...);
 }
 
 }  // namespace omni_moe::cuda

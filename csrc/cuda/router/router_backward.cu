@@ -15,6 +15,7 @@
 #include "cuda/common/check.h"
 #include "cuda/common/dispatch.h"
 #include "cuda/common/expert_id.cuh"
+#include "cuda/common/ordered_add.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/router/router_keys.cuh"
@@ -30,18 +31,6 @@ constexpr int kManyWarps = RouterBackwardTuning::kManyWarps;
 constexpr int kTokensPerBlock = RouterBackwardTuning::kTokensPerBlock;
 
 // ---- Device helpers -----------------------------------------------------------------------------
-
-// Does sums[slot] += value for the lanes with slot >= 0; lanes of one slot add in lane order.
-__device__ __forceinline__ void warp_add_in_order(float* sums, int slot, float value) {
-  const int lane = threadIdx.x % kWarpSize;
-  const unsigned peers = __match_any_sync(kFullWarp, slot);
-  const int turn = slot < 0 ? -1 : __popc(peers & ((1u << lane) - 1));
-  const int last_turn = __reduce_max_sync(kFullWarp, turn);
-  for (int now = 0; now <= last_turn; ++now) {
-    if (turn == now) sums[slot] += value;
-    __syncwarp();
-  }
-}
 
 // The threads of one token: kWarps warps, the whole block if more than one.
 template <int kWarps>

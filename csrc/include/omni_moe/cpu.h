@@ -10,6 +10,7 @@
 #include "omni_moe/mlp.h"
 #include "omni_moe/router.h"
 #include "omni_moe/schedule.h"
+#include "omni_moe/topk_router.h"
 
 namespace omni_moe::cpu {
 
@@ -25,6 +26,8 @@ struct KernelTable {
   void (*gated_activation_backward)(const GatedActivationBackwardParams&, const Executor&);
   void (*batch_norm_forward)(const BatchNormForwardParams&, const Executor&);
   void (*batch_norm_backward)(const BatchNormBackwardParams&, const Executor&);
+  void (*topk_router_forward)(const TopKRouterForwardParams&, const Executor&);
+  void (*topk_router_backward)(const TopKRouterBackwardParams&, const Executor&);
 };
 
 // The sets this processor can run, best last.
@@ -42,6 +45,9 @@ void gated_activation_backward(const GatedActivationBackwardParams& params,
                                const Executor& executor);
 void batch_norm_forward(const BatchNormForwardParams& params, const Executor& executor);
 void batch_norm_backward(const BatchNormBackwardParams& params, const Executor& executor);
+void topk_router_forward(const TopKRouterForwardParams& params, const Executor& executor);
+void topk_router_backward(const TopKRouterBackwardParams& params, const Executor& executor);
+void expert_slots(const ExpertSlotsParams& params, const Executor& executor);
 
 // Bytes of ExpertBackwardParams::workspace (aligned to 64); depends on shapes alone.
 size_t expert_backward_workspace_size(const ExpertBackwardParams& params);
@@ -49,8 +55,8 @@ size_t expert_backward_workspace_size(const ExpertBackwardParams& params);
 // Groups pairs by expert with a stable counting sort.
 void schedule(const ScheduleParams& params);
 
-// Position of the first index outside [0, num_experts), or -1.
+// Position of the first index outside [lowest, num_experts), or -1.
 int64_t find_invalid_index(const void* indices, IndexType index_type, int64_t count,
-                           int64_t num_experts);
+                           int64_t num_experts, int64_t lowest = 0);
 
 }  // namespace omni_moe::cpu

@@ -32,6 +32,15 @@ inline BatchNormForwardPlan plan_batch_norm_forward(const BatchNormForwardParams
 inline BatchNormBackwardPlan plan_batch_norm_backward(const BatchNormBackwardParams& params) {
   return plan_batch_norm_backward(params, current_device());
 }
+inline TopKRouterForwardPlan plan_topk_router_forward(const TopKRouterForwardParams& params) {
+  return plan_topk_router_forward(params, current_device());
+}
+inline TopKRouterBackwardPlan plan_topk_router_backward(const TopKRouterBackwardParams& params) {
+  return plan_topk_router_backward(params, current_device());
+}
+inline ExpertSlotsPlan plan_expert_slots(const ExpertSlotsParams& params) {
+  return plan_expert_slots(params, current_device());
+}
 inline ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params) {
   return plan_expert_forward(params, current_device());
 }
@@ -58,6 +67,13 @@ cudaError_t batch_norm_forward(const BatchNormForwardParams& params,
                                const BatchNormForwardPlan& plan, cudaStream_t stream);
 cudaError_t batch_norm_backward(const BatchNormBackwardParams& params,
                                 const BatchNormBackwardPlan& plan, cudaStream_t stream);
+// At most 4096 experts.
+cudaError_t topk_router_forward(const TopKRouterForwardParams& params,
+                                const TopKRouterForwardPlan& plan, cudaStream_t stream);
+cudaError_t topk_router_backward(const TopKRouterBackwardParams& params,
+                                 const TopKRouterBackwardPlan& plan, cudaStream_t stream);
+cudaError_t expert_slots(const ExpertSlotsParams& params, const ExpertSlotsPlan& plan,
+                         cudaStream_t stream);
 // H > 0; of the backward T K < 2^31, since pairs are numbered in 32 bits.
 cudaError_t expert_forward(const ExpertForwardParams& params, const ExpertForwardPlan& plan,
                            cudaStream_t stream);

@@ -13,6 +13,7 @@
 #include "omni_moe/mlp.h"
 #include "omni_moe/router.h"
 #include "omni_moe/router_logits.h"
+#include "omni_moe/topk_router.h"
 
 namespace omni_moe::cuda {
 
@@ -99,6 +100,44 @@ BatchNormBackwardPlan plan_batch_norm_backward(const BatchNormBackwardParams& pa
 // grid that fits on the device at once (4096 tokens by 768 logits on an H200).
 std::optional<RouterLogitsForwardPlan> plan_router_logits_forward(
     const RouterLogitsForwardParams& params, const DeviceInfo& device);
+
+// ---- Top-k router
+// ---------------------------------------------------------------------------------
+
+enum class TopKRouterForwardKernel : int8_t {
+  kWarp,   // a warp per token, all in registers: few experts per token, and not too many in all
+  kBlock,  // a block per token, which sorts its experts: any shape
+};
+
+struct TopKRouterForwardPlan {
+  DeviceInfo device;
+  TopKRouterForwardKernel kernel;
+  int items_per_lane;  // kWarp: logits of a token
+  size_t shared_bytes;
+  int64_t num_blocks;
+  size_t workspace_bytes;  // counts by block, unless there is one block
+};
+
+struct TopKRouterBackwardPlan {
+  DeviceInfo device;
+  int warps_per_block;  // a warp per token
+  size_t shared_bytes;
+  int64_t num_blocks;
+  size_t workspace_bytes;
+};
+
+struct ExpertSlotsPlan {
+  DeviceInfo device;
+  int pairs_per_block;
+  int64_t num_blocks;
+  size_t workspace_bytes;  // counts by block
+};
+
+TopKRouterForwardPlan plan_topk_router_forward(const TopKRouterForwardParams& params,
+                                               const DeviceInfo& device);
+TopKRouterBackwardPlan plan_topk_router_backward(const TopKRouterBackwardParams& params,
+                                                 const DeviceInfo& device);
+ExpertSlotsPlan plan_expert_slots(const ExpertSlotsParams& params, const DeviceInfo& device);
 
 // ---- Experts
 // -------------------------------------------------------------------------------------
