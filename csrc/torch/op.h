@@ -31,6 +31,10 @@ struct OpName {
   consteval OpName(const char (&name)[kSize]) { std::copy_n(name, kSize, text); }
 };
 
+// The registered op omni_moe::name. Not inline: a program that calls handles alone must link with
+// the library that registers the ops.
+c10::OperatorHandle find_op(const char* name);
+
 // The op omni_moe::kName. Calling the handle is calling the op as from Python: autograd, autocast
 // and meta tensors work.
 template <OpName kName, typename Signature>
@@ -42,9 +46,7 @@ struct Op<kName, Returned(Args...)> {
   static constexpr const char* name = kName.text;
 
   Result operator()(Args... args) const {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow((std::string("omni_moe::") + name).c_str(), "")
-                               .template typed<Result(Args...)>();
+    static const auto op = find_op(name).template typed<Result(Args...)>();
     return op.call(std::forward<Args>(args)...);
   }
 };
