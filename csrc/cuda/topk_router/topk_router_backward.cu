@@ -36,12 +36,15 @@ __device__ __forceinline__ float warp_max(float value) {
   return warp_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// body(e, logits[e]) for this lane's share of a token, 16 bytes a load where the row is aligned.
+// Rows are read and written by vectors in all tokens or in none: a sum must not depend on where its
+// token lies in the batch.
+
+// body(e, logits[e]) for this lane's share of a token.
 template <class T, class Body>
-__device__ __forceinline__ void warp_for_each(const T* logits, int n, Body body) {
+__device__ __forceinline__ void warp_for_each(const T* logits, int n, bool use_vectors, Body body) {
   constexpr int kVec = kVecWidth<T>;
   const int lane = threadIdx.x % kWarpSize;
-  const int num_vec = reinterpret_cast<uintptr_t>(logits) % 16 == 0 ? n / kVec : 0;
+  const int num_vec = use_vectors ? n / kVec : 0;
 #pragma unroll 2
   for (int v = lane; v < num_vec; v += kWarpSize) {
     float values[kVec];
@@ -53,18 +56,19 @@ __device__ __forceinline__ void warp_for_each(const T* logits, int n, Body body)
 }
 
 template <class T>
-__device__ __forceinline__ SoftmaxOfToken warp_softmax(const T* logits, int n) {
+__device__ __forceinline__ SoftmaxOfToken warp_softmax(const T* logits, int n, bool use_vectors) {
   SoftmaxOfToken softmax;
   float max = -INFINITY;
   bool is_odd = false;
-  warp_for_each(logits, n, [&](int, float logit) {
+  warp_for_each(logits, n, use_vectors, [&](int, float logit) {
     is_odd |= !(logit < INFINITY);
     max = fmaxf(max, logit);
   });
   softmax.max = warp_max(max);
   softmax.is_nan = __any_sync(kFullWarp, is_odd) || softmax.max == -INFINITY;
   float sum = 0.0f;
-  warp_for_each(logits, n, [&](int, float logit) { sum += expf(logit - softmax.max); });
+  warp_for_each(logits, n, use_vectors,
+                [&](int, float logit) { sum += expf(logit - softmax.max); });
   softmax.sum = warp_sum(sum);
   return softmax;
 }
@@ -72,12 +76,10 @@ __device__ __forceinline__ SoftmaxOfToken warp_softmax(const T* logits, int n) {
 // grad[e] = value(e, logits[e]); logits are read only where `reads_logits`.
 template <class T, class Value>
 __device__ __forceinline__ void warp_write_row(T* grad, const T* logits, int n, bool reads_logits,
-                                               Value value) {
+                                               bool use_vectors, Value value) {
   constexpr int kVec = kVecWidth<T>;
   const int lane = threadIdx.x % kWarpSize;
-  const bool aligned =
-      (reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(logits)) % 16 == 0;
-  const int num_vec = aligned ? n / kVec : 0;
+  const int num_vec = use_vectors ? n / kVec : 0;
   for (int v = lane; v < num_vec; v += kWarpSize) {
     float row[kVec] = {};
     if (reads_logits) unpack(load_vec<Vec<T, kVec>>(logits + v * kVec), row);
@@ -111,7 +113,7 @@ struct ChosenExperts {
 
 template <class T>
 __device__ __forceinline__ void warp_token_gradient(const ChosenExperts<T>& chosen, T* grad_logits,
-                                                    float* sums) {
+                                                    bool use_vectors, float* sums) {
   const TopKRouterBackwardParams& params = chosen.params;
   const int n = static_cast<int>(params.num_experts);
   const int k = static_cast<int>(params.num_experts_per_token);
@@ -130,7 +132,7 @@ __device__ __forceinline__ void warp_token_gradient(const ChosenExperts<T>& chos
   any = __any_sync(kFullWarp, any);
   max_chosen = warp_max(max_chosen);
   const SoftmaxOfToken softmax =
-      any && is_softmax ? warp_softmax(chosen.logits, n) : SoftmaxOfToken{};
+      any && is_softmax ? warp_softmax(chosen.logits, n, use_vectors) : SoftmaxOfToken{};
   float totals[2] = {};  // Σ s, Σ g s
   for (int i = lane; i < k; i += kWarpSize) {
     const int id = chosen.id(i);
@@ -162,7 +164,7 @@ __device__ __forceinline__ void warp_token_gradient(const ChosenExperts<T>& chos
 
   // 3. The row, less what a softmax over all experts takes from each.
   const bool subtracts = any && is_softmax && !params.norm_topk_prob && !softmax.is_nan;
-  warp_write_row(grad_logits, chosen.logits, n, subtracts, [&](int e, float logit) {
+  warp_write_row(grad_logits, chosen.logits, n, subtracts, use_vectors, [&](int e, float logit) {
     if (softmax.is_nan) return value_of_key(kKeyOfNaN);
     return subtracts ? sums[e] - softmax(logit) * weighted : sums[e];
   });
@@ -172,7 +174,7 @@ __device__ __forceinline__ void warp_token_gradient(const ChosenExperts<T>& chos
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
-    topk_router_backward_kernel(const TopKRouterBackwardParams params) {
+    topk_router_backward_kernel(const TopKRouterBackwardParams params, bool use_vectors) {
   extern __shared__ float shared_sums[];  // [warps][E]
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const ChosenExperts<T> chosen{params, static_cast<const T*>(params.logits) + t * n,
                                   static_cast<const T*>(params.grad_weights) + t * k,
                                   params.indices + t * k};
-    warp_token_gradient(chosen, static_cast<T*>(params.grad_logits) + t * n,
+    warp_token_gradient(chosen, static_cast<T*>(params.grad_logits) + t * n, use_vectors,
                         shared_sums + warp * n);
     __syncwarp();  // before the next token's zeros
   }
@@ -203,7 +205,10 @@ cudaError_t topk_router_backward(const TopKRouterBackwardParams& params,
     const LaunchOptions options{dim3(static_cast<unsigned>(plan.num_blocks)),
                                 static_cast<unsigned>(plan.warps_per_block * kWarpSize),
                                 plan.shared_bytes};
-    return launch_early(topk_router_backward_kernel<T>, options, plan.device, stream, params);
+    const bool use_vectors = params.num_experts % kVecWidth<T> == 0 &&
+                             is_aligned(params.logits, 16) && is_aligned(params.grad_logits, 16);
+    return launch_early(topk_router_backward_kernel<T>, options, plan.device, stream, params,
+                        use_vectors);
   });
 }
 
