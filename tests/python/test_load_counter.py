@@ -160,9 +160,10 @@ def test_replaced_model_through_accelerate(device_map, tmp_path):
         model = replaced()
     model = accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map=device_map).eval()
     ids = torch.arange(T)[None]
+    device = next(model.parameters()).device
     with torch.no_grad():
-        got, want = model(ids).logits, stored(ids).logits
-    assert_bitwise(got.cpu(), want)
+        got, want = model(ids.to(device)).logits, stored.to(device)(ids.to(device)).logits
+    assert_bitwise(got, want)
     for layer in omni_moe_layers(model).values():
         assert layer.expert_load().counts.sum() == T * K
 

@@ -105,6 +105,8 @@ def test_state_dict_round_trip():
 @pytest.mark.parametrize("device", ["meta", "cpu", CUDA])
 def test_device_and_dtype_arguments(device, dtype):
     """As the modules of torch.nn have them."""
+    if (device, dtype) == ("cuda", torch.float64):
+        pytest.skip("no CUDA kernels for float64")
     config = OmniMoEConfig(
         hidden_size=H,
         intermediate_size=I,
