@@ -110,7 +110,6 @@ class OmniMoE(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         num_rows, num_cols = config.grid
-        self._num_cols = num_cols
 
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
@@ -234,7 +233,6 @@ class OmniMoE(nn.Module):
                 up_weight=up_weight,
                 down_weight=down_weight,
                 activation=activation,
-                num_cols=self._num_cols,
             )
         with _named_range("omni_moe.mlp"):
             gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
@@ -247,7 +245,6 @@ class OmniMoE(nn.Module):
             indices=indices,
             activation=activation,
             addend=shared_states,
-            num_cols=self._num_cols,
         )
 
     def _table(self, embedding: nn.Module, device: torch.device) -> Tensor:

@@ -386,7 +386,7 @@ def test_a_grid_says_nothing_about_the_result(device, dtype, shape):
 @needs_gpu
 def test_many_experts_per_token_on_a_grid(dtype):
     """Where the plan takes whole rows and columns of the grid, if the GPU has these kernels."""
-    num_tokens, hidden_size, num_rows, num_cols, k = shape = (1024, 256, 320, 320, 2000)
+    num_tokens, hidden_size, num_rows, num_cols, k = shape = (1024, 1024, 320, 320, 4096)
     sizes = {"num_tokens": num_tokens, "hidden_size": hidden_size, "num_experts_per_token": k}
     plans = omni_moe.plan(
         "omni_expert", **sizes, num_experts=num_rows * num_cols, num_cols=num_cols, dtype=dtype
