@@ -143,7 +143,11 @@ py::dict facts_of(const ExpertForwardPlan& plan) {
 
 py::dict facts_of(const ExpertBackwardPlan& plan) {
   py::dict facts = facts_of(plan.token_pass);
-  facts["schedule"] = plan.schedule.by_counting ? "counting" : "radix_sort";
+  if (plan.token_pass.strategy == TokenPassStrategy::kBands) {
+    facts["schedule"] = "bands";
+  } else {
+    facts["schedule"] = plan.schedule.by_counting ? "counting" : "radix_sort";
+  }
   return with_workspace(facts, plan);
 }
 

@@ -233,6 +233,7 @@ class OmniMoE(nn.Module):
                 up_weight=up_weight,
                 down_weight=down_weight,
                 activation=activation,
+                num_cols=self.config.grid[1],
             )
         with _named_range("omni_moe.mlp"):
             gate = ACTIVATION_FUNCTIONS[activation](self.gate_proj(tokens))
@@ -245,6 +246,7 @@ class OmniMoE(nn.Module):
             indices=indices,
             activation=activation,
             addend=shared_states,
+            num_cols=self.config.grid[1],
         )
 
     def _table(self, embedding: nn.Module, device: torch.device) -> Tensor:

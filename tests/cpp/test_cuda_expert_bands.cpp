@@ -213,7 +213,8 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
   const auto shape = shape_of(c);
   if (c.num_tokens == 0) return;
   ASSERT_TRUE(cuda::bands_support(shape));
-  const cuda::BandPlan plan = cuda::plan_bands(shape);
+  cuda::BandPlan plan = cuda::plan_bands(shape);
+  plan.has_weight_gradients = true;
   const cuda::BandShape bands{static_cast<int>(c.num_tokens),
                               static_cast<int>(c.num_experts_per_token),
                               static_cast<int>(c.grid.size()), plan};
@@ -224,12 +225,15 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
   expect_success(
       cuda::band_cover(bands, device_ids.data(), c.index_type, workspace, /*stream=*/nullptr));
   expect_success(cuda::band_schedule(bands, workspace, nullptr));
+  expect_success(cuda::band_tails(bands, workspace, nullptr));
   memory.read();  // its guards
 
   // 1. Each token's lists.
   const int64_t k = c.num_experts_per_token;
   const auto covers = download(workspace.covers, c.num_tokens);
   const auto pairs = download(workspace.pairs, c.num_tokens * k);
+  const auto places = download(workspace.places, c.num_tokens * k);
+  std::vector<std::vector<int>> tails(plan.num_cols);
   const auto token_tasks = download(workspace.token_tasks, bands.max_tasks());
   const auto positions = download(workspace.positions, bands.max_tasks());
   std::vector<std::vector<cuda::BandTask>> by_band(bands.num_bands());
@@ -255,8 +259,15 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
       seen[got & 0xffff] = true;
       if (i < want.tail) {
         ASSERT_EQ(got, want.pairs[i]) << token << " " << i;
+        ASSERT_EQ(places[token * k + i], want.pairs[i] >> 16) << token << " " << i;
       } else {
-        ASSERT_EQ(got & 0xffff, want.pairs[i] & 0xffff) << token << " " << i;
+        const uint32_t pair = want.pairs[i] & 0xffff;
+        const int64_t id = ids[token * k + pair];
+        const auto row = static_cast<uint32_t>(id / plan.num_cols);
+        const int64_t col = id % plan.num_cols;
+        ASSERT_EQ(got, row << 16 | pair) << token << " " << i;
+        ASSERT_EQ(places[token * k + i], col) << token << " " << i;
+        tails[col].push_back(static_cast<int>(token * k + i));
       }
     }
   }
@@ -283,6 +294,25 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
     }
   }
   EXPECT_EQ(tile, num_tiles);
+
+  // 3. What the tables' gradients sum.
+  const auto ranges = download(workspace.ranges, bands.num_bands());
+  const auto all_tails = download(workspace.tails, c.num_tokens * k);
+  int first_task = 0, first_tail = 0;
+  for (int band = 0; band < bands.num_bands(); ++band) {
+    const int num_tasks = static_cast<int>(by_band[band].size());
+    ASSERT_EQ(ranges[band].num_tasks, num_tasks) << band;
+    if (num_tasks > 0) ASSERT_EQ(ranges[band].first_task, first_task) << band;
+    first_task += num_tasks;
+    const auto want =
+        band < plan.num_rows ? std::vector<int>() : std::move(tails[band - plan.num_rows]);
+    ASSERT_EQ(ranges[band].num_tails, static_cast<int>(want.size())) << band;
+    if (want.empty()) continue;
+    ASSERT_EQ(ranges[band].first_tail, first_tail) << band;
+    const auto begin = all_tails.begin() + first_tail;
+    ASSERT_EQ(std::vector<int>(begin, begin + want.size()), want) << band;
+    first_tail += static_cast<int>(want.size());
+  }
 }
 
 // ---- passes ----
@@ -366,6 +396,20 @@ struct Problem {
     for (int64_t pair = 0; pair < num_pairs(); ++pair) {
       const double* row = table.data() + ids[pair] * width;
       double* sum = sums.data() + pair / k * width;
+      const double square = coefficients[pair] * coefficients[pair];
+      for (int64_t h = 0; h < width; ++h) sum[h] += square * row[h] * row[h];
+    }
+    for (double& sum : sums) sum = std::sqrt(sum);
+    return sums;
+  }
+
+  // The same of the tables' gradients: coefficients times rows of `states`, a token's.
+  Values sizes_of_table_sums(const Values& coefficients, const Values& states) const {
+    const int64_t k = c.num_experts_per_token, width = c.hidden_size;
+    Values sums(c.grid.size() * width);
+    for (int64_t pair = 0; pair < num_pairs(); ++pair) {
+      const double* row = states.data() + pair / k * width;
+      double* sum = sums.data() + ids[pair] * width;
       const double square = coefficients[pair] * coefficients[pair];
       for (int64_t h = 0; h < width; ++h) sum[h] += square * row[h] * row[h];
     }
@@ -460,14 +504,25 @@ TEST_P(CudaExpertBands, Backward) {
   }
   expect_close_sums("grad_hidden", problem.grad_hidden, got[0],
                     problem.sizes_of_sums(coefficients, problem.up.values));
-  expect_close_values("grad_up", problem.grad_up, got[1]);
-  expect_close_values("grad_down", problem.grad_down, got[2]);
+  expect_close_sums("grad_up", problem.grad_up, got[1],
+                    problem.sizes_of_table_sums(coefficients, problem.hidden.values));
+  Values down_coefficients = activate(problem.c.activation, problem.pre_activations.values).value;
+  for (int64_t i = 0; i < problem.num_pairs(); ++i) {
+    down_coefficients[i] *= problem.routing.values[i];
+  }
+  expect_close_sums("grad_down", problem.grad_down, got[2],
+                    problem.sizes_of_table_sums(down_coefficients, problem.grad.values));
   expect_close_values("grad_routing", problem.grad_routing, got[3]);
 
   // The gradient of the routing weights alone takes no second product.
   params.grad_hidden_states = params.grad_up_weights = params.grad_down_weights = nullptr;
   const auto alone = run_twice({&problem.grad_routing.device}, bytes, launch);
   EXPECT_TRUE(alone[0] == got[3]);
+
+  // One table's gradient alone is that of both.
+  params.grad_routing_weights = nullptr;
+  params.grad_down_weights = problem.grad_down.device.data();
+  EXPECT_TRUE(run_twice({&problem.grad_down.device}, bytes, launch)[0] == got[2]);
 }
 
 // A captured pass repeats the bits of a launched one, also after the workspace has been used for
@@ -535,6 +590,9 @@ std::vector<Case> cases() {
   cases.push_back({64, {256, 256}, 256, 64, Routing::kRouter, fp16, i32});
   cases.push_back({40, {320, 320}, 512, 128, Routing::kRouter, bf16, i32});
   cases.push_back({40, {320, 320}, 512, 64, Routing::kUniform, bf16, i32});
+  cases.push_back({700, {40, 320}, 64, 192, Routing::kOneRow, fp16, i32});  // of several layouts
+  cases.push_back({700, {320, 40}, 64, 136, Routing::kOneColumn, bf16, i32});
+  cases.push_back({300, {400, 330}, 200, 264, Routing::kOneRow, bf16, i32});
   cases.push_back({12, {320, 320}, 4096, 64, Routing::kRouter, bf16, i32});
   cases.push_back({20, {400, 330}, 300, 64, Routing::kRouter, bf16, i32});  // longer than 320
   cases.push_back({20, {40, 512}, 300, 64, Routing::kRouter, fp16, i32});

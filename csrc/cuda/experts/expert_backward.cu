@@ -5,9 +5,12 @@
 //     and per pair the two coefficients below, written to the pair's place in expert order;
 //   expert order (weight_grad.cu): grad_down[i] = Σ routing act(s) grad[t],
 //     grad_up[i] = Σ routing act'(s) g hidden[t].
-// The token pass reads 2 T K rows like the forward and writes 16 bytes per pair.
+// The token pass reads 2 T K rows like the forward and writes 16 bytes per pair. A pass by bands
+// (bands/) leaves its coefficients in lists of its own, from which the tables' gradients are summed
+// by bands, too.
 #include "cuda/common/check.h"
 #include "cuda/common/dispatch.h"
+#include "cuda/experts/bands/bands.h"
 #include "cuda/experts/expert_plan.h"
 #include "cuda/experts/expert_workspace.h"
 #include "cuda/experts/launch_token_pass.cuh"
@@ -17,6 +20,11 @@
 
 namespace omni_moe::cuda {
 namespace {
+
+// Whether the tables' gradients take the bands of the token pass, instead of pairs in expert order.
+bool has_band_weights(const ExpertBackwardPlan& plan) {
+  return plan.token_pass.strategy == TokenPassStrategy::kBands;
+}
 
 ScheduleShape schedule_shape(const ExpertBackwardParams& params) {
   return {params.num_tokens * params.num_experts_per_token, params.num_experts};
@@ -44,7 +52,7 @@ cudaError_t token_pass(const ExpertBackwardParams& params, bool want_weights,
     pairs.routing_weights = static_cast<const T*>(params.routing_weights);
     pairs.pre_activations = static_cast<const float*>(params.pre_activations);
     pairs.grad_routing_weights = static_cast<T*>(params.grad_routing_weights);
-    pairs.records = want_weights ? workspace.records : nullptr;
+    pairs.records = want_weights && !has_band_weights(plan) ? workspace.records : nullptr;
     pairs.pair_position = workspace.schedule.schedule.pair_position;
     pairs.activation = params.activation;
     return launch_token_pass<T>(args, pairs, plan.token_pass, token_pass_shape(params).is_aligned,
@@ -53,11 +61,33 @@ cudaError_t token_pass(const ExpertBackwardParams& params, bool want_weights,
   });
 }
 
+cudaError_t band_weights(const ExpertBackwardParams& params, const ExpertBackwardPlan& plan,
+                         const BackwardWorkspace& workspace, cudaStream_t stream) {
+  const BandShape shape{static_cast<int>(params.num_tokens),
+                        static_cast<int>(params.num_experts_per_token),
+                        static_cast<int>(params.num_experts), plan.token_pass.bands};
+  const BandWorkspace lists = cut_band_workspace(shape, params.hidden_size, workspace.token_pass);
+  const BandWeightGradTables tables{params.hidden_states, params.grad_expert_states,
+                                    params.grad_up_weights, params.grad_down_weights};
+  return run_steps([&] { return band_tails(shape, lists, stream); },
+                   [&] {
+                     return dispatch_dtype(params.dtype, [&](auto tag) {
+                       using T = typename decltype(tag)::type;
+                       if constexpr (sizeof(T) != 2) {
+                         return cudaErrorInvalidValue;
+                       } else {
+                         return band_weight_grad<T>(shape, tables, params.hidden_size, lists,
+                                                    plan.device, stream);
+                       }
+                     });
+                   });
+}
+
 }  // namespace
 
 ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params) {
   const ExpertBackwardPlan plan = plan_expert_backward(params, current_device());
-  if (plan.schedule.by_counting || !is_supported(params)) return plan;
+  if (has_band_weights(plan) || plan.schedule.by_counting || !is_supported(params)) return plan;
   return plan_expert_backward(params, plan.device, plan.token_pass,
                               sort_storage_bytes(schedule_shape(params)));
 }
@@ -72,6 +102,13 @@ cudaError_t expert_backward(const ExpertBackwardParams& params, const ExpertBack
   const BackwardWorkspace workspace = cut_workspace(params, plan);
   const bool want_weights =
       params.grad_up_weights != nullptr || params.grad_down_weights != nullptr;
+  if (has_band_weights(plan)) {
+    return run_steps([&] { return token_pass(params, want_weights, plan, workspace, stream); },
+                     [&] {
+                       if (!want_weights) return cudaSuccess;
+                       return band_weights(params, plan, workspace, stream);
+                     });
+  }
   return run_steps(
       [&] {
         if (!want_weights) return cudaSuccess;

@@ -180,7 +180,8 @@ TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
           params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
               is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
               is_aligned(params.down_weights, 16) && is_aligned(params.addend, 16) &&
-              is_aligned(params.grad_hidden_states, 16),
+              is_aligned(params.grad_hidden_states, 16) && is_aligned(params.grad_up_weights, 16) &&
+              is_aligned(params.grad_down_weights, 16),
           params.num_cols};
 }
 
@@ -218,6 +219,7 @@ ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params,
   ExpertBackwardPlan plan{};
   plan.device = device;
   plan.token_pass = token_pass;
+  plan.token_pass.bands.has_weight_gradients = token_pass.strategy == TokenPassStrategy::kBands;
   plan.schedule =
       plan_schedule(params.num_tokens * params.num_experts_per_token, params.num_experts);
   if (!plan.schedule.by_counting) plan.schedule.sort_storage_bytes = sort_storage_bytes;
@@ -272,6 +274,10 @@ BackwardWorkspace cut_workspace(const ExpertBackwardParams& params,
   const int64_t num_pairs = params.num_tokens * params.num_experts_per_token;
   workspace.token_pass =
       cutter.take<float>(token_pass_workspace_floats(token_pass_shape(params), plan.token_pass));
+  if (plan.token_pass.strategy == TokenPassStrategy::kBands) {  // whose lists are all it takes
+    workspace.size = cutter.size();
+    return workspace;
+  }
   workspace.schedule =
       take_schedule_workspace(num_pairs, params.num_experts, plan.schedule, &cutter);
   workspace.records = cutter.take<PairRecord>(num_pairs);

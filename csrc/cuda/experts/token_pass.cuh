@@ -35,6 +35,8 @@ struct ForwardPairs {
   float* pre_activations;    // [T, K], or null: not wanted
   Activation activation;
 
+  static constexpr bool kHasWeightGradients = false;
+
   // What is read of a pair, long before its dot product is known.
   struct Inputs {
     float weight;
@@ -60,6 +62,8 @@ struct BackwardPairs {
   const uint32_t* pair_position;  // [T * K], or null likewise
   Activation activation;
 
+  static constexpr bool kHasWeightGradients = true;
+
   struct Inputs {
     float weight;
     float pre_activation;
@@ -84,6 +88,11 @@ struct BackwardPairs {
       }
     }
     return up_coefficient;
+  }
+  // Of grad[t] in grad_down, where it does not go into a record; finish's result is that of
+  // hidden[t] in grad_up.
+  __device__ __forceinline__ float down_coefficient(const Inputs& inputs) const {
+    return inputs.weight * activate(activation, inputs.pre_activation);
   }
 };
 

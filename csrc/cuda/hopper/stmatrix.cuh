@@ -31,6 +31,15 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragm
       : "memory");
 }
 
+// The same, but address l % 8 is that of column l % 8.
+__device__ __forceinline__ void store_transposed_matrices(void* col,
+                                                          const uint32_t (&fragment)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(col)),
+               "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+               : "memory");
+}
+
 // Stores the warp's 16 rows by 64 columns of a wgmma's D as rows of a swizzled tile. pair(i) packs
 // the values for the places of accumulators i and i + 1, i = 0 … 31.
 template <class Pair>

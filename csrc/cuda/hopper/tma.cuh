@@ -126,6 +126,21 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* ti
   ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, tile);
 }
 
+// The same into a grid; vectors and elements past its end are dropped.
+__device__ __forceinline__ void tma_store_grid(const CUtensorMap& map, const void* tile, int row,
+                                               int col, int element) {
+  const int32_t at[] = {element, col, row};
+  ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, tile);
+}
+
+// Adds to what the grid holds, rounding to its type. No order of several adds is kept.
+__device__ __forceinline__ void tma_add_grid(const CUtensorMap& map, const void* tile, int row,
+                                             int col, int element) {
+  const int32_t at[] = {element, col, row};
+  ptx::cp_reduce_async_bulk_tensor(ptx::space_global, ptx::space_shared, ptx::op_add, &map, at,
+                                   tile);
+}
+
 __device__ __forceinline__ void tma_store_commit() { ptx::cp_async_bulk_commit_group(); }
 
 // Waits until all but the last kPending of the thread's bulk groups have read their shared memory.

@@ -5,7 +5,8 @@
 // Operands are tiles as tma.cuh loads them: rows of 64 elements, 128-byte swizzle. Rows of A run
 // along K. Those of B run along K too, N of them (PTX's K-major, for a matrix Bᵀ in memory), or
 // along the columns of D (N-major, for B itself in memory): then a tile has a row for each element
-// of K and 64 of the columns, and N / 64 tiles lie one behind the other.
+// of K and 64 of the columns, and N / 64 tiles lie one behind the other. In the same way A may be
+// one tile whose rows run along the rows of D (M-major, for a matrix Aᵀ in memory).
 //
 // Thread t of the warpgroup holds of D, for j = 0 … N / 8 - 1 and i = 0, 1,
 // at d[4 j + 2 i + {0, 1}]:
@@ -113,9 +114,9 @@ struct WgmmaType<__half> {
   static constexpr const char kName[] = "f16";
 };
 
-// accumulate = 0 overwrites D. a, b: wgmma_descriptor, a along K and b as kMajorB says.
+// accumulate = 0 overwrites D. a, b: wgmma_descriptor, as kMajorA and kMajorB say.
 // clang-format off
-template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth>
+template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth, WgmmaMajor kMajorA = WgmmaMajor::kDepth>
 __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters], uint64_t a, uint64_t b,
                                       int accumulate) {
   asm volatile(
@@ -131,7 +132,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters], uint64_t a, u
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, accumulate, 1, 1, 0, %132;\n"
+      "%128, %129, accumulate, 1, 1, %133, %132;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -150,9 +151,10 @@ __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters], uint64_t a, u
         "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
         "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
       : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<T>::kName),
-        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0));
+        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0),
+        "n"(kMajorA == WgmmaMajor::kCols ? 1 : 0));
 }
-template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth>
+template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth, WgmmaMajor kMajorA = WgmmaMajor::kDepth>
 __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters / 4], uint64_t a, uint64_t b,
                                       int accumulate) {
   asm volatile(
@@ -162,16 +164,17 @@ __device__ __forceinline__ void wgmma(float (&d)[kWgmmaRegisters / 4], uint64_t 
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.%35.%35 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, accumulate, 1, 1, 0, %36;\n"
+      "%32, %33, accumulate, 1, 1, %37, %36;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<T>::kName),
-        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0));
+        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0),
+        "n"(kMajorA == WgmmaMajor::kCols ? 1 : 0));
 }
-template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth>
+template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth, WgmmaMajor kMajorA = WgmmaMajor::kDepth>
 __device__ __forceinline__ void wgmma(float (&d)[80], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n"
@@ -183,7 +186,7 @@ __device__ __forceinline__ void wgmma(float (&d)[80], uint64_t a, uint64_t b, in
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
-      "%80, %81, accumulate, 1, 1, 0, %84;\n"
+      "%80, %81, accumulate, 1, 1, %85, %84;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -196,9 +199,10 @@ __device__ __forceinline__ void wgmma(float (&d)[80], uint64_t a, uint64_t b, in
         "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
         "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
       : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<T>::kName),
-        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0));
+        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0),
+        "n"(kMajorA == WgmmaMajor::kCols ? 1 : 0));
 }
-template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth>
+template <class T, WgmmaMajor kMajorB = WgmmaMajor::kDepth, WgmmaMajor kMajorA = WgmmaMajor::kDepth>
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n"
@@ -209,7 +213,7 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, in
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, accumulate, 1, 1, 0, %68;\n"
+      "%64, %65, accumulate, 1, 1, %69, %68;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -220,7 +224,8 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, in
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
       : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<T>::kName),
-        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0));
+        "n"(kMajorB == WgmmaMajor::kCols ? 1 : 0),
+        "n"(kMajorA == WgmmaMajor::kCols ? 1 : 0));
 }
 // clang-format on
 

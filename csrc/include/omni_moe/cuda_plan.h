@@ -151,10 +151,11 @@ enum class TokenPassStrategy : int8_t {
 
 // A band is a row or a column of the grid of experts, a task a token's experts in one band.
 struct BandPlan {
-  int num_rows;   // R
-  int num_cols;   // C
-  int max_tasks;  // of a token; the pairs of further bands are gathered
-  int min_pairs;  // of a task; the pairs of bands with fewer are gathered
+  int num_rows;               // R
+  int num_cols;               // C
+  int max_tasks;              // of a token; the pairs of further bands are gathered
+  int min_pairs;              // of a task; the pairs of bands with fewer are gathered
+  bool has_weight_gradients;  // the pass is that of a backward, which sums them by bands, too
 };
 
 // Forward and backward are the same pass over tokens.

@@ -38,6 +38,7 @@ struct CoverArgs {
   TokenTask* token_tasks;
   uint32_t* chosen;
   int* band_sizes;
+  int* tail_sizes;
 };
 
 // Words of a block's shared memory.
@@ -107,6 +108,10 @@ __device__ __forceinline__ int choose_bands(const CoverShared& shared, int first
   return num_tasks;
 }
 
+__device__ __forceinline__ uint32_t row_of(const CoverArgs& args, uint32_t id) {
+  return args.shape.plan.num_cols == 1 ? id : __umulhi(id, args.inverse_cols);
+}
+
 __global__ void __launch_bounds__(kThreads)
     band_cover_kernel(const __grid_constant__ CoverArgs args) {
   extern __shared__ int words[];
@@ -127,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = threadIdx.x; k < num_pairs; k += kThreads) {
     const uint32_t id =
         load_expert_id(args.indices, args.index_type, first_pair + k, args.shape.num_experts);
-    const uint32_t row = plan.num_cols == 1 ? id : __umulhi(id, args.inverse_cols);
+    const uint32_t row = row_of(args, id);
     shared.cells[k] = row << 16 | (id - row * plan.num_cols);
     atomicAdd(&shared.sizes[row], 1);
   }
@@ -245,9 +250,21 @@ __global__ void __launch_bounds__(kThreads)
     __syncwarp();
   }
   __syncthreads();
+  const int tail = shared.firsts[num_tasks];
   for (int i = threadIdx.x; i < num_pairs; i += kThreads) {
-    args.pairs[first_pair + i] = shared.list[i];
-    args.places[first_pair + i] = static_cast<uint16_t>(shared.list[i] >> 16);
+    BandPair pair = shared.list[i];
+    uint32_t place = pair >> 16;
+    if (i >= tail) {
+      const uint32_t k = pair & 0xffff;
+      const uint32_t id =
+          load_expert_id(args.indices, args.index_type, first_pair + k, args.shape.num_experts);
+      const uint32_t row = row_of(args, id);
+      place = id - row * plan.num_cols;
+      pair = row << 16 | k;
+      if (plan.has_weight_gradients) atomicAdd(&args.tail_sizes[place], 1);
+    }
+    args.pairs[first_pair + i] = pair;
+    args.places[first_pair + i] = static_cast<uint16_t>(place);
   }
 }
 
@@ -261,12 +278,12 @@ cudaError_t band_cover(const BandShape& shape, const void* indices, IndexType in
       /*inverse_cols=*/
       static_cast<uint32_t>(((uint64_t{1} << 32) + shape.plan.num_cols - 1) / shape.plan.num_cols),
       workspace.pairs, workspace.places, workspace.covers, workspace.token_tasks, workspace.chosen,
-      workspace.band_sizes};
+      workspace.band_sizes, workspace.tail_sizes};
   while ((args.max_height + 1) * (args.max_height + 1) <= shape.num_pairs &&
          args.max_height < shape.plan.num_rows) {
     ++args.max_height;
   }
-  const char* last = reinterpret_cast<const char*>(workspace.band_sizes + shape.num_bands());
+  const char* last = reinterpret_cast<const char*>(workspace.tail_sizes + shape.plan.num_cols);
   const size_t cleared = last - reinterpret_cast<const char*>(workspace.chosen);
   return run_steps(
       [&] { return cudaMemsetAsync(workspace.chosen, 0, cleared, stream); },

@@ -21,6 +21,14 @@ struct BandTable {
     const int col = is_row ? place : band - plan.num_rows;
     tma_load_grid_multicast(is_row ? rows : cols, tile, barrier, row, col, element, kBoth);
   }
+  // Into a grid row, and added to what a grid column holds.
+  __device__ __forceinline__ void store_row(int band, int place, int element,
+                                            const void* tile) const {
+    tma_store_grid(rows, tile, band, place, element);
+  }
+  __device__ __forceinline__ void add_col(int col, int place, int element, const void* tile) const {
+    tma_add_grid(cols, tile, place, col, element);
+  }
 };
 
 template <class T>

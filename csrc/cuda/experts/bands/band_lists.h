@@ -44,6 +44,15 @@ struct BandTile {
   int num_tasks;
 };
 
+// What the gradients of the tables sum in a band: its tasks and, in a column, the pairs of tails,
+// each as a task of one pair.
+struct BandRange {
+  int first_task;
+  int num_tasks;
+  int first_tail;
+  int num_tails;
+};
+
 // What cover and schedule are told of a pass.
 struct BandShape {
   int num_tokens;   // T
@@ -59,19 +68,24 @@ struct BandShape {
 };
 
 struct BandWorkspace {
-  BandPair* pairs;         // [T, K]
-  uint16_t* places;        // [T, K] of the pairs in their bands, and one more
-  TokenCover* covers;      // [T]
+  BandPair* pairs;     // [T, K], of the tail with the row as place
+  uint16_t* places;    // [T, K] of the pairs in their bands, and one more; of the tail its column
+  TokenCover* covers;  // [T]
   TokenTask* token_tasks;  // [T, max_tasks]
   int* positions;          // [T, max_tasks] of a token's tasks among all tasks
   uint32_t* chosen;        // [bands, words] a bit for each token with a task in the band
   int* band_sizes;         // [bands] tasks of each band
+  int* tail_sizes;         // [C] pairs of tails in each column
   BandTask* tasks;         // [T * max_tasks]
   BandTile* tiles;         // [max_tiles]
   int* num_tiles;          // [1]
   float* dots;             // [T, K] of each pair in the lists
   BandPair* coefficients;  // [T, K]
   void* partial;           // [T * max_tasks, H] in the 16-bit type
+  // Of a plan with weight gradients, whose `coefficients` are those of `up`.
+  BandPair* down_coefficients;  // [T, K]
+  BandRange* ranges;            // [bands]
+  int* tails;                   // [T * K] places in the lists of the tails' pairs, by column
   size_t size;
 };
 
@@ -87,13 +101,20 @@ inline BandWorkspace cut_band_workspace(const BandShape& shape, int64_t hidden_s
   workspace.positions = cutter.take<int>(num_tasks);
   workspace.chosen =
       cutter.take<uint32_t>(static_cast<size_t>(shape.num_bands()) * shape.num_words());
-  workspace.band_sizes = cutter.take<int>(shape.num_bands());  // cleared together with `chosen`
+  // These two are cleared together with `chosen`.
+  workspace.band_sizes = cutter.take<int>(shape.num_bands());
+  workspace.tail_sizes = cutter.take<int>(shape.plan.num_cols);
   workspace.tasks = cutter.take<BandTask>(num_tasks);
   workspace.tiles = cutter.take<BandTile>(static_cast<size_t>(shape.max_tiles()));
   workspace.num_tiles = cutter.take<int>(1);
   workspace.dots = cutter.take<float>(num_pairs);
   workspace.coefficients = cutter.take<BandPair>(num_pairs);
   workspace.partial = cutter.take<uint16_t>(num_tasks * static_cast<size_t>(hidden_size));
+  if (shape.plan.has_weight_gradients) {
+    workspace.down_coefficients = cutter.take<BandPair>(num_pairs);
+    workspace.ranges = cutter.take<BandRange>(shape.num_bands());
+    workspace.tails = cutter.take<int>(num_pairs);
+  }
   workspace.size = cutter.size();
   return workspace;
 }

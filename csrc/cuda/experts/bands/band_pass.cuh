@@ -9,6 +9,7 @@
 
 #include "cuda/common/check.h"
 #include "cuda/common/reduce.cuh"
+#include "cuda/experts/bands/band_layout.cuh"
 #include "cuda/experts/bands/bands.h"
 #include "cuda/experts/expert_plan.h"
 #include "cuda/experts/row_pieces.cuh"
@@ -18,11 +19,30 @@ namespace omni_moe::cuda {
 
 inline constexpr int kBandCoefficientThreads = 256;
 
+// Where the coefficients of the lists' pairs go.
+struct BandCoefficients {
+  BandPair* values;  // of the pass's values; in a backward those are the rows of `up`
+  BandPair* down;    // of grad_down, or null without weight gradients
+};
+
+template <class T, class Pairs>
+__device__ __forceinline__ void store_coefficients(const BandCoefficients& to, int64_t at,
+                                                   BandPair entry, float coefficient,
+                                                   const Pairs& pairs,
+                                                   const typename Pairs::Inputs& inputs) {
+  to.values[at] = with_coefficient<T>(entry, coefficient);
+  if constexpr (Pairs::kHasWeightGradients) {
+    if (to.down != nullptr) {
+      to.down[at] = with_coefficient<T>(entry, pairs.down_coefficient(inputs));
+    }
+  }
+}
+
 template <class T, class Pairs>
 __global__ void __launch_bounds__(kBandCoefficientThreads)
     band_coefficients_kernel(const __grid_constant__ Pairs pairs, int num_pairs, unsigned all_pairs,
                              const BandPair* list, const TokenCover* covers, const float* dots,
-                             BandPair* coefficients) {
+                             const __grid_constant__ BandCoefficients coefficients) {
   const unsigned at = blockIdx.x * kBandCoefficientThreads + threadIdx.x;
   if (at >= all_pairs) return;
   const unsigned token = at / num_pairs;
@@ -31,12 +51,13 @@ __global__ void __launch_bounds__(kBandCoefficientThreads)
   const BandPair entry = list[at];
   const int64_t pair = first + (entry & 0xffff);
   const auto inputs = pairs.load(pair, /*stores=*/true);
-  const T coefficient = from_float<T>(pairs.finish(inputs, pair, token, dots[at], /*stores=*/true));
-  coefficients[at] = (entry & 0xffff0000) | reinterpret_cast<const uint16_t&>(coefficient);
+  const float coefficient = pairs.finish(inputs, pair, token, dots[at], /*stores=*/true);
+  store_coefficients<T>(coefficients, at, entry, coefficient, pairs, inputs);
 }
 
 struct BandSumArgs {
   const BandPair* list;
+  BandCoefficients coefficients;  // those of the tail are written where there are weight gradients
   const TokenCover* covers;
   const int* positions;
   const void* partial;
@@ -136,6 +157,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) dot += warp_dots[parity][w][own];
       const float coefficient = pairs.finish(inputs, own_pair, token, dot, stores);
+      if (stores && bands.coefficients.down != nullptr) {
+        const int64_t at = first_pair + first + own;
+        store_coefficients<T>(bands.coefficients, at, bands.list[at], coefficient, pairs, inputs);
+      }
       if (args.out == nullptr) continue;
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
@@ -195,6 +220,7 @@ cudaError_t launch_bands(const TokenPassArgs& args, const Pairs& pairs, const Ba
     const BandShape shape = band_shape(args, plan);
     const BandWorkspace workspace = cut_band_workspace(shape, args.hidden_size, base);
     const int64_t all_pairs = args.num_tokens * args.num_experts_per_token;
+    const BandCoefficients coefficients{workspace.coefficients, workspace.down_coefficients};
     return run_steps(
         [&] { return band_cover(shape, args.indices, args.index_type, workspace, stream); },
         [&] { return band_schedule(shape, workspace, stream); },
@@ -207,7 +233,7 @@ cudaError_t launch_bands(const TokenPassArgs& args, const Pairs& pairs, const Ba
           band_coefficients_kernel<T>
               <<<static_cast<unsigned>(blocks), kBandCoefficientThreads, 0, stream>>>(
                   pairs, shape.num_pairs, static_cast<unsigned>(all_pairs), workspace.pairs,
-                  workspace.covers, workspace.dots, workspace.coefficients);
+                  workspace.covers, workspace.dots, coefficients);
           return launch_status();
         },
         [&] {
@@ -215,8 +241,8 @@ cudaError_t launch_bands(const TokenPassArgs& args, const Pairs& pairs, const Ba
           return band_values<T>(shape, args.values, args.hidden_size, workspace, device, stream);
         },
         [&] {
-          const BandSumArgs bands{workspace.pairs, workspace.covers, workspace.positions,
-                                  workspace.partial, plan.max_tasks};
+          const BandSumArgs bands{workspace.pairs,     coefficients,      workspace.covers,
+                                  workspace.positions, workspace.partial, plan.max_tasks};
           return launch_band_sum<T>(args, bands, pairs, stream);
         });
   }

@@ -14,6 +14,9 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 
+constexpr int kTailThreads = 512;
+constexpr int kTailWarps = kTailThreads / kWarpSize;
+
 struct ScheduleArgs {
   BandShape shape;
   const TokenCover* covers;
@@ -24,12 +27,42 @@ struct ScheduleArgs {
   BandTask* tasks;
   BandTile* tiles;
   int* num_tiles;
+  BandRange* ranges;
 };
 
+struct TailArgs {
+  BandShape shape;
+  const TokenCover* covers;
+  const uint16_t* places;
+  const int* tail_sizes;
+  BandRange* ranges;
+  int* tails;
+};
+
+template <int kBlockWarps>
 __device__ __forceinline__ int block_add(int value, int* scratch) {
-  const int sum = block_reduce<kWarps>(value, scratch, [](int a, int b) { return a + b; });
+  const int sum = block_reduce<kBlockWarps>(value, scratch, [](int a, int b) { return a + b; });
   __syncthreads();
   return sum;
+}
+
+// The sum of the values of the threads before this one, and in `total` that of all.
+template <int kBlockWarps>
+__device__ __forceinline__ int block_exclusive_scan(int value, int* scratch, int* total) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int end = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(value)));
+  if (lane == kWarpSize - 1) scratch[warp] = end;
+  __syncthreads();
+  int before = end - value;
+  int all = 0;
+  for (int w = 0; w < kBlockWarps; ++w) {
+    if (w < warp) before += scratch[w];
+    all += scratch[w];
+  }
+  __syncthreads();
+  *total = all;
+  return before;
 }
 
 // The place of a band among a token's tasks, which are in order of their bands.
@@ -63,8 +96,11 @@ __global__ void __launch_bounds__(kThreads)
     tasks_before += tasks;
     tiles_before += ceil_div(tasks, kTileTasks);
   }
-  tasks_before = block_add(tasks_before, scratch);
-  tiles_before = block_add(tiles_before, scratch);
+  tasks_before = block_add<kWarps>(tasks_before, scratch);
+  tiles_before = block_add<kWarps>(tiles_before, scratch);
+  if (args.ranges != nullptr && threadIdx.x == 0) {
+    args.ranges[band] = {tasks_before, size, /*first_tail=*/0, /*num_tails=*/0};
+  }
 
   // 2. Tiles.
   const int num_tiles = ceil_div(size, kTileTasks);
@@ -78,21 +114,13 @@ __global__ void __launch_bounds__(kThreads)
 
   // 3. Tasks: 32 tokens a thread.
   const uint32_t* chosen = args.chosen + static_cast<int64_t>(band) * args.shape.num_words();
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
   int position = tasks_before;
   for (int base = 0; base < args.shape.num_words(); base += kThreads) {
     const int word = base + threadIdx.x;
     uint32_t bits = word < args.shape.num_words() ? chosen[word] : 0;
-    const int end = warp_inclusive_scan(__popc(bits));
-    if (lane == kWarpSize - 1) scratch[warp] = end;
-    __syncthreads();
-    int at = position + end - __popc(bits);
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) at += scratch[w];
-      position += scratch[w];
-    }
-    __syncthreads();
+    int total;
+    int at = position + block_exclusive_scan<kWarps>(__popc(bits), scratch, &total);
+    position += total;
     for (; bits != 0; bits &= bits - 1, ++at) {
       const int token = word * 32 + __ffs(bits) - 1;
       const int64_t first_slot = static_cast<int64_t>(token) * max_tasks;
@@ -104,7 +132,53 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The tails' pairs of one column, in the order of the lists: a thread looks through the tail of a
+// token, first to count and then to write.
+__global__ void __launch_bounds__(kTailThreads)
+    band_tails_kernel(const __grid_constant__ TailArgs args) {
+  __shared__ int scratch[kTailWarps];
+  const int col = blockIdx.x;
+  const int num_tails = args.tail_sizes[col];
+  if (num_tails == 0) return;
+  int tails_before = 0;
+  for (int other = threadIdx.x; other < col; other += kTailThreads) {
+    tails_before += args.tail_sizes[other];
+  }
+  tails_before = block_add<kTailWarps>(tails_before, scratch);
+  if (threadIdx.x == 0) {
+    BandRange& range = args.ranges[args.shape.plan.num_rows + col];
+    range.first_tail = tails_before;
+    range.num_tails = num_tails;
+  }
+  const int num_pairs = args.shape.num_pairs;
+  int position = tails_before;
+  for (int base = 0; position < tails_before + num_tails; base += kTailThreads) {
+    const int token = base + static_cast<int>(threadIdx.x);
+    const int first = min(token, args.shape.num_tokens - 1) * num_pairs;
+    const int begin = token < args.shape.num_tokens ? args.covers[token].tail : num_pairs;
+    int count = 0;
+    for (int i = begin; i < num_pairs; ++i) count += args.places[first + i] == col ? 1 : 0;
+    int total;
+    int at = position + block_exclusive_scan<kTailWarps>(count, scratch, &total);
+    position += total;
+    for (int i = begin; count > 0; ++i) {
+      if (args.places[first + i] != col) continue;
+      args.tails[at++] = first + i;
+      --count;
+    }
+  }
+}
+
 }  // namespace
+
+cudaError_t band_tails(const BandShape& shape, const BandWorkspace& workspace,
+                       cudaStream_t stream) {
+  const TailArgs args{
+      shape,          workspace.covers, workspace.places, workspace.tail_sizes, workspace.ranges,
+      workspace.tails};
+  band_tails_kernel<<<shape.plan.num_cols, kTailThreads, 0, stream>>>(args);
+  return clear_failure(launch_status());
+}
 
 cudaError_t band_schedule(const BandShape& shape, const BandWorkspace& workspace,
                           cudaStream_t stream) {
@@ -116,7 +190,8 @@ cudaError_t band_schedule(const BandShape& shape, const BandWorkspace& workspace
                           workspace.positions,
                           workspace.tasks,
                           workspace.tiles,
-                          workspace.num_tiles};
+                          workspace.num_tiles,
+                          workspace.ranges};
   band_schedule_kernel<<<shape.num_bands(), kThreads, 0, stream>>>(args);
   return clear_failure(launch_status());
 }

@@ -21,6 +21,7 @@
 #include "cuda/common/vec.cuh"
 #include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/bands/band_grid_sm90.cuh"
+#include "cuda/experts/bands/band_layout.cuh"
 #include "cuda/experts/bands/bands.h"
 #include "cuda/hopper/mbarrier.cuh"
 #include "cuda/hopper/stmatrix.cuh"
@@ -111,7 +112,6 @@ __device__ __forceinline__ void sync_warpgroup(int consumer) {
 // Units of a warp's lists whose pairs are in registers when P is laid out. At 320 x 320 a warp has
 // about 22 units with K 512 and 38 with K 4096.
 constexpr int kEarlyUnits = 40;
-constexpr BandPair kNoPair = 0xffffffff;
 
 template <class T, class Tile>
 class ValuesConsumer {
@@ -212,21 +212,11 @@ class ValuesConsumer {
     return pair < end ? args_.coefficients[pair] : kNoPair;
   }
 
-  // Lays out one unit; returns the bit of its row where two pairs share a place. The lowest of the
-  // lanes with one place stores, after it has looked for what an earlier unit of the row left there
-  // (a coefficient of 0 looks like none, and adds nothing).
+  // Lays out one unit; returns the bit of its row where two pairs share a place.
   __device__ __forceinline__ unsigned lay_out_unit(int unit, BandPair pair) {
     const int row = row_of(unit);
-    const bool exists = pair != kNoPair;
-    const unsigned place = exists ? pair >> 16 : 0x10000u + lane_;
-    const unsigned same = __match_any_sync(kFullWarp, place);
-    bool is_shared = same != 1u << lane_;
-    if (exists && (same & ((1u << lane_) - 1)) == 0) {
-      uint16_t* to = cell(row, place);
-      is_shared = is_shared || *to != 0;
-      *to = static_cast<uint16_t>(pair);
-    }
-    __syncwarp();  // the row's next unit may have the same places
+    const bool is_shared =
+        lay_out_pairs(pair, lane_, [&](unsigned place) { return cell(row, place); });
     return is_shared ? 1u << row : 0;
   }
 
@@ -266,28 +256,15 @@ class ValuesConsumer {
     if (shared_rows != 0) add_up_places(shared_rows);
   }
 
-  // For rows in which pairs share places: in order of k, whatever the order of the stores above.
   __device__ __forceinline__ void add_up_places(unsigned rows) {
     __syncwarp();
     for (; rows != 0; rows &= rows - 1) {
       const int row = __ffs(rows) - 1;
       const int first = __shfl_sync(kFullWarp, first_, row);
       const int end = __shfl_sync(kFullWarp, end_, row);
-      for (int at = first + lane_; at < end; at += kWarpSize) {
-        const BandPair place = args_.coefficients[at] >> 16;
-        float sum = 0.0f;
-        for (int other = first; other < end; ++other) {
-          const BandPair pair = args_.coefficients[other];
-          if (pair >> 16 == place) sum += coefficient(pair);
-        }
-        *reinterpret_cast<T*>(cell(row, place)) = from_float<T>(sum);
-      }
+      add_up_pairs<T>(args_.coefficients, first, end, lane_,
+                      [&](unsigned place) { return cell(row, place); });
     }
-  }
-
-  static __device__ __forceinline__ float coefficient(BandPair pair) {
-    const auto bits = static_cast<uint16_t>(pair);
-    return to_float(reinterpret_cast<const T&>(bits));
   }
 
   // d_ = P · values of 256 elements. A stage goes back once the next one's products have been

@@ -16,6 +16,9 @@
 //   coefficients  P of each pair in the 16-bit type, by the pass's own rule      (band_pass.cuh)
 //   values        P · values of each tile: the partial output of each task (band_values_sm90.cu)
 //   sum           a token's partial outputs, its tail and the addend, in order   (band_pass.cuh)
+// The backward's pass leaves coefficients for the gradients of the tables, too:
+//   tails         the tails' pairs by column                                  (band_schedule.cu)
+//   weight grad   Pᵀ · rows of the tokens, for rows and columns      (band_weight_grad_sm90.cu)
 //
 // With bf16 at T 4096, H 1024, K 512 and a grid of 320 x 320 (84,000 tasks, 640 tiles) the two
 // products have 110 GFLOP, 135 with groups of 64 tasks filled up: about 200 µs at 650 TFLOP/s. Both
@@ -58,5 +61,21 @@ template <class T>
 cudaError_t band_values(const BandShape& shape, const void* values, int64_t hidden_size,
                         const BandWorkspace& workspace, const DeviceInfo& device,
                         cudaStream_t stream);
+
+// The pairs of tails by column, for a plan with weight gradients.
+cudaError_t band_tails(const BandShape& shape, const BandWorkspace& workspace, cudaStream_t stream);
+
+struct BandWeightGradTables {
+  const void* hidden_states;       // [T, H]
+  const void* grad_expert_states;  // [T, H]
+  void* grad_up;                   // [E, H], or null: not wanted
+  void* grad_down;                 // [E, H], or null: not wanted
+};
+
+// Writes every row of the gradients from the coefficients that the pass of a backward has left.
+template <class T>
+cudaError_t band_weight_grad(const BandShape& shape, const BandWeightGradTables& tables,
+                             int64_t hidden_size, const BandWorkspace& workspace,
+                             const DeviceInfo& device, cudaStream_t stream);
 
 }  // namespace omni_moe::cuda

@@ -1,0 +1,65 @@
+// P, the coefficients of tasks by the places of their band, laid out in shared memory from lists of
+// pairs. A warp lays out a task's row, which is zero before. A token may have chosen an expert more
+// than once: then pairs of a task share a place, and the row is laid out again with their sums.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/experts/bands/band_lists.h"
+
+namespace omni_moe::cuda {
+
+inline constexpr BandPair kNoPair = 0xffffffff;  // places end below it
+
+template <class T>
+__device__ __forceinline__ BandPair with_coefficient(BandPair pair, float value) {
+  const T rounded = from_float<T>(value);
+  return (pair & 0xffff0000) | reinterpret_cast<const uint16_t&>(rounded);
+}
+template <class T>
+__device__ __forceinline__ float coefficient_of(BandPair pair) {
+  const auto bits = static_cast<uint16_t>(pair);
+  return to_float(reinterpret_cast<const T&>(bits));
+}
+
+// Lays out up to 32 pairs of one row, one a lane; returns whether the lane's place has another
+// pair, too. cell(place) is where a coefficient goes, or null where it is not wanted. The lowest of
+// the lanes with one place stores, after it has looked for what earlier pairs of the row left there
+// (a coefficient of 0 looks like none, and adds nothing).
+template <class Cell>
+__device__ __forceinline__ bool lay_out_pairs(BandPair pair, int lane, Cell cell) {
+  const bool exists = pair != kNoPair;
+  const unsigned place = exists ? pair >> 16 : 0x10000u + lane;
+  const unsigned same = __match_any_sync(kFullWarp, place);
+  bool is_shared = same != 1u << lane;
+  if (exists && (same & ((1u << lane) - 1)) == 0) {
+    if (uint16_t* to = cell(place); to != nullptr) {
+      is_shared = is_shared || *to != 0;
+      *to = static_cast<uint16_t>(pair);
+    }
+  }
+  __syncwarp();  // the row's next pairs may have the same places
+  return is_shared;
+}
+
+// For a row in which pairs share places: sums in order of the list [first, end), whatever the order
+// of the stores before.
+template <class T, class Cell>
+__device__ __forceinline__ void add_up_pairs(const BandPair* coefficients, int first, int end,
+                                             int lane, Cell cell) {
+  for (int at = first + lane; at < end; at += kWarpSize) {
+    const BandPair place = coefficients[at] >> 16;
+    float sum = 0.0f;
+    for (int other = first; other < end; ++other) {
+      const BandPair pair = coefficients[other];
+      if (pair >> 16 == place) sum += coefficient_of<T>(pair);
+    }
+    if (uint16_t* to = cell(place); to != nullptr) *reinterpret_cast<T*>(to) = from_float<T>(sum);
+  }
+}
+
+}  // namespace omni_moe::cuda

@@ -1,0 +1,510 @@
+// Gradients of both tables by bands: for each band, with P as in band_values_sm90.cu,
+//   grad_up[band]   = P_upᵀ · hidden[tokens of the tasks]
+//   grad_down[band] = P_downᵀ · grad[tokens of the tasks].
+// An expert lies in a grid row and a grid column, and a pair in one of their tasks: the rows' sums
+// are stored first, also where they are zero, so that the tables need no fill, and the columns' are
+// added to them. Pairs of tails are tasks of one pair in their column. So every element gets one
+// store and at most one addition, in a fixed order; it is rounded by both.
+//
+// A block takes a band, a table and some slabs of 128 elements of its rows. It lays out P once
+// where the band has at most 192 tasks, else again for every slab and every 192 tasks; the tokens'
+// rows come through a ring, 64 tasks by one slab a stage. With bf16 at T 4096, K 512, H 1024 and
+// 320 x 320 there are 50,000 tasks in rows and 45,000 in columns, 124 GFLOP (190 µs at 650
+// TFLOP/s). The tables are written once and once more read and written, 1.26 GB: that is 420 µs at
+// 3 TB/s, which bounds it.
+//
+// Two warpgroups multiply, each 64 elements by the whole band: D = rowsᵀ P, whose columns are the
+// places, since those come in any number and the instruction's rows do not. Transposed back in
+// shared memory, 64 experts by 64 elements leave by TMA.
+#include <algorithm>
+
+#include "cuda/common/check.h"
+#include "cuda/common/cp_async.cuh"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/experts/bands/band_grid_sm90.cuh"
+#include "cuda/experts/bands/band_layout.cuh"
+#include "cuda/experts/bands/bands.h"
+#include "cuda/hopper/mbarrier.cuh"
+#include "cuda/hopper/stmatrix.cuh"
+#include "cuda/hopper/wgmma.cuh"
+
+namespace omni_moe::cuda {
+namespace {
+
+constexpr int kChunkTasks = 64;  // of a stage
+constexpr int kMaxChunks = 3;    // that P has room for
+constexpr int kSlab = 128;       // elements of a row in a stage
+constexpr int kSlabTiles = 2;    // of 64 elements, one a warpgroup
+constexpr int kStages = 5;
+constexpr int kConsumers = kSlabTiles;
+constexpr int kConsumerWarps = kConsumers * 4;
+constexpr int kLoaderThreads = 128;
+constexpr int kThreads = kConsumers * 128 + kLoaderThreads;
+constexpr int kConsumerRegisters = 224;
+constexpr int kLoaderRegisters = 56;
+constexpr int kBlockPlaces = 64;
+constexpr int kTileBytes = kChunkTasks * kSwizzleRowBytes;  // 64 tasks by 64 elements or places
+
+// The places of a band that a block sums at once: one product of at most 256 columns, and one of 64
+// where a band has up to 320.
+template <int kNumPlaces>
+struct WeightGradTile {
+  static constexpr int kPlaces = kNumPlaces;
+  static constexpr int kBlocks = kPlaces / kBlockPlaces;
+  static constexpr int kCols = kPlaces > 256 ? 256 : kPlaces;
+  static constexpr int kMoreCols = kPlaces - kCols;
+  static_assert(kMoreCols == 0 || kMoreCols == 64);
+};
+
+template <class Tile>
+struct WeightGradShared {
+  char coefficients[kMaxChunks][Tile::kBlocks][kTileBytes];  // P
+  char states[kStages][kSlabTiles][kTileBytes];
+  char outputs[kConsumers][kTileBytes];
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+};
+
+struct WeightGradTable {
+  BandTable grad;
+  const char* states;  // [T, H]
+  const BandPair* coefficients;
+};
+
+struct WeightGradArgs {
+  WeightGradTable tables[2];
+  BandPlan plan;
+  const BandTask* tasks;
+  const BandRange* ranges;
+  const int* tails;
+  int num_pairs;  // K
+  int row_bytes;
+  int num_slabs;
+  int num_tables;
+  int num_pieces;  // of a band's places
+  int num_groups;  // of slabs
+  int group_slabs;
+  bool is_rows;  // whether this pass is that of the grid's rows
+};
+
+// What a block sums: some slabs of some places of one band.
+struct WeightGradItem {
+  int table;
+  int band;  // as all bands are numbered
+  int first_place;
+  int first_slab;
+  int last_slab;
+};
+
+__device__ __forceinline__ int num_items(const WeightGradArgs& args) {
+  const int bands = args.is_rows ? args.plan.num_rows : args.plan.num_cols;
+  return bands * args.num_tables * args.num_pieces * args.num_groups;
+}
+
+template <class Tile>
+__device__ __forceinline__ WeightGradItem item_at(const WeightGradArgs& args, int i) {
+  const int bands = args.is_rows ? args.plan.num_rows : args.plan.num_cols;
+  WeightGradItem item;
+  item.band = i % bands + (args.is_rows ? 0 : args.plan.num_rows);
+  i /= bands;
+  item.first_place = i % args.num_pieces * Tile::kPlaces;
+  i /= args.num_pieces;
+  item.table = i % args.num_tables;
+  item.first_slab = i / args.num_tables * args.group_slabs;
+  item.last_slab = min(item.first_slab + args.group_slabs, args.num_slabs);
+  return item;
+}
+
+__device__ __forceinline__ int num_rows_of(const BandRange& range) {
+  return range.num_tasks + range.num_tails;
+}
+
+// Row i of a band, whose pairs are num_pairs from `first` on; past the last one it has none.
+__device__ __forceinline__ BandTask row_at(const WeightGradArgs& args, const BandRange& range,
+                                           int i) {
+  if (i < range.num_tasks) return args.tasks[range.first_task + i];
+  if (i >= num_rows_of(range)) return {-1, 0, 0};
+  const int pair = args.tails[range.first_tail + i - range.num_tasks];
+  return {pair / args.num_pairs, pair, 1};
+}
+
+// ---- Loading warpgroup --------------------------------------------------------------------------
+
+// Sixteen threads copy the 256 bytes that a stage takes of a row; a thread has every eighth row.
+constexpr int kRowThreads = kSlab * 2 / 16;
+constexpr int kRowStep = kLoaderThreads / kRowThreads;
+constexpr int kRowsPerThread = kChunkTasks / kRowStep;
+constexpr int kCopying = 2;  // stages whose copies are under way while one more is started
+
+template <class Tile>
+__device__ __forceinline__ void load_items(const WeightGradArgs& args,
+                                           WeightGradShared<Tile>& shared) {
+  const int thread = threadIdx.x - kConsumers * 128;
+  const int first_row = thread / kRowThreads;
+  const int piece = thread % kRowThreads;  // of 16 bytes
+  RingCursor<kStages> ring;
+  RingCursor<kStages> landed;
+  int copying = 0;
+  // Copies into a stage are complete for the tensor cores once the thread that started them has
+  // waited, fenced and arrived.
+  const auto finish_oldest = [&] {
+    fence_async_proxy();
+    mbarrier_arrive(&shared.full[landed.stage]);
+    landed.advance();
+    --copying;
+  };
+  const int items = num_items(args);
+  for (int i = blockIdx.x; i < items; i += gridDim.x) {
+    const WeightGradItem item = item_at<Tile>(args, i);
+    const BandRange range = args.ranges[item.band];
+    const char* states = args.tables[item.table].states;
+    const int rows = num_rows_of(range);
+    for (int slab = item.first_slab; slab < item.last_slab; ++slab) {
+      const int byte = slab * kSlab * 2 + piece * 16;
+      const bool in_row = byte < args.row_bytes;
+      for (int first = 0; first < rows; first += kChunkTasks, ring.advance()) {
+        int tokens[kRowsPerThread];
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r) {
+          tokens[r] = row_at(args, range, first + first_row + r * kRowStep).token;
+        }
+        mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+        char* tile = shared.states[ring.stage][piece / 8];
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r) {
+          // Rows without a task become zeros, since P's zeros would not hide a NaN.
+          const bool exists = in_row && tokens[r] >= 0;
+          const char* from = states + static_cast<int64_t>(tokens[r]) * args.row_bytes + byte;
+          cp_async_16(tile + swizzle128(first_row + r * kRowStep, piece % 8),
+                      exists ? from : states, exists);
+        }
+        cp_async_commit();
+        if (++copying > kCopying) {
+          cp_async_wait<kCopying>();
+          finish_oldest();
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+  while (copying > 0) finish_oldest();
+}
+
+// ---- Multiplying warpgroups ---------------------------------------------------------------------
+
+// Both warpgroups that multiply; barrier 0 is __syncthreads', 1 and 2 are those of one of them.
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+__device__ __forceinline__ void sync_warpgroup(int consumer) {
+  if (consumer == 0) {
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+  }
+}
+
+template <class T, class Tile>
+class WeightGradConsumer {
+ public:
+  __device__ __forceinline__ WeightGradConsumer(const WeightGradArgs& args,
+                                                WeightGradShared<Tile>& shared)
+      : args_(args),
+        shared_(shared),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(__shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0)),
+        consumer_(warp_ / 4) {}
+
+  __device__ __forceinline__ void run() {
+    const int items = num_items(args_);
+    for (int i = blockIdx.x; i < items; i += gridDim.x) {
+      const WeightGradItem item = item_at<Tile>(args_, i);
+      const BandRange range = args_.ranges[item.band];
+      const int rows = num_rows_of(range);
+      if (rows == 0 && !args_.is_rows) continue;
+      const bool stays = rows <= kMaxChunks * kChunkTasks;
+      for (int slab = item.first_slab; slab < item.last_slab; ++slab) {
+        if (rows == 0) clear();
+        for (int first = 0; first < rows; first += kChunkTasks) {
+          const int chunk = first / kChunkTasks % kMaxChunks;
+          if (chunk == 0 && (!stays || slab == item.first_slab)) {
+            sync_consumers();  // both have multiplied with what P held
+            lay_out(item, range, first);
+            fence_async_proxy();
+            sync_consumers();
+          }
+          multiply(chunk, min(rows - first, kChunkTasks), first > 0);
+        }
+        store(item, slab);
+      }
+    }
+    if (threadIdx.x % 128 == 0) tma_store_wait_all();
+  }
+
+ private:
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& d : d_) d = 0.0f;
+#pragma unroll
+    for (float& d : more_) d = 0.0f;
+  }
+
+  // P of up to 192 tasks from `first` on. The warp's rows are every eighth; lane l knows the l-th.
+  __device__ __forceinline__ void lay_out(const WeightGradItem& item, const BandRange& range,
+                                          int first) {
+    const BandPair* coefficients = args_.tables[item.table].coefficients;
+    const int rows = min(num_rows_of(range) - first, kMaxChunks * kChunkTasks);
+    const int own_rows = ceil_div(rows, kChunkTasks) * (kChunkTasks / kConsumerWarps);
+    BandTask task{-1, 0, 0};
+    if (lane_ < own_rows) task = row_at(args_, range, first + warp_ + lane_ * kConsumerWarps);
+    const int first_pair = task.first;
+    const int end_pair = task.first + task.num_pairs;
+    constexpr int kBatch = 8;
+    unsigned shared_rows = 0;
+#pragma unroll 1
+    for (int row = 0; row < own_rows; row += kBatch) {
+      // 1. The first pairs of each row come while the rows are cleared.
+      BandPair pairs[kBatch];
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        const int at = __shfl_sync(kFullWarp, first_pair, row + r) + lane_;
+        const int end = __shfl_sync(kFullWarp, end_pair, row + r);
+        pairs[r] = at < end ? coefficients[at] : kNoPair;
+      }
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        for (int p = lane_; p < Tile::kBlocks * 8; p += kWarpSize) {
+          const int at = warp_ + (row + r) * kConsumerWarps;
+          char* tile = shared_.coefficients[at / kChunkTasks][p / 8];
+          *reinterpret_cast<uint4*>(tile + at % kChunkTasks * kSwizzleRowBytes + p % 8 * 16) =
+              make_uint4(0, 0, 0, 0);
+        }
+      }
+      __syncwarp();
+      // 2. The pairs.
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        const auto cell = cell_of(item, row + r);
+        bool is_shared = lay_out_pairs(pairs[r], lane_, cell);
+        const int begin = __shfl_sync(kFullWarp, first_pair, row + r);
+        const int end = __shfl_sync(kFullWarp, end_pair, row + r);
+        for (int at = begin + kWarpSize; at < end; at += kWarpSize) {
+          const BandPair pair = at + lane_ < end ? coefficients[at + lane_] : kNoPair;
+          is_shared |= lay_out_pairs(pair, lane_, cell);
+        }
+        if (__any_sync(kFullWarp, is_shared)) shared_rows |= 1u << (row + r);
+      }
+    }
+    // 3. Rows in which pairs share places once more.
+    for (; shared_rows != 0; shared_rows &= shared_rows - 1) {
+      const int row = __ffs(shared_rows) - 1;
+      const int begin = __shfl_sync(kFullWarp, first_pair, row);
+      const int end = __shfl_sync(kFullWarp, end_pair, row);
+      add_up_pairs<T>(coefficients, begin, end, lane_, cell_of(item, row));
+    }
+  }
+
+  // Where the coefficients of the warp's row `row` go; null for places of other pieces.
+  __device__ __forceinline__ auto cell_of(const WeightGradItem& item, int row) const {
+    const int at = warp_ + row * kConsumerWarps;
+    auto& chunk = shared_.coefficients[at / kChunkTasks];
+    const unsigned first_place = item.first_place;
+    return [&chunk, at, first_place](unsigned band_place) -> uint16_t* {
+      const unsigned place = band_place - first_place;
+      if (place >= static_cast<unsigned>(Tile::kPlaces)) return nullptr;
+      const int piece = static_cast<int>(place % kBlockPlaces / 8);
+      char* row_piece = chunk[place / kBlockPlaces] + swizzle128(at % kChunkTasks, piece);
+      return reinterpret_cast<uint16_t*>(row_piece) + place % 8;
+    };
+  }
+
+  // d_, more_ (+)= states[64 elements of the slab]ᵀ · P over the tasks of one chunk.
+  __device__ __forceinline__ void multiply(int chunk, int tasks, bool accumulate) {
+    constexpr WgmmaMajor kCols = WgmmaMajor::kCols;
+    constexpr uint64_t kStep = kWgmmaDepthStep<kCols, kChunkTasks>;
+    const int stage = ring_.stage;
+    mbarrier_wait(&shared_.full[stage], ring_.parity);
+    const uint64_t a = wgmma_descriptor<kCols, kChunkTasks>(shared_.states[stage][consumer_]);
+    const uint64_t b = wgmma_descriptor<kCols, kChunkTasks>(shared_.coefficients[chunk]);
+    const uint64_t more_b = wgmma_descriptor<kCols, kChunkTasks>(
+        shared_.coefficients[chunk][Tile::kCols / kBlockPlaces % Tile::kBlocks]);
+    // A band's last chunk takes as many steps as it has tasks for.
+    int step = 0;
+#pragma unroll 1
+    do {
+      wgmma_fence();
+      const bool adds = accumulate || step > 0;
+      wgmma<T, kCols, kCols>(d_, a + step * kStep, b + step * kStep, adds);
+      if constexpr (Tile::kMoreCols > 0) {
+        wgmma<T, kCols, kCols>(more_, a + step * kStep, more_b + step * kStep, adds);
+      }
+    } while (++step * kWgmmaDepth < tasks);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_use(d_);
+    if constexpr (Tile::kMoreCols > 0) wgmma_use(more_);
+    if (lane_ == 0) mbarrier_arrive(&shared_.empty[stage]);
+    ring_.advance();
+  }
+
+  // Stores or adds 64 elements of the band's places, 64 places at a time.
+  __device__ __forceinline__ void store(const WeightGradItem& item, int slab) {
+    const int element = slab * kSlab + consumer_ * 64;
+    const int length = band_length(args_.plan, item.band);
+    if (element * 2 >= args_.row_bytes) return;
+    char* outputs = shared_.outputs[consumer_];
+#pragma unroll
+    for (int block = 0; block < Tile::kBlocks; ++block) {
+      const int place = item.first_place + block * kBlockPlaces;
+      if (place >= length) break;
+      const bool is_first_thread = threadIdx.x % 128 == 0;
+      if (is_first_thread) tma_store_wait_read<0>();
+      sync_warpgroup(consumer_);
+      // Four matrices: 16 elements by 16 places. Lane l has the address of a place.
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        uint32_t fragment[4];
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          const int at = block * 32 + quarter * 8 + p * 2;
+          fragment[p] = at < Tile::kCols / 2 ? pack_pair(d_[at % (Tile::kCols / 2)],
+                                                         d_[(at + 1) % (Tile::kCols / 2)], T())
+                                             : pack_pair(more_[at % 32], more_[at % 32 + 1], T());
+        }
+        const int row = quarter * 16 + lane_ / 16 * 8 + lane_ % 8;
+        const int piece = warp_ % 4 * 2 + lane_ / 8 % 2;
+        store_transposed_matrices(outputs + swizzle128(row, piece), fragment);
+      }
+      fence_async_proxy();
+      sync_warpgroup(consumer_);
+      if (is_first_thread) {
+        const BandTable& grad = args_.tables[item.table].grad;
+        if (args_.is_rows) {
+          grad.store_row(item.band, place, element, outputs);
+        } else {
+          grad.add_col(item.band - args_.plan.num_rows, place, element, outputs);
+        }
+        tma_store_commit();
+      }
+    }
+  }
+
+  const WeightGradArgs& args_;
+  WeightGradShared<Tile>& shared_;
+  const int lane_;
+  const int warp_;
+  const int consumer_;
+  RingCursor<kStages> ring_;
+  float d_[Tile::kCols / 2];
+  float more_[32];  // of kMoreCols
+};
+
+// ---- Kernel and launcher ------------------------------------------------------------------------
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kThreads, 1)
+    band_weight_grad_kernel(const __grid_constant__ WeightGradArgs args) {
+  if (!kHasHopperInstructions) {
+    __trap();
+    return;
+  }
+  extern __shared__ char dynamic_shared[];
+  const uint32_t misaligned = shared_address(dynamic_shared) % kSwizzleAlignment;
+  auto& shared = *reinterpret_cast<WeightGradShared<Tile>*>(
+      dynamic_shared + (kSwizzleAlignment - misaligned) % kSwizzleAlignment);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(&shared.full[stage], kLoaderThreads);
+      mbarrier_init(&shared.empty[stage], kConsumerWarps);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kConsumers * 128) {
+    take_registers<kConsumerRegisters>();
+    WeightGradConsumer<T, Tile>(args, shared).run();
+  } else {
+    give_registers<kLoaderRegisters>();
+    load_items<Tile>(args, shared);
+  }
+}
+
+template <class T, class Tile>
+cudaError_t launch_pass(WeightGradArgs args, bool is_rows, const DeviceInfo& device,
+                        cudaStream_t stream) {
+  constexpr size_t kSharedBytes = sizeof(WeightGradShared<Tile>) + kSwizzleAlignment;
+  static_assert(kSharedBytes <= 232448, "more shared memory than a block gets");
+  // Bands are laid out once for all slabs, unless that leaves too few items for the device.
+  constexpr int kItemsPerSm = 4;
+  args.is_rows = is_rows;
+  const int length = is_rows ? args.plan.num_cols : args.plan.num_rows;
+  args.num_pieces = ceil_div(length, Tile::kPlaces);
+  const int bands = is_rows ? args.plan.num_rows : args.plan.num_cols;
+  const int items = bands * args.num_tables * args.num_pieces;
+  const int groups = std::min(ceil_div(kItemsPerSm * device.num_sms, items), args.num_slabs);
+  args.group_slabs = ceil_div(args.num_slabs, groups);
+  args.num_groups = ceil_div(args.num_slabs, args.group_slabs);
+  const auto kernel = band_weight_grad_kernel<T, Tile>;
+  return run_steps([&] { return allow_shared_memory(kernel, kSharedBytes); },
+                   [&] {
+                     const int blocks = std::min(items * args.num_groups, device.num_sms);
+                     LaunchOptions options{dim3(static_cast<unsigned>(blocks)), kThreads};
+                     options.shared_bytes = kSharedBytes;
+                     return launch_kernel(kernel, options, stream, args);
+                   });
+}
+
+template <class T>
+cudaError_t launch_pass(const WeightGradArgs& args, bool is_rows, const DeviceInfo& device,
+                        cudaStream_t stream) {
+  const int length = is_rows ? args.plan.num_cols : args.plan.num_rows;
+  if (length <= 64) return launch_pass<T, WeightGradTile<64>>(args, is_rows, device, stream);
+  if (length <= 128) return launch_pass<T, WeightGradTile<128>>(args, is_rows, device, stream);
+  if (length <= 256 || length > 320) {
+    return launch_pass<T, WeightGradTile<256>>(args, is_rows, device, stream);
+  }
+  return launch_pass<T, WeightGradTile<320>>(args, is_rows, device, stream);
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t band_weight_grad(const BandShape& shape, const BandWeightGradTables& tables,
+                             int64_t hidden_size, const BandWorkspace& workspace,
+                             const DeviceInfo& device, cudaStream_t stream) {
+  WeightGradArgs args{};
+  args.plan = shape.plan;
+  args.tasks = workspace.tasks;
+  args.ranges = workspace.ranges;
+  args.tails = workspace.tails;
+  args.num_pairs = shape.num_pairs;
+  args.row_bytes = static_cast<int>(hidden_size * sizeof(T));
+  args.num_slabs = static_cast<int>(ceil_div<int64_t>(hidden_size, kSlab));
+  const auto add_table = [&](const void* states, void* grad, const BandPair* coefficients) {
+    if (grad == nullptr) return cudaSuccess;
+    WeightGradTable& table = args.tables[args.num_tables++];
+    table.states = static_cast<const char*>(states);
+    table.coefficients = coefficients;
+    return encode_band_table<T>(grad, shape.plan, hidden_size, kBlockPlaces, &table.grad);
+  };
+  return run_steps(
+      [&] {
+        // The encoder needs a context, which this thread has after a call of the runtime.
+        return allow_shared_memory(band_weight_grad_kernel<T, WeightGradTile<64>>, 0);
+      },
+      [&] { return add_table(tables.hidden_states, tables.grad_up, workspace.coefficients); },
+      [&] {
+        return add_table(tables.grad_expert_states, tables.grad_down, workspace.down_coefficients);
+      },
+      [&] { return launch_pass<T>(args, /*is_rows=*/true, device, stream); },
+      [&] { return launch_pass<T>(args, /*is_rows=*/false, device, stream); });
+}
+
+template cudaError_t band_weight_grad<__half>(const BandShape&, const BandWeightGradTables&,
+                                              int64_t, const BandWorkspace&, const DeviceInfo&,
+                                              cudaStream_t);
+template cudaError_t band_weight_grad<__nv_bfloat16>(const BandShape&, const BandWeightGradTables&,
+                                                     int64_t, const BandWorkspace&,
+                                                     const DeviceInfo&, cudaStream_t);
+
+}  // namespace omni_moe::cuda
