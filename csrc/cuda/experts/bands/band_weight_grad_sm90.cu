@@ -23,6 +23,7 @@
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/bands/band_grid_sm90.cuh"
 #include "cuda/experts/bands/band_layout.cuh"
 #include "cuda/experts/bands/bands.h"
@@ -37,7 +38,8 @@ constexpr int kChunkTasks = 64;  // of a stage
 constexpr int kMaxChunks = 3;    // that P has room for
 constexpr int kSlab = 128;       // elements of a row in a stage
 constexpr int kSlabTiles = 2;    // of 64 elements, one a warpgroup
-constexpr int kStages = 5;
+constexpr int kStages = 4;
+constexpr int kOutputs = 2;  // tiles of results that leave one after the other
 constexpr int kConsumers = kSlabTiles;
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kLoaderThreads = 128;
@@ -62,7 +64,7 @@ template <class Tile>
 struct WeightGradShared {
   char coefficients[kMaxChunks][Tile::kBlocks][kTileBytes];  // P
   char states[kStages][kSlabTiles][kTileBytes];
-  char outputs[kConsumers][kTileBytes];
+  char outputs[kConsumers][kOutputs][kTileBytes];
   uint64_t full[kStages];
   uint64_t empty[kStages];
 };
@@ -257,48 +259,57 @@ class WeightGradConsumer {
     const int own_rows = ceil_div(rows, kChunkTasks) * (kChunkTasks / kConsumerWarps);
     BandTask task{-1, 0, 0};
     if (lane_ < own_rows) task = row_at(args_, range, first + warp_ + lane_ * kConsumerWarps);
-    const int first_pair = task.first;
-    const int end_pair = task.first + task.num_pairs;
+    // 1. The rows are cleared while the first pairs come: units of 32 of one row.
     constexpr int kBatch = 8;
-    unsigned shared_rows = 0;
-#pragma unroll 1
-    for (int row = 0; row < own_rows; row += kBatch) {
-      // 1. The first pairs of each row come while the rows are cleared.
-      BandPair pairs[kBatch];
+    const int units = ceil_div(task.num_pairs, kWarpSize);
+    const int last_unit = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(units)));
+    const int num_units = __shfl_sync(kFullWarp, last_unit, kWarpSize - 1);
+    const int end_pair = task.first + task.num_pairs;
+    const int unit_pair = task.first - (last_unit - units) * kWarpSize;  // that of unit 0
+    const auto row_of = [&](int unit) {
+      return __popc(__ballot_sync(kFullWarp, last_unit <= unit));
+    };
+    BandPair next[kBatch];
+    const auto load_batch = [&](int first_unit) {
 #pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        const int at = __shfl_sync(kFullWarp, first_pair, row + r) + lane_;
-        const int end = __shfl_sync(kFullWarp, end_pair, row + r);
-        pairs[r] = at < end ? coefficients[at] : kNoPair;
+      for (int u = 0; u < kBatch; ++u) {
+        const int unit = first_unit + u;
+        const int row = row_of(unit);
+        const int at = __shfl_sync(kFullWarp, unit_pair, row) + unit * kWarpSize + lane_;
+        const int end = __shfl_sync(kFullWarp, end_pair, row);
+        next[u] = unit < num_units && at < end ? coefficients[at] : kNoPair;
       }
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        for (int p = lane_; p < Tile::kBlocks * 8; p += kWarpSize) {
-          const int at = warp_ + (row + r) * kConsumerWarps;
-          char* tile = shared_.coefficients[at / kChunkTasks][p / 8];
-          *reinterpret_cast<uint4*>(tile + at % kChunkTasks * kSwizzleRowBytes + p % 8 * 16) =
-              make_uint4(0, 0, 0, 0);
-        }
-      }
-      __syncwarp();
-      // 2. The pairs.
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        const auto cell = cell_of(item, row + r);
-        bool is_shared = lay_out_pairs(pairs[r], lane_, cell);
-        const int begin = __shfl_sync(kFullWarp, first_pair, row + r);
-        const int end = __shfl_sync(kFullWarp, end_pair, row + r);
-        for (int at = begin + kWarpSize; at < end; at += kWarpSize) {
-          const BandPair pair = at + lane_ < end ? coefficients[at + lane_] : kNoPair;
-          is_shared |= lay_out_pairs(pair, lane_, cell);
-        }
-        if (__any_sync(kFullWarp, is_shared)) shared_rows |= 1u << (row + r);
+    };
+    load_batch(0);
+    for (int row = 0; row < own_rows; ++row) {
+      const int at = warp_ + row * kConsumerWarps;
+      for (int p = lane_; p < Tile::kBlocks * 8; p += kWarpSize) {
+        char* tile = shared_.coefficients[at / kChunkTasks][p / 8];
+        *reinterpret_cast<uint4*>(tile + at % kChunkTasks * kSwizzleRowBytes + p % 8 * 16) =
+            make_uint4(0, 0, 0, 0);
       }
     }
+    __syncwarp();
+    // 2. The pairs, while the next ones come.
+    unsigned shared_rows = 0;
+#pragma unroll 1
+    for (int first_unit = 0; first_unit < num_units; first_unit += kBatch) {
+      BandPair pairs[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) pairs[u] = next[u];
+      load_batch(first_unit + kBatch);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (first_unit + u >= num_units) break;
+        const int row = row_of(first_unit + u);
+        if (lay_out_pairs(pairs[u], lane_, cell_of(item, row))) shared_rows |= 1u << row;
+      }
+    }
+    shared_rows = __reduce_or_sync(kFullWarp, shared_rows);
     // 3. Rows in which pairs share places once more.
     for (; shared_rows != 0; shared_rows &= shared_rows - 1) {
       const int row = __ffs(shared_rows) - 1;
-      const int begin = __shfl_sync(kFullWarp, first_pair, row);
+      const int begin = __shfl_sync(kFullWarp, task.first, row);
       const int end = __shfl_sync(kFullWarp, end_pair, row);
       add_up_pairs<T>(coefficients, begin, end, lane_, cell_of(item, row));
     }
@@ -352,13 +363,14 @@ class WeightGradConsumer {
     const int element = slab * kSlab + consumer_ * 64;
     const int length = band_length(args_.plan, item.band);
     if (element * 2 >= args_.row_bytes) return;
-    char* outputs = shared_.outputs[consumer_];
 #pragma unroll
     for (int block = 0; block < Tile::kBlocks; ++block) {
       const int place = item.first_place + block * kBlockPlaces;
       if (place >= length) break;
       const bool is_first_thread = threadIdx.x % 128 == 0;
-      if (is_first_thread) tma_store_wait_read<0>();
+      char* outputs = shared_.outputs[consumer_][output_];
+      output_ = (output_ + 1) % kOutputs;
+      if (is_first_thread) tma_store_wait_read<kOutputs - 1>();
       sync_warpgroup(consumer_);
       // Four matrices: 16 elements by 16 places. Lane l has the address of a place.
 #pragma unroll
@@ -395,6 +407,7 @@ class WeightGradConsumer {
   const int warp_;
   const int consumer_;
   RingCursor<kStages> ring_;
+  int output_ = 0;  // the tile that the next results take
   float d_[Tile::kCols / 2];
   float more_[32];  // of kMoreCols
 };
