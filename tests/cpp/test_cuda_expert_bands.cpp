@@ -8,6 +8,7 @@
 #include <numeric>
 #include <ostream>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -179,7 +180,7 @@ HostCover cover_on_host(const int64_t* ids, int64_t k, const cuda::BandPlan& pla
   for (size_t slot = 0; slot < bands.size(); ++slot) {
     const size_t kept = std::min<size_t>(lists[slot].size(), cuda::band_length(plan, bands[slot]));
     cover.tasks.push_back(
-        {bands[slot], static_cast<int>(cover.pairs.size()), static_cast<int>(kept)});
+        {bands[slot], static_cast<int>(cover.pairs.size()), static_cast<int>(kept), 0});
     cover.pairs.insert(cover.pairs.end(), lists[slot].begin(), lists[slot].begin() + kept);
     overflow.insert(overflow.end(), lists[slot].begin() + kept, lists[slot].end());
   }
@@ -247,8 +248,14 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
       ASSERT_EQ(got.band, want.tasks[i].band) << token << " " << i;
       ASSERT_EQ(got.first, want.tasks[i].first) << token << " " << i;
       ASSERT_EQ(got.num_pairs, want.tasks[i].num_pairs) << token << " " << i;
-      by_band[got.band].push_back(
-          {static_cast<int>(token), static_cast<int>(token * k) + got.first, got.num_pairs});
+      std::set<uint32_t> places_of_task;
+      for (int at = got.first; at < got.first + got.num_pairs; ++at) {
+        places_of_task.insert(want.pairs[at] >> 16);
+      }
+      const bool has_repeats = static_cast<int>(places_of_task.size()) < got.num_pairs;
+      ASSERT_EQ(got.has_repeats, has_repeats) << token << " " << i;
+      by_band[got.band].push_back({static_cast<int>(token), static_cast<int>(token * k) + got.first,
+                                   got.num_pairs, has_repeats});
       place_of_position[got.band].push_back(token * plan.max_tasks + static_cast<int64_t>(i));
     }
     std::vector<bool> seen(k);
@@ -290,6 +297,7 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
       ASSERT_EQ(tasks[position].token, by_band[band][i].token) << "task " << position;
       ASSERT_EQ(tasks[position].first, by_band[band][i].first) << "task " << position;
       ASSERT_EQ(tasks[position].num_pairs, by_band[band][i].num_pairs) << "task " << position;
+      ASSERT_EQ(tasks[position].has_repeats, by_band[band][i].has_repeats) << "task " << position;
       ASSERT_EQ(positions[place_of_position[band][i]], position);
     }
   }

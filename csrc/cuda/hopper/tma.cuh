@@ -141,6 +141,14 @@ __device__ __forceinline__ void tma_add_grid(const CUtensorMap& map, const void*
                                    tile);
 }
 
+// Brings what the grid holds there into L2. cuda::ptx has no prefetch of tensors.
+__device__ __forceinline__ void tma_prefetch_grid(const CUtensorMap& map, int row, int col,
+                                                  int element) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map),
+               "r"(element), "r"(col), "r"(row)
+               : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit() { ptx::cp_async_bulk_commit_group(); }
 
 // Waits until all but the last kPending of the thread's bulk groups have read their shared memory.

@@ -25,6 +25,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kPlaceWords = BandTuning::kMaxLength / 32;
+static_assert(kPlaceWords <= kWarpSize);
 
 struct CoverArgs {
   BandShape shape;
@@ -53,6 +55,7 @@ struct CoverShared {
   int* kept;        // [max_tasks + 1] pairs of a task
   int* overflows;   // [max_tasks] where those begin that are more than the band has experts
   int* totals;      // [2] row tasks; all tasks
+  uint32_t* seen;   // [kWarps, kPlaceWords] a bit for each place of a band
   BandPair* list;   // [K], written at once in the end
 
   __device__ __forceinline__ CoverShared(int* words, const CoverArgs& args) {
@@ -68,14 +71,15 @@ struct CoverShared {
     kept = firsts + num_groups;
     overflows = kept + num_groups;
     totals = overflows + num_groups;
-    list = reinterpret_cast<BandPair*>(totals + 2);
+    seen = reinterpret_cast<uint32_t*>(totals + 2);
+    list = seen + kWarps * kPlaceWords;
   }
 };
 
 size_t shared_bytes(const CoverArgs& args) {
   const int num_groups = args.shape.plan.max_tasks + 1;
   return sizeof(int) * (2 * args.shape.num_pairs + 2 * args.shape.num_bands() + args.max_height +
-                        1 + (4 + kWarps) * num_groups + 2);
+                        1 + (4 + kWarps) * num_groups + 2 + kWarps * kPlaceWords);
 }
 
 // The largest h such that h rows have at least h pairs each. For a whole warp.
@@ -208,8 +212,8 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (group < num_tasks) {
         const int band = shared.bands[group];
-        args.token_tasks[static_cast<int64_t>(token) * plan.max_tasks + group] = {band, end - kept,
-                                                                                  kept};
+        args.token_tasks[static_cast<int64_t>(token) * plan.max_tasks + group] = {
+            band, end - kept, kept, /*has_repeats=*/0};
         atomicAdd(&args.band_sizes[band], 1);
         atomicOr(&args.chosen[static_cast<int64_t>(band) * args.shape.num_words() + token / 32],
                  1u << token % 32);
@@ -250,6 +254,25 @@ __global__ void __launch_bounds__(kThreads)
     __syncwarp();
   }
   __syncthreads();
+
+  // 6. Tasks in which pairs share a place: a warp each, with a bit for every place.
+  for (int task = warp; task < num_tasks; task += kWarps) {
+    uint32_t* seen = shared.seen + warp * kPlaceWords;
+    __syncwarp();
+    if (lane < kPlaceWords) seen[lane] = 0;
+    __syncwarp();
+    bool is_repeated = false;
+    for (int i = lane; i < shared.kept[task]; i += kWarpSize) {
+      const uint32_t place = shared.list[shared.firsts[task] + i] >> 16;
+      const uint32_t bit = 1u << place % 32;
+      is_repeated |= (atomicOr(&seen[place / 32], bit) & bit) != 0;
+    }
+    if (__any_sync(kFullWarp, is_repeated) && lane == 0) {
+      args.token_tasks[static_cast<int64_t>(token) * plan.max_tasks + task].has_repeats = 1;
+    }
+  }
+
+  // 7. All at once to memory. Pairs of the tail get their row as place, and beside it their column.
   const int tail = shared.firsts[num_tasks];
   for (int i = threadIdx.x; i < num_pairs; i += kThreads) {
     BandPair pair = shared.list[i];

@@ -13,21 +13,41 @@ struct BandTable {
   CUtensorMap rows;
   CUtensorMap cols;
 
-  __device__ __forceinline__ void load(const BandPlan& plan, int band, int place, int element,
-                                       void* tile, uint64_t* barrier) const {
-    constexpr uint16_t kBoth = 0b11;
+  // Calls use(map, row, col) with the map of the band's direction and the expert at one of its
+  // places.
+  template <class Use>
+  __device__ __forceinline__ void at(const BandPlan& plan, int band, int place, Use use) const {
     const bool is_row = band < plan.num_rows;
     const int row = is_row ? band : place;
     const int col = is_row ? place : band - plan.num_rows;
-    tma_load_grid_multicast(is_row ? rows : cols, tile, barrier, row, col, element, kBoth);
+    use(is_row ? rows : cols, row, col);
   }
-  // Into a grid row, and added to what a grid column holds.
-  __device__ __forceinline__ void store_row(int band, int place, int element,
-                                            const void* tile) const {
-    tma_store_grid(rows, tile, band, place, element);
+
+  // Into both blocks of the cluster.
+  __device__ __forceinline__ void load(const BandPlan& plan, int band, int place, int element,
+                                       void* tile, uint64_t* barrier) const {
+    constexpr uint16_t kBoth = 0b11;
+    at(plan, band, place, [&](const CUtensorMap& map, int row, int col) {
+      tma_load_grid_multicast(map, tile, barrier, row, col, element, kBoth);
+    });
   }
-  __device__ __forceinline__ void add_col(int col, int place, int element, const void* tile) const {
-    tma_add_grid(cols, tile, place, col, element);
+  __device__ __forceinline__ void store(const BandPlan& plan, int band, int place, int element,
+                                        const void* tile) const {
+    at(plan, band, place, [&](const CUtensorMap& map, int row, int col) {
+      tma_store_grid(map, tile, row, col, element);
+    });
+  }
+  __device__ __forceinline__ void add(const BandPlan& plan, int band, int place, int element,
+                                      const void* tile) const {
+    at(plan, band, place, [&](const CUtensorMap& map, int row, int col) {
+      tma_add_grid(map, tile, row, col, element);
+    });
+  }
+  __device__ __forceinline__ void prefetch(const BandPlan& plan, int band, int place,
+                                           int element) const {
+    at(plan, band, place, [&](const CUtensorMap& map, int row, int col) {
+      tma_prefetch_grid(map, row, col, element);
+    });
   }
 };
 

@@ -1,6 +1,7 @@
 // P, the coefficients of tasks by the places of their band, laid out in shared memory from lists of
 // pairs. A warp lays out a task's row, which is zero before. A token may have chosen an expert more
-// than once: then pairs of a task share a place, and the row is laid out again with their sums.
+// than once: then pairs of a task share a place (BandTask::has_repeats), and the row is laid out
+// again with their sums.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,24 +27,10 @@ __device__ __forceinline__ float coefficient_of(BandPair pair) {
   return to_float(reinterpret_cast<const T&>(bits));
 }
 
-// Lays out up to 32 pairs of one row, one a lane; returns whether the lane's place has another
-// pair, too. cell(place) is where a coefficient goes, or null where it is not wanted. The lowest of
-// the lanes with one place stores, after it has looked for what earlier pairs of the row left there
-// (a coefficient of 0 looks like none, and adds nothing).
+// cell(place) is where a coefficient goes, or null where it is not wanted.
 template <class Cell>
-__device__ __forceinline__ bool lay_out_pairs(BandPair pair, int lane, Cell cell) {
-  const bool exists = pair != kNoPair;
-  const unsigned place = exists ? pair >> 16 : 0x10000u + lane;
-  const unsigned same = __match_any_sync(kFullWarp, place);
-  bool is_shared = same != 1u << lane;
-  if (exists && (same & ((1u << lane) - 1)) == 0) {
-    if (uint16_t* to = cell(place); to != nullptr) {
-      is_shared = is_shared || *to != 0;
-      *to = static_cast<uint16_t>(pair);
-    }
-  }
-  __syncwarp();  // the row's next pairs may have the same places
-  return is_shared;
+__device__ __forceinline__ void lay_out_pair(BandPair pair, Cell cell) {
+  if (uint16_t* to = cell(pair >> 16); to != nullptr) *to = static_cast<uint16_t>(pair);
 }
 
 // For a row in which pairs share places: sums in order of the list [first, end), whatever the order

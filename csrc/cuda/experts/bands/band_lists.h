@@ -30,13 +30,15 @@ struct TokenTask {
   int band;
   int first;  // pair in the token's list
   int num_pairs;
+  int has_repeats;  // whether pairs share a place, since the token chose an expert more than once
 };
 
 // A task in the order of bands and tokens, and a run of them in one band.
-struct BandTask {
+struct alignas(16) BandTask {
   int token;
   int first;  // pair in the list of all tokens
   int num_pairs;
+  int has_repeats;
 };
 struct BandTile {
   int band;

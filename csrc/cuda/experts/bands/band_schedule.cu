@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t first_slot = static_cast<int64_t>(token) * max_tasks;
       const TokenTask* own = args.token_tasks + first_slot;
       const int slot = find_slot(own, args.covers[token].num_tasks, band);
-      args.tasks[at] = {token, token * args.shape.num_pairs + own[slot].first, own[slot].num_pairs};
+      args.tasks[at] = {token, token * args.shape.num_pairs + own[slot].first, own[slot].num_pairs,
+                        own[slot].has_repeats};
       args.positions[first_slot + slot] = at;
     }
   }

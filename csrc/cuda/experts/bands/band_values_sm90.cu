@@ -11,8 +11,7 @@
 //
 // Two warpgroups multiply (m64n256k16), 64 tasks each; a thread of a third starts TMA. Each warp
 // lays out the rows of P for its own 16 tasks, whose lists it loads while it multiplies the tile
-// before. A token may have chosen an expert more than once: where two pairs of a task meet in one
-// place, the row is laid out again with their sums.
+// before.
 #include <algorithm>
 
 #include "cuda/common/check.h"
@@ -182,12 +181,13 @@ class ValuesConsumer {
   // Lane r takes the list of the warp's task r.
   __device__ __forceinline__ void open_lists(const BandTile& tile) {
     const int own_row = task_of_row(warp_ * kBandWarpRows + lane_ % kBandWarpRows, rank_);
-    first_ = end_ = 0;
+    BandTask task{};
     if (lane_ < kBandWarpRows && own_row < tile.num_tasks) {
-      const BandTask task = args_.tasks[tile.first_task + own_row];
-      first_ = task.first;
-      end_ = task.first + task.num_pairs;
+      task = args_.tasks[tile.first_task + own_row];
     }
+    first_ = task.first;
+    end_ = task.first + task.num_pairs;
+    repeated_rows_ = __ballot_sync(kFullWarp, task.has_repeats);
   }
 
   // The lists in units of 32 pairs, and the first units' pairs.
@@ -212,12 +212,9 @@ class ValuesConsumer {
     return pair < end ? args_.coefficients[pair] : kNoPair;
   }
 
-  // Lays out one unit; returns the bit of its row where two pairs share a place.
-  __device__ __forceinline__ unsigned lay_out_unit(int unit, BandPair pair) {
+  __device__ __forceinline__ void lay_out_unit(int unit, BandPair pair) {
     const int row = row_of(unit);
-    const bool is_shared =
-        lay_out_pairs(pair, lane_, [&](unsigned place) { return cell(row, place); });
-    return is_shared ? 1u << row : 0;
+    if (pair != kNoPair) lay_out_pair(pair, [&](unsigned place) { return cell(row, place); });
   }
 
   // P of the warp's tasks.
@@ -233,10 +230,9 @@ class ValuesConsumer {
     }
     __syncwarp();
     // 2. The coefficients.
-    unsigned shared_rows = 0;
 #pragma unroll
     for (int u = 0; u < kEarlyUnits; ++u) {
-      if (u < num_units_) shared_rows |= lay_out_unit(u, early_[u]);
+      if (u < num_units_) lay_out_unit(u, early_[u]);
     }
     constexpr int kBatch = 8;
 #pragma unroll 1
@@ -248,12 +244,11 @@ class ValuesConsumer {
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        if (unit + u < num_units_) shared_rows |= lay_out_unit(unit + u, pairs[u]);
+        if (unit + u < num_units_) lay_out_unit(unit + u, pairs[u]);
       }
     }
     // 3. Rows in which pairs share places once more.
-    shared_rows = __reduce_or_sync(kFullWarp, shared_rows);
-    if (shared_rows != 0) add_up_places(shared_rows);
+    if (repeated_rows_ != 0) add_up_places(repeated_rows_);
   }
 
   __device__ __forceinline__ void add_up_places(unsigned rows) {
@@ -331,6 +326,7 @@ class ValuesConsumer {
   // which unit u of all is: first_pair_ + 32 u.
   int first_, end_, last_unit_, first_pair_;
   int num_units_;
+  unsigned repeated_rows_;  // a bit for each row in which pairs share places
   BandPair early_[kEarlyUnits];
 };
 

@@ -35,7 +35,8 @@ namespace omni_moe::cuda {
 namespace {
 
 constexpr int kChunkTasks = 64;  // of a stage
-constexpr int kMaxChunks = 3;    // that P has room for
+constexpr int kMaxBlocks = 15;   // of 64 tasks by 64 places, that P has room for
+constexpr int kLaidChunks = 4;   // whose rows the lanes of the warps know at once
 constexpr int kSlab = 128;       // elements of a row in a stage
 constexpr int kSlabTiles = 2;    // of 64 elements, one a warpgroup
 constexpr int kStages = 4;
@@ -55,6 +56,7 @@ template <int kNumPlaces>
 struct WeightGradTile {
   static constexpr int kPlaces = kNumPlaces;
   static constexpr int kBlocks = kPlaces / kBlockPlaces;
+  static constexpr int kMaxChunks = kMaxBlocks / kBlocks;  // of tasks
   static constexpr int kCols = kPlaces > 256 ? 256 : kPlaces;
   static constexpr int kMoreCols = kPlaces - kCols;
   static_assert(kMoreCols == 0 || kMoreCols == 64);
@@ -62,7 +64,7 @@ struct WeightGradTile {
 
 template <class Tile>
 struct WeightGradShared {
-  char coefficients[kMaxChunks][Tile::kBlocks][kTileBytes];  // P
+  char coefficients[Tile::kMaxChunks][Tile::kBlocks][kTileBytes];  // P
   char states[kStages][kSlabTiles][kTileBytes];
   char outputs[kConsumers][kOutputs][kTileBytes];
   uint64_t full[kStages];
@@ -89,6 +91,7 @@ struct WeightGradArgs {
   int num_groups;  // of slabs
   int group_slabs;
   bool is_rows;  // whether this pass is that of the grid's rows
+  bool adds;     // whether it adds to what the other has stored
 };
 
 // What a block sums: some slabs of some places of one band.
@@ -127,9 +130,9 @@ __device__ __forceinline__ int num_rows_of(const BandRange& range) {
 __device__ __forceinline__ BandTask row_at(const WeightGradArgs& args, const BandRange& range,
                                            int i) {
   if (i < range.num_tasks) return args.tasks[range.first_task + i];
-  if (i >= num_rows_of(range)) return {-1, 0, 0};
+  if (i >= num_rows_of(range)) return {-1, 0, 0, 0};
   const int pair = args.tails[range.first_tail + i - range.num_tasks];
-  return {pair / args.num_pairs, pair, 1};
+  return {pair / args.num_pairs, pair, 1, 0};
 }
 
 // ---- Loading warpgroup --------------------------------------------------------------------------
@@ -166,6 +169,16 @@ __device__ __forceinline__ void load_items(const WeightGradArgs& args,
     for (int slab = item.first_slab; slab < item.last_slab; ++slab) {
       const int byte = slab * kSlab * 2 + piece * 16;
       const bool in_row = byte < args.row_bytes;
+      // What will be added to comes out of memory while its sums are made.
+      if (args.adds && rows > 0 && thread == 0) {
+        const int places = min(Tile::kPlaces, band_length(args.plan, item.band) - item.first_place);
+        for (int place = 0; place < places; place += kBlockPlaces) {
+          for (int tile = 0; tile < kSlabTiles; ++tile) {
+            args.tables[item.table].grad.prefetch(args.plan, item.band, item.first_place + place,
+                                                  slab * kSlab + tile * 64);
+          }
+        }
+      }
       for (int first = 0; first < rows; first += kChunkTasks, ring.advance()) {
         int tokens[kRowsPerThread];
 #pragma unroll
@@ -223,15 +236,21 @@ class WeightGradConsumer {
       const WeightGradItem item = item_at<Tile>(args_, i);
       const BandRange range = args_.ranges[item.band];
       const int rows = num_rows_of(range);
-      if (rows == 0 && !args_.is_rows) continue;
-      const bool stays = rows <= kMaxChunks * kChunkTasks;
+      if (rows == 0) {
+        if (args_.adds) continue;
+        clear();
+        for (int slab = item.first_slab; slab < item.last_slab; ++slab) store(item, slab);
+        continue;
+      }
+      const bool stays = rows <= Tile::kMaxChunks * kChunkTasks;
       for (int slab = item.first_slab; slab < item.last_slab; ++slab) {
-        if (rows == 0) clear();
         for (int first = 0; first < rows; first += kChunkTasks) {
-          const int chunk = first / kChunkTasks % kMaxChunks;
+          const int chunk = first / kChunkTasks % Tile::kMaxChunks;
           if (chunk == 0 && (!stays || slab == item.first_slab)) {
             sync_consumers();  // both have multiplied with what P held
-            lay_out(item, range, first);
+            for (int laid = 0; laid < Tile::kMaxChunks; laid += kLaidChunks) {
+              lay_out(item, range, first, laid);
+            }
             fence_async_proxy();
             sync_consumers();
           }
@@ -251,13 +270,18 @@ class WeightGradConsumer {
     for (float& d : more_) d = 0.0f;
   }
 
-  // P of up to 192 tasks from `first` on. The warp's rows are every eighth; lane l knows the l-th.
+  // P of up to 256 tasks, those of the chunks from first_chunk on where chunk 0 begins with task
+  // `first`. The warp's rows are every eighth; lane l knows the l-th.
   __device__ __forceinline__ void lay_out(const WeightGradItem& item, const BandRange& range,
-                                          int first) {
+                                          int first, int first_chunk) {
     const BandPair* coefficients = args_.tables[item.table].coefficients;
-    const int rows = min(num_rows_of(range) - first, kMaxChunks * kChunkTasks);
-    const int own_rows = ceil_div(rows, kChunkTasks) * (kChunkTasks / kConsumerWarps);
-    BandTask task{-1, 0, 0};
+    first += first_chunk * kChunkTasks;
+    const int chunks = min(ceil_div(num_rows_of(range) - first, kChunkTasks),
+                           min(Tile::kMaxChunks - first_chunk, kLaidChunks));
+    if (chunks <= 0) return;
+    const int own_rows = chunks * (kChunkTasks / kConsumerWarps);
+    const int first_row = first_chunk * kChunkTasks + warp_;
+    BandTask task{-1, 0, 0, 0};
     if (lane_ < own_rows) task = row_at(args_, range, first + warp_ + lane_ * kConsumerWarps);
     // 1. The rows are cleared while the first pairs come: units of 32 of one row.
     constexpr int kBatch = 8;
@@ -265,6 +289,7 @@ class WeightGradConsumer {
     const int last_unit = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(units)));
     const int num_units = __shfl_sync(kFullWarp, last_unit, kWarpSize - 1);
     const int end_pair = task.first + task.num_pairs;
+    unsigned repeated_rows = __ballot_sync(kFullWarp, task.has_repeats);
     const int unit_pair = task.first - (last_unit - units) * kWarpSize;  // that of unit 0
     const auto row_of = [&](int unit) {
       return __popc(__ballot_sync(kFullWarp, last_unit <= unit));
@@ -282,7 +307,7 @@ class WeightGradConsumer {
     };
     load_batch(0);
     for (int row = 0; row < own_rows; ++row) {
-      const int at = warp_ + row * kConsumerWarps;
+      const int at = first_row + row * kConsumerWarps;
       for (int p = lane_; p < Tile::kBlocks * 8; p += kWarpSize) {
         char* tile = shared_.coefficients[at / kChunkTasks][p / 8];
         *reinterpret_cast<uint4*>(tile + at % kChunkTasks * kSwizzleRowBytes + p % 8 * 16) =
@@ -291,7 +316,6 @@ class WeightGradConsumer {
     }
     __syncwarp();
     // 2. The pairs, while the next ones come.
-    unsigned shared_rows = 0;
 #pragma unroll 1
     for (int first_unit = 0; first_unit < num_units; first_unit += kBatch) {
       BandPair pairs[kBatch];
@@ -300,24 +324,25 @@ class WeightGradConsumer {
       load_batch(first_unit + kBatch);
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        if (first_unit + u >= num_units) break;
         const int row = row_of(first_unit + u);
-        if (lay_out_pairs(pairs[u], lane_, cell_of(item, row))) shared_rows |= 1u << row;
+        if (pairs[u] != kNoPair) {
+          lay_out_pair(pairs[u], cell_of(item, first_row + row * kConsumerWarps));
+        }
       }
     }
-    shared_rows = __reduce_or_sync(kFullWarp, shared_rows);
     // 3. Rows in which pairs share places once more.
-    for (; shared_rows != 0; shared_rows &= shared_rows - 1) {
-      const int row = __ffs(shared_rows) - 1;
+    if (repeated_rows != 0) __syncwarp();
+    for (; repeated_rows != 0; repeated_rows &= repeated_rows - 1) {
+      const int row = __ffs(repeated_rows) - 1;
       const int begin = __shfl_sync(kFullWarp, task.first, row);
       const int end = __shfl_sync(kFullWarp, end_pair, row);
-      add_up_pairs<T>(coefficients, begin, end, lane_, cell_of(item, row));
+      const auto cell = cell_of(item, first_row + row * kConsumerWarps);
+      add_up_pairs<T>(coefficients, begin, end, lane_, cell);
     }
   }
 
-  // Where the coefficients of the warp's row `row` go; null for places of other pieces.
-  __device__ __forceinline__ auto cell_of(const WeightGradItem& item, int row) const {
-    const int at = warp_ + row * kConsumerWarps;
+  // Where the coefficients of row `at` of P go; null for places of other pieces.
+  __device__ __forceinline__ auto cell_of(const WeightGradItem& item, int at) const {
     auto& chunk = shared_.coefficients[at / kChunkTasks];
     const unsigned first_place = item.first_place;
     return [&chunk, at, first_place](unsigned band_place) -> uint16_t* {
@@ -391,10 +416,10 @@ class WeightGradConsumer {
       sync_warpgroup(consumer_);
       if (is_first_thread) {
         const BandTable& grad = args_.tables[item.table].grad;
-        if (args_.is_rows) {
-          grad.store_row(item.band, place, element, outputs);
+        if (args_.adds) {
+          grad.add(args_.plan, item.band, place, element, outputs);
         } else {
-          grad.add_col(item.band - args_.plan.num_rows, place, element, outputs);
+          grad.store(args_.plan, item.band, place, element, outputs);
         }
         tma_store_commit();
       }
@@ -443,13 +468,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, class Tile>
-cudaError_t launch_pass(WeightGradArgs args, bool is_rows, const DeviceInfo& device,
+cudaError_t launch_pass(WeightGradArgs args, bool is_rows, bool adds, const DeviceInfo& device,
                         cudaStream_t stream) {
   constexpr size_t kSharedBytes = sizeof(WeightGradShared<Tile>) + kSwizzleAlignment;
   static_assert(kSharedBytes <= 232448, "more shared memory than a block gets");
   // Bands are laid out once for all slabs, unless that leaves too few items for the device.
   constexpr int kItemsPerSm = 4;
   args.is_rows = is_rows;
+  args.adds = adds;
   const int length = is_rows ? args.plan.num_cols : args.plan.num_rows;
   args.num_pieces = ceil_div(length, Tile::kPlaces);
   const int bands = is_rows ? args.plan.num_rows : args.plan.num_cols;
@@ -468,15 +494,16 @@ cudaError_t launch_pass(WeightGradArgs args, bool is_rows, const DeviceInfo& dev
 }
 
 template <class T>
-cudaError_t launch_pass(const WeightGradArgs& args, bool is_rows, const DeviceInfo& device,
-                        cudaStream_t stream) {
+cudaError_t launch_pass(const WeightGradArgs& args, bool is_rows, bool adds,
+                        const DeviceInfo& device, cudaStream_t stream) {
   const int length = is_rows ? args.plan.num_cols : args.plan.num_rows;
-  if (length <= 64) return launch_pass<T, WeightGradTile<64>>(args, is_rows, device, stream);
-  if (length <= 128) return launch_pass<T, WeightGradTile<128>>(args, is_rows, device, stream);
+  if (length <= 64) return launch_pass<T, WeightGradTile<64>>(args, is_rows, adds, device, stream);
+  if (length <= 128)
+    return launch_pass<T, WeightGradTile<128>>(args, is_rows, adds, device, stream);
   if (length <= 256 || length > 320) {
-    return launch_pass<T, WeightGradTile<256>>(args, is_rows, device, stream);
+    return launch_pass<T, WeightGradTile<256>>(args, is_rows, adds, device, stream);
   }
-  return launch_pass<T, WeightGradTile<320>>(args, is_rows, device, stream);
+  return launch_pass<T, WeightGradTile<320>>(args, is_rows, adds, device, stream);
 }
 
 }  // namespace
@@ -509,8 +536,8 @@ cudaError_t band_weight_grad(const BandShape& shape, const BandWeightGradTables&
       [&] {
         return add_table(tables.grad_expert_states, tables.grad_down, workspace.down_coefficients);
       },
-      [&] { return launch_pass<T>(args, /*is_rows=*/true, device, stream); },
-      [&] { return launch_pass<T>(args, /*is_rows=*/false, device, stream); });
+      [&] { return launch_pass<T>(args, /*is_rows=*/false, /*adds=*/false, device, stream); },
+      [&] { return launch_pass<T>(args, /*is_rows=*/true, /*adds=*/true, device, stream); });
 }
 
 template cudaError_t band_weight_grad<__half>(const BandShape&, const BandWeightGradTables&,
