@@ -26,7 +26,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPlaceWords = BandTuning::kMaxLength / 32;
-static_assert(kPlaceWords <= kWarpSize);
 
 struct CoverArgs {
   BandShape shape;
@@ -55,7 +54,8 @@ struct CoverShared {
   int* kept;        // [max_tasks + 1] pairs of a task
   int* overflows;   // [max_tasks] where those begin that are more than the band has experts
   int* totals;      // [2] row tasks; all tasks
-  uint32_t* seen;   // [kWarps, kPlaceWords] a bit for each place of a band
+  int* repeats;     // [max_tasks] whether pairs of a task share a place
+  uint32_t* seen;   // [max_tasks, kPlaceWords] a bit for each place that a task's pairs have
   BandPair* list;   // [K], written at once in the end
 
   __device__ __forceinline__ CoverShared(int* words, const CoverArgs& args) {
@@ -71,15 +71,16 @@ struct CoverShared {
     kept = firsts + num_groups;
     overflows = kept + num_groups;
     totals = overflows + num_groups;
-    seen = reinterpret_cast<uint32_t*>(totals + 2);
-    list = seen + kWarps * kPlaceWords;
+    repeats = totals + 2;
+    seen = reinterpret_cast<uint32_t*>(repeats + num_groups);
+    list = seen + num_groups * kPlaceWords;
   }
 };
 
 size_t shared_bytes(const CoverArgs& args) {
   const int num_groups = args.shape.plan.max_tasks + 1;
   return sizeof(int) * (2 * args.shape.num_pairs + 2 * args.shape.num_bands() + args.max_height +
-                        1 + (4 + kWarps) * num_groups + 2 + kWarps * kPlaceWords);
+                        1 + (5 + kWarps + kPlaceWords) * num_groups + 2);
 }
 
 // The largest h such that h rows have at least h pairs each. For a whole warp.
@@ -132,6 +133,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < num_bands; i += kThreads) shared.sizes[i] = 0;
   for (int i = threadIdx.x; i <= args.max_height; i += kThreads) shared.heights[i] = 0;
   for (int i = threadIdx.x; i < kWarps * (plan.max_tasks + 1); i += kThreads) shared.counts[i] = 0;
+  for (int i = threadIdx.x; i < plan.max_tasks; i += kThreads) shared.repeats[i] = 0;
+  for (int i = threadIdx.x; i < plan.max_tasks * kPlaceWords; i += kThreads) shared.seen[i] = 0;
   __syncthreads();
   for (int k = threadIdx.x; k < num_pairs; k += kThreads) {
     const uint32_t id =
@@ -246,8 +249,15 @@ __global__ void __launch_bounds__(kThreads)
       if (rank == 0) counts[group] = before + __popc(same);
       const int at = before + rank;
       int position = shared.firsts[group] + at;
-      if (group < num_tasks && at >= shared.kept[group]) {
-        position = shared.overflows[group] + at - shared.kept[group];
+      if (group < num_tasks) {
+        const uint32_t place = cell & 0xffff;
+        const uint32_t bit = 1u << place % 32;
+        uint32_t* seen = &shared.seen[group * kPlaceWords + place / 32];
+        if (at >= shared.kept[group]) {
+          position = shared.overflows[group] + at - shared.kept[group];
+        } else if ((atomicOr(seen, bit) & bit) != 0) {
+          shared.repeats[group] = 1;
+        }
       }
       shared.list[position] = (cell & 0xffff) << 16 | static_cast<uint32_t>(k);
     }
@@ -255,24 +265,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // 6. Tasks in which pairs share a place: a warp each, with a bit for every place.
-  for (int task = warp; task < num_tasks; task += kWarps) {
-    uint32_t* seen = shared.seen + warp * kPlaceWords;
-    __syncwarp();
-    if (lane < kPlaceWords) seen[lane] = 0;
-    __syncwarp();
-    bool is_repeated = false;
-    for (int i = lane; i < shared.kept[task]; i += kWarpSize) {
-      const uint32_t place = shared.list[shared.firsts[task] + i] >> 16;
-      const uint32_t bit = 1u << place % 32;
-      is_repeated |= (atomicOr(&seen[place / 32], bit) & bit) != 0;
-    }
-    if (__any_sync(kFullWarp, is_repeated) && lane == 0) {
-      args.token_tasks[static_cast<int64_t>(token) * plan.max_tasks + task].has_repeats = 1;
-    }
+  // 6. All at once to memory. Pairs of the tail get their row as place, and beside it their column.
+  for (int task = threadIdx.x; task < num_tasks; task += kThreads) {
+    if (shared.repeats[task] == 0) continue;
+    args.token_tasks[static_cast<int64_t>(token) * plan.max_tasks + task].has_repeats = 1;
   }
-
-  // 7. All at once to memory. Pairs of the tail get their row as place, and beside it their column.
   const int tail = shared.firsts[num_tasks];
   for (int i = threadIdx.x; i < num_pairs; i += kThreads) {
     BandPair pair = shared.list[i];

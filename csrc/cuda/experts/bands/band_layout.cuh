@@ -1,7 +1,7 @@
 // P, the coefficients of tasks by the places of their band, laid out in shared memory from lists of
 // pairs. A warp lays out a task's row, which is zero before. A token may have chosen an expert more
 // than once: then pairs of a task share a place (BandTask::has_repeats), and the row is laid out
-// again with their sums.
+// with their sums.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,18 +33,21 @@ __device__ __forceinline__ void lay_out_pair(BandPair pair, Cell cell) {
   if (uint16_t* to = cell(pair >> 16); to != nullptr) *to = static_cast<uint16_t>(pair);
 }
 
-// For a row in which pairs share places: sums in order of the list [first, end), whatever the order
-// of the stores before.
+// For a row in which pairs share places: their sums in order of the list [first, end).
 template <class T, class Cell>
 __device__ __forceinline__ void add_up_pairs(const BandPair* coefficients, int first, int end,
                                              int lane, Cell cell) {
   for (int at = first + lane; at < end; at += kWarpSize) {
     const BandPair place = coefficients[at] >> 16;
     float sum = 0.0f;
+    bool is_first = true;  // of the pairs with this place
     for (int other = first; other < end; ++other) {
       const BandPair pair = coefficients[other];
-      if (pair >> 16 == place) sum += coefficient_of<T>(pair);
+      if (pair >> 16 != place) continue;
+      sum += coefficient_of<T>(pair);
+      is_first = is_first && other >= at;
     }
+    if (!is_first) continue;
     if (uint16_t* to = cell(place); to != nullptr) *reinterpret_cast<T*>(to) = from_float<T>(sum);
   }
 }

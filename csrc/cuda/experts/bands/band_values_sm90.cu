@@ -214,7 +214,9 @@ class ValuesConsumer {
 
   __device__ __forceinline__ void lay_out_unit(int unit, BandPair pair) {
     const int row = row_of(unit);
-    if (pair != kNoPair) lay_out_pair(pair, [&](unsigned place) { return cell(row, place); });
+    const bool is_alone = (repeated_rows_ >> row & 1) == 0;
+    if (pair != kNoPair && is_alone)
+      lay_out_pair(pair, [&](unsigned place) { return cell(row, place); });
   }
 
   // P of the warp's tasks.
@@ -247,12 +249,11 @@ class ValuesConsumer {
         if (unit + u < num_units_) lay_out_unit(unit + u, pairs[u]);
       }
     }
-    // 3. Rows in which pairs share places once more.
+    // 3. The rows in which pairs share places.
     if (repeated_rows_ != 0) add_up_places(repeated_rows_);
   }
 
   __device__ __forceinline__ void add_up_places(unsigned rows) {
-    __syncwarp();
     for (; rows != 0; rows &= rows - 1) {
       const int row = __ffs(rows) - 1;
       const int first = __shfl_sync(kFullWarp, first_, row);

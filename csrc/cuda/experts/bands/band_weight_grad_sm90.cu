@@ -325,13 +325,12 @@ class WeightGradConsumer {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int row = row_of(first_unit + u);
-        if (pairs[u] != kNoPair) {
+        if (pairs[u] != kNoPair && (repeated_rows >> row & 1) == 0) {
           lay_out_pair(pairs[u], cell_of(item, first_row + row * kConsumerWarps));
         }
       }
     }
-    // 3. Rows in which pairs share places once more.
-    if (repeated_rows != 0) __syncwarp();
+    // 3. The rows in which pairs share places.
     for (; repeated_rows != 0; repeated_rows &= repeated_rows - 1) {
       const int row = __ffs(repeated_rows) - 1;
       const int begin = __shfl_sync(kFullWarp, task.first, row);
