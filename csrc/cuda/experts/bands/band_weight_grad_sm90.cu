@@ -1,17 +1,20 @@
 // Gradients of both tables by bands: for each band, with P as in band_values_sm90.cu,
 //   grad_up[band]   = P_upᵀ · hidden[tokens of the tasks]
 //   grad_down[band] = P_downᵀ · grad[tokens of the tasks].
-// An expert lies in a grid row and a grid column, and a pair in one of their tasks: the rows' sums
-// are stored first, also where they are zero, so that the tables need no fill, and the columns' are
-// added to them. Pairs of tails are tasks of one pair in their column. So every element gets one
-// store and at most one addition, in a fixed order; it is rounded by both.
+// An expert lies in a grid row and a grid column, and a pair in one of their tasks: the columns'
+// sums are stored first, also where they are zero, so that the tables need no fill, and the rows'
+// are added to them. Pairs of tails are tasks of one pair in their column. So every element gets
+// one store and at most one addition, in a fixed order, and is rounded by both.
 //
 // A block takes a band, a table and some slabs of 128 elements of its rows. It lays out P once
-// where the band has at most 192 tasks, else again for every slab and every 192 tasks; the tokens'
-// rows come through a ring, 64 tasks by one slab a stage. With bf16 at T 4096, K 512, H 1024 and
-// 320 x 320 there are 50,000 tasks in rows and 45,000 in columns, 124 GFLOP (190 µs at 650
-// TFLOP/s). The tables are written once and once more read and written, 1.26 GB: that is 420 µs at
-// 3 TB/s, which bounds it.
+// where the band has at most 192 tasks (more if it is short), else again for every slab and every
+// 192 tasks; the tokens' rows come through a ring, 64 tasks by one slab a stage. With bf16 at T
+// 4096, K 512, H 1024 and 320 x 320 there are 50,000 tasks in rows and 45,000 in columns, 124 GFLOP
+// (190 µs at 650 TFLOP/s). The tables are written once and once more read and written, 1.26 GB, 480
+// µs at the 2.6 TB/s of an H100. Columns took 242 µs there and rows about 400: a warpgroup's steps,
+// P, the product and the store, follow each other, so that neither memory nor the tensor cores are
+// always busy. Where P is laid out again and again (T 4096, K 4096: 460 tasks a band) it takes most
+// of the time, 3,800 µs in all.
 //
 // Two warpgroups multiply, each 64 elements by the whole band: D = rowsᵀ P, whose columns are the
 // places, since those come in any number and the instruction's rows do not. Transposed back in
@@ -169,16 +172,6 @@ __device__ __forceinline__ void load_items(const WeightGradArgs& args,
     for (int slab = item.first_slab; slab < item.last_slab; ++slab) {
       const int byte = slab * kSlab * 2 + piece * 16;
       const bool in_row = byte < args.row_bytes;
-      // What will be added to comes out of memory while its sums are made.
-      if (args.adds && rows > 0 && thread == 0) {
-        const int places = min(Tile::kPlaces, band_length(args.plan, item.band) - item.first_place);
-        for (int place = 0; place < places; place += kBlockPlaces) {
-          for (int tile = 0; tile < kSlabTiles; ++tile) {
-            args.tables[item.table].grad.prefetch(args.plan, item.band, item.first_place + place,
-                                                  slab * kSlab + tile * 64);
-          }
-        }
-      }
       for (int first = 0; first < rows; first += kChunkTasks, ring.advance()) {
         int tokens[kRowsPerThread];
 #pragma unroll
@@ -244,6 +237,7 @@ class WeightGradConsumer {
       }
       const bool stays = rows <= Tile::kMaxChunks * kChunkTasks;
       for (int slab = item.first_slab; slab < item.last_slab; ++slab) {
+        if (args_.adds) prefetch(item, slab);
         for (int first = 0; first < rows; first += kChunkTasks) {
           const int chunk = first / kChunkTasks % Tile::kMaxChunks;
           if (chunk == 0 && (!stays || slab == item.first_slab)) {
@@ -268,6 +262,17 @@ class WeightGradConsumer {
     for (float& d : d_) d = 0.0f;
 #pragma unroll
     for (float& d : more_) d = 0.0f;
+  }
+
+  // What the slab's sums will be added to comes out of memory while they are made: 655 µs instead
+  // of 742 for both passes at T 4096, K 512. A slab earlier it is too much for L2 (778).
+  __device__ __forceinline__ void prefetch(const WeightGradItem& item, int slab) const {
+    if (threadIdx.x % 128 != 0) return;
+    const int end = min(item.first_place + Tile::kPlaces, band_length(args_.plan, item.band));
+    for (int place = item.first_place; place < end; place += kBlockPlaces) {
+      args_.tables[item.table].grad.prefetch(args_.plan, item.band, place,
+                                             slab * kSlab + consumer_ * 64);
+    }
   }
 
   // P of up to 256 tasks, those of the chunks from first_chunk on where chunk 0 begins with task
