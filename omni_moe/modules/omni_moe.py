@@ -315,7 +315,7 @@ class OmniMoE(nn.Module):
             **super().__getstate__(),
             "aux_loss": None,
             "_aux_loss_is_missing": False,
-            "_recorded": None,
+            "_recorders": (),
         }
 
     def extra_repr(self) -> str:

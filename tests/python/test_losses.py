@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omni_moe import OmniMoE, OmniMoEConfig, load_balancing_loss, router_loss, router_z_loss
 from omni_moe.losses import add_expert_counts
+from omni_moe.modules.omni_moe import recorded_router_outputs
 
 H, E, K = 24, 48, 5
 SHAPES = [(1, 1, 1, 1), (37, 6, 8, 5), (199, 24, 2, 48), (67, 64, 48, 16)]  # T, R, C, K
@@ -350,6 +351,19 @@ def test_copies_have_no_loss(how):
     assert twin.aux_loss is None and layer.aux_loss is not None
     assert_bitwise(twin(x), y)
     assert_bitwise(twin.aux_loss, layer.aux_loss)
+
+
+@on_copies
+def test_copies_are_not_recorded(how):
+    layer = make_layer()
+    x = torch.randn(7, H)
+    with recorded_router_outputs([layer]) as (outputs,):
+        y = layer(x)
+        assert outputs[0].logits_x.requires_grad  # what copies refuse
+        twin = copied(layer, how)
+        assert twin._recorders == () and len(layer._recorders) == 1
+        assert_bitwise(twin(x), y)
+        assert len(outputs) == 1
 
 
 def test_state_dict_is_unchanged():
