@@ -133,8 +133,7 @@ size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassP
   return 0;
 }
 
-// ---- Operands
-// ------------------------------------------------------------------------------------
+// ---- Operands -----------------------------------------------------------------------------------
 
 namespace {
 
@@ -185,8 +184,7 @@ TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
           params.num_cols};
 }
 
-// ---- Ops
-// -----------------------------------------------------------------------------------------
+// ---- Ops ----------------------------------------------------------------------------------------
 
 SchedulePlan plan_schedule(int64_t num_pairs, int64_t num_experts) {
   SchedulePlan plan{};
@@ -236,8 +234,7 @@ ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params,
                               /*sort_storage_bytes=*/0);
 }
 
-// ---- Workspace
-// -----------------------------------------------------------------------------------
+// ---- Workspace ----------------------------------------------------------------------------------
 
 namespace {
 
