@@ -177,7 +177,9 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
   for (int band = 0; band < bands.num_bands(); ++band) {
     const int num_tasks = static_cast<int>(by_band[band].size());
     ASSERT_EQ(ranges[band].num_tasks, num_tasks) << band;
-    if (num_tasks > 0) ASSERT_EQ(ranges[band].first_task, first_task) << band;
+    if (num_tasks > 0) {
+      ASSERT_EQ(ranges[band].first_task, first_task) << band;
+    }
     first_task += num_tasks;
     const auto want =
         band < plan.num_rows ? std::vector<int>() : std::move(tails[band - plan.num_rows]);
