@@ -12,6 +12,7 @@ namespace {
 
 namespace py = pybind11;
 using namespace cuda;
+using namespace py::literals;
 
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::kFloat32;
@@ -33,137 +34,94 @@ DeviceInfo device_of(const py::dict& gpu) {
 
 py::dict gpu_properties(int index) {
   const DeviceInfo device = device_info(at::Device(at::kCUDA, static_cast<int8_t>(index)));
-  py::dict gpu;
-  gpu["num_sms"] = device.num_sms;
-  gpu["l2_bytes"] = device.l2_bytes;
-  gpu["shared_bytes_per_block"] = device.shared_bytes_per_block;
-  gpu["has_cooperative_launch"] = device.has_cooperative_launch;
-  gpu["has_early_launch"] = device.has_early_launch;
-  gpu["has_hopper_kernels"] = device.has_hopper_kernels;
-  return gpu;
+  return py::dict("num_sms"_a = device.num_sms, "l2_bytes"_a = device.l2_bytes,
+                  "shared_bytes_per_block"_a = device.shared_bytes_per_block,
+                  "has_cooperative_launch"_a = device.has_cooperative_launch,
+                  "has_early_launch"_a = device.has_early_launch,
+                  "has_hopper_kernels"_a = device.has_hopper_kernels);
 }
 
 // ---- What a plan says, in the numbers that its kernel uses -------------------------------------
 
-template <typename Plan>
-py::dict with_workspace(py::dict facts, const Plan& plan) {
-  facts["workspace_bytes"] = plan.workspace_bytes;
-  return facts;
-}
-
-py::dict facts_of(const RouterForwardPlan& plan) {
-  py::dict facts;
-  const bool is_warp = plan.kernel == RouterForwardKernel::kWarp;
-  facts["kernel"] = is_warp ? "warp" : "block";
-  if (is_warp) {
-    facts["items_per_lane"] = plan.items_per_lane;
-    facts["sort_width"] = plan.sort_width;
-  } else {
-    facts["lists_in_shared"] = plan.lists_in_shared;
+py::dict numbers_of(const RouterForwardPlan& plan) {
+  if (plan.kernel == RouterForwardKernel::kBlock) {
+    return py::dict("kernel"_a = "block", "lists_in_shared"_a = plan.lists_in_shared,
+                    "num_blocks"_a = plan.num_blocks);
   }
-  facts["num_blocks"] = plan.num_blocks;
-  return with_workspace(facts, plan);
+  return py::dict("kernel"_a = "warp", "items_per_lane"_a = plan.items_per_lane,
+                  "sort_width"_a = plan.sort_width, "num_blocks"_a = plan.num_blocks);
 }
 
-py::dict facts_of(const RouterBackwardPlan& plan) {
-  py::dict facts;
-  facts["warps_per_token"] = plan.warps_per_token;
-  facts["sums_in_shared"] = plan.sums_in_shared;
-  facts["num_blocks"] = plan.num_blocks;
-  return with_workspace(facts, plan);
+py::dict numbers_of(const RouterBackwardPlan& plan) {
+  return py::dict("warps_per_token"_a = plan.warps_per_token,
+                  "sums_in_shared"_a = plan.sums_in_shared, "num_blocks"_a = plan.num_blocks);
 }
 
-py::dict facts_of(const RouterLogitsForwardPlan& plan) {
-  py::dict facts;
-  facts["token_tiles"] = plan.token_tiles;
-  facts["panels"] = plan.panels;
-  return with_workspace(facts, plan);
+py::dict numbers_of(const RouterLogitsForwardPlan& plan) {
+  return py::dict("token_tiles"_a = plan.token_tiles, "panels"_a = plan.panels);
 }
 
-py::dict facts_of(const TopKRouterForwardPlan& plan) {
-  py::dict facts;
-  const bool is_warp = plan.kernel == TopKRouterForwardKernel::kWarp;
-  facts["kernel"] = is_warp ? "warp" : "block";
-  if (is_warp) facts["items_per_lane"] = plan.items_per_lane;
-  facts["num_blocks"] = plan.num_blocks;
-  return with_workspace(facts, plan);
+py::dict numbers_of(const TopKRouterForwardPlan& plan) {
+  if (plan.kernel == TopKRouterForwardKernel::kBlock) {
+    return py::dict("kernel"_a = "block", "num_blocks"_a = plan.num_blocks);
+  }
+  return py::dict("kernel"_a = "warp", "items_per_lane"_a = plan.items_per_lane,
+                  "num_blocks"_a = plan.num_blocks);
 }
 
-py::dict facts_of(const TopKRouterBackwardPlan& plan) {
-  py::dict facts;
-  facts["warps_per_block"] = plan.warps_per_block;
-  facts["num_blocks"] = plan.num_blocks;
-  return with_workspace(facts, plan);
+py::dict numbers_of(const TopKRouterBackwardPlan& plan) {
+  return py::dict("warps_per_block"_a = plan.warps_per_block, "num_blocks"_a = plan.num_blocks);
 }
 
-py::dict facts_of(const ExpertSlotsPlan& plan) {
-  py::dict facts;
-  facts["pairs_per_block"] = plan.pairs_per_block;
-  facts["num_blocks"] = plan.num_blocks;
-  return with_workspace(facts, plan);
+py::dict numbers_of(const ExpertSlotsPlan& plan) {
+  return py::dict("pairs_per_block"_a = plan.pairs_per_block, "num_blocks"_a = plan.num_blocks);
 }
 
-py::dict facts_of(const BatchNormPlan& plan) {
-  py::dict facts;
-  facts["uses_vectors"] = plan.uses_vectors;
-  facts["num_panels"] = plan.grid.num_panels;
-  facts["num_rounds"] = plan.grid.num_rounds;
-  facts["num_parts"] = plan.grid.num_parts;
-  return with_workspace(facts, plan);
+py::dict numbers_of(const BatchNormPlan& plan) {
+  return py::dict("uses_vectors"_a = plan.uses_vectors, "num_panels"_a = plan.grid.num_panels,
+                  "num_rounds"_a = plan.grid.num_rounds, "num_parts"_a = plan.grid.num_parts);
 }
 
-py::dict facts_of(const TokenPassPlan& plan) {
-  py::dict facts;
+py::dict numbers_of(const TokenPassPlan& plan) {
   switch (plan.strategy) {
     case TokenPassStrategy::kTwoPhase:
-      facts["strategy"] = "two_phase";
-      facts["threads"] = plan.threads;
-      facts["num_splits"] = plan.num_splits;
-      facts["pairs_per_split"] = plan.pairs_per_split;
-      break;
+      return py::dict("strategy"_a = "two_phase", "threads"_a = plan.threads,
+                      "num_splits"_a = plan.num_splits, "pairs_per_split"_a = plan.pairs_per_split);
     case TokenPassStrategy::kFused:
-      facts["strategy"] = "fused";
-      break;
+      return py::dict("strategy"_a = "fused");
     case TokenPassStrategy::kL2Tiled:
-      facts["strategy"] = "l2_tiled";
-      facts["tile_bytes"] = plan.tile_bytes;
-      break;
+      return py::dict("strategy"_a = "l2_tiled", "tile_bytes"_a = plan.tile_bytes);
     case TokenPassStrategy::kBands:
-      facts["strategy"] = "bands";
-      facts["max_tasks"] = plan.bands.max_tasks;
-      facts["min_pairs"] = plan.bands.min_pairs;
-      break;
+      return py::dict("strategy"_a = "bands", "max_tasks"_a = plan.bands.max_tasks,
+                      "min_pairs"_a = plan.bands.min_pairs);
   }
+  return py::dict();
+}
+
+py::dict numbers_of(const ExpertForwardPlan& plan) { return numbers_of(plan.token_pass); }
+
+py::dict numbers_of(const ExpertBackwardPlan& plan) {
+  py::dict numbers = numbers_of(plan.token_pass);
+  const bool is_bands = plan.token_pass.strategy == TokenPassStrategy::kBands;
+  numbers["schedule"] = is_bands ? "bands" : plan.schedule.by_counting ? "counting" : "radix_sort";
+  return numbers;
+}
+
+py::dict numbers_of(const GatedActivationPlan& plan) {
+  return py::dict("uses_vectors"_a = plan.uses_vectors, "is_one_row"_a = plan.is_one_row);
+}
+
+py::dict numbers_of(const GatedLinearPlan& plan) {
+  return py::dict("num_token_tiles"_a = plan.num_token_tiles,
+                  "num_col_tiles"_a = plan.num_col_tiles, "num_clusters"_a = plan.num_clusters);
+}
+
+// The same and the size of the workspace, which every plan has.
+template <typename Plan>
+py::dict facts_of(const Plan& plan) {
+  py::dict facts = numbers_of(plan);
+  facts["workspace_bytes"] = plan.workspace_bytes;
   return facts;
-}
-
-py::dict facts_of(const ExpertForwardPlan& plan) {
-  return with_workspace(facts_of(plan.token_pass), plan);
-}
-
-py::dict facts_of(const ExpertBackwardPlan& plan) {
-  py::dict facts = facts_of(plan.token_pass);
-  if (plan.token_pass.strategy == TokenPassStrategy::kBands) {
-    facts["schedule"] = "bands";
-  } else {
-    facts["schedule"] = plan.schedule.by_counting ? "counting" : "radix_sort";
-  }
-  return with_workspace(facts, plan);
-}
-
-py::dict facts_of(const GatedActivationPlan& plan) {
-  py::dict facts;
-  facts["uses_vectors"] = plan.uses_vectors;
-  facts["is_one_row"] = plan.is_one_row;
-  return with_workspace(facts, plan);
-}
-
-py::dict facts_of(const GatedLinearPlan& plan) {
-  py::dict facts;
-  facts["num_token_tiles"] = plan.num_token_tiles;
-  facts["num_col_tiles"] = plan.num_col_tiles;
-  facts["num_clusters"] = plan.num_clusters;
-  return with_workspace(facts, plan);
 }
 
 // None: the kernel does not take these operands, or not on this device.
@@ -176,76 +134,66 @@ py::object facts_of(const std::optional<Plan>& plan) {
 // ---- Plans of the ops --------------------------------------------------------------------------
 
 // Operands are taken to start at multiples of 16 bytes and to be dense, as PyTorch allocates them;
-// a null pointer counts as aligned.
+// a null pointer counts as aligned. In each function `sized` gives Params the sizes that those of
+// the op's kernels have in common.
 
 py::dict plan_router(int64_t num_tokens, int64_t num_rows, int64_t num_cols,
                      int64_t num_experts_per_token, const std::string& dtype, const py::dict& gpu) {
   const DeviceInfo device = device_of(gpu);
-  RouterForwardParams forward{};
-  forward.num_tokens = num_tokens;
-  forward.num_rows = num_rows;
-  forward.num_cols = num_cols;
-  forward.num_experts_per_token = num_experts_per_token;
-  forward.dtype = dtype_of(dtype);
-  forward.score = RouterScore::kSoftmax;
-  RouterBackwardParams backward{};
-  backward.num_tokens = num_tokens;
-  backward.num_rows = num_rows;
-  backward.num_cols = num_cols;
-  backward.num_experts_per_token = num_experts_per_token;
-  backward.dtype = forward.dtype;
-  backward.score = forward.score;
-  py::dict plans;
-  plans["router_forward"] = facts_of(plan_router_forward(forward, device));
-  plans["router_backward"] = facts_of(plan_router_backward(backward, device));
-  return plans;
+  const auto sized = [&](auto params) {
+    params.num_tokens = num_tokens;
+    params.num_rows = num_rows;
+    params.num_cols = num_cols;
+    params.num_experts_per_token = num_experts_per_token;
+    params.dtype = dtype_of(dtype);
+    params.score = RouterScore::kSoftmax;
+    return params;
+  };
+  const auto forward = sized(RouterForwardParams{});
+  const auto backward = sized(RouterBackwardParams{});
+  return py::dict("router_forward"_a = facts_of(plan_router_forward(forward, device)),
+                  "router_backward"_a = facts_of(plan_router_backward(backward, device)));
 }
 
 py::dict plan_router_logits(int64_t num_tokens, int64_t hidden_size, int64_t num_rows,
                             int64_t num_cols, const std::string& dtype, const py::dict& gpu) {
   const DeviceInfo device = device_of(gpu);
-  RouterLogitsForwardParams forward{};
-  forward.num_tokens = num_tokens;
-  forward.num_rows = num_rows;
-  forward.num_cols = num_cols;
+  const auto sized = [&](auto params) {
+    params.num_tokens = num_tokens;
+    params.num_rows = num_rows;
+    params.num_cols = num_cols;
+    params.dtype = dtype_of(dtype);
+    params.training = true;
+    return params;
+  };
+  auto forward = sized(RouterLogitsForwardParams{});
   forward.hidden_size = hidden_size;
   forward.logits_stride = num_rows + num_cols;
-  forward.dtype = dtype_of(dtype);
   forward.stats_dtype = DType::kFloat32;
-  forward.training = true;
-  BatchNormBackwardParams backward{};
-  backward.num_tokens = num_tokens;
-  backward.num_rows = num_rows;
-  backward.num_cols = num_cols;
-  backward.dtype = forward.dtype;
-  backward.training = true;
-  py::dict plans;
-  plans["router_logits_forward"] = facts_of(plan_router_logits_forward(forward, device));
-  plans["batch_norm_forward"] = facts_of(plan_batch_norm_forward(forward, device));
-  plans["batch_norm_backward"] = facts_of(plan_batch_norm_backward(backward, device));
-  return plans;
+  const auto backward = sized(BatchNormBackwardParams{});
+  return py::dict("router_logits_forward"_a = facts_of(plan_router_logits_forward(forward, device)),
+                  "batch_norm_forward"_a = facts_of(plan_batch_norm_forward(forward, device)),
+                  "batch_norm_backward"_a = facts_of(plan_batch_norm_backward(backward, device)));
 }
 
 py::dict plan_topk_router(int64_t num_tokens, int64_t num_experts, int64_t num_experts_per_token,
                           const std::string& dtype, const py::dict& gpu) {
   const DeviceInfo device = device_of(gpu);
-  TopKRouterForwardParams forward{};
-  TopKRouterBackwardParams backward{};
-  const auto set_sizes = [&](auto&... params) {
-    ((params.num_tokens = num_tokens), ...);
-    ((params.num_experts = num_experts), ...);
-    ((params.num_experts_per_token = num_experts_per_token), ...);
-    ((params.dtype = dtype_of(dtype)), ...);
+  const auto sized = [&](auto params) {
+    params.num_tokens = num_tokens;
+    params.num_experts = num_experts;
+    params.num_experts_per_token = num_experts_per_token;
+    params.dtype = dtype_of(dtype);
+    return params;
   };
-  set_sizes(forward, backward);
+  const auto forward = sized(TopKRouterForwardParams{});
+  const auto backward = sized(TopKRouterBackwardParams{});
   ExpertSlotsParams slots{};
   slots.num_pairs = num_tokens * num_experts_per_token;
   slots.num_experts = num_experts;
-  py::dict plans;
-  plans["topk_router_forward"] = facts_of(plan_topk_router_forward(forward, device));
-  plans["topk_router_backward"] = facts_of(plan_topk_router_backward(backward, device));
-  plans["expert_slots"] = facts_of(plan_expert_slots(slots, device));
-  return plans;
+  return py::dict("topk_router_forward"_a = facts_of(plan_topk_router_forward(forward, device)),
+                  "topk_router_backward"_a = facts_of(plan_topk_router_backward(backward, device)),
+                  "expert_slots"_a = facts_of(plan_expert_slots(slots, device)));
 }
 
 py::dict plan_expert(int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
@@ -260,36 +208,35 @@ py::dict plan_expert(int64_t num_tokens, int64_t hidden_size, int64_t num_expert
                           .index_type = IndexType::kInt32,
                           .activation = Activation::kSilu,
                           .num_cols = num_cols};
-  py::dict plans;
-  plans["expert_forward"] = facts_of(plan_expert_forward(ExpertForwardParams{shape}, device));
-  plans["expert_backward"] = facts_of(plan_expert_backward(ExpertBackwardParams{shape}, device));
-  return plans;
+  const ExpertForwardParams forward{shape};
+  const ExpertBackwardParams backward{shape};
+  return py::dict("expert_forward"_a = facts_of(plan_expert_forward(forward, device)),
+                  "expert_backward"_a = facts_of(plan_expert_backward(backward, device)));
 }
 
 py::dict plan_mlp(int64_t num_tokens, int64_t hidden_size, int64_t intermediate_size,
                   const std::string& dtype, const py::dict& gpu) {
   const DeviceInfo device = device_of(gpu);
-  GatedLinearForwardParams forward{};
-  GatedLinearBackwardParams backward{};
-  GatedActivationForwardParams activation{};
-  GatedActivationBackwardParams activation_backward{};
-  const auto set_sizes = [&](auto&... params) {
-    ((params.num_tokens = num_tokens), ...);
-    ((params.intermediate_size = intermediate_size), ...);
-    ((params.dtype = dtype_of(dtype)), ...);
+  const auto sized = [&](auto params) {
+    params.num_tokens = num_tokens;
+    params.intermediate_size = intermediate_size;
+    params.dtype = dtype_of(dtype);
+    return params;
   };
-  set_sizes(forward, backward, activation, activation_backward);
-  forward.hidden_size = backward.hidden_size = hidden_size;
+  auto linear = sized(GatedLinearForwardParams{});
+  auto linear_backward = sized(GatedLinearBackwardParams{});
+  linear.hidden_size = linear_backward.hidden_size = hidden_size;
+  auto activation = sized(GatedActivationForwardParams{});
   activation.gate_stride = activation.up_stride = intermediate_size;
+  auto activation_backward = sized(GatedActivationBackwardParams{});
   activation_backward.gate_stride = activation_backward.up_stride = intermediate_size;
   activation_backward.grad_gate_stride = activation_backward.grad_up_stride = intermediate_size;
-  py::dict plans;
-  plans["gated_linear_forward"] = facts_of(plan_gated_linear_forward(forward, device));
-  plans["gated_linear_backward"] = facts_of(plan_gated_linear_backward(backward, device));
-  plans["gated_activation_forward"] = facts_of(plan_gated_activation_forward(activation));
-  plans["gated_activation_backward"] =
-      facts_of(plan_gated_activation_backward(activation_backward));
-  return plans;
+  return py::dict(
+      "gated_linear_forward"_a = facts_of(plan_gated_linear_forward(linear, device)),
+      "gated_linear_backward"_a = facts_of(plan_gated_linear_backward(linear_backward, device)),
+      "gated_activation_forward"_a = facts_of(plan_gated_activation_forward(activation)),
+      "gated_activation_backward"_a =
+          facts_of(plan_gated_activation_backward(activation_backward)));
 }
 
 }  // namespace

@@ -40,9 +40,8 @@ c10::OperatorHandle find_op(const char* name);
 template <OpName kName, typename Signature>
 struct Op;
 
-template <OpName kName, typename Returned, typename... Args>
-struct Op<kName, Returned(Args...)> {
-  using Result = Returned;
+template <OpName kName, typename Result, typename... Args>
+struct Op<kName, Result(Args...)> {
   static constexpr const char* name = kName.text;
 
   Result operator()(Args... args) const {

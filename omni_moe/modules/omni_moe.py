@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from omni_moe.activations import ACTIVATION_FUNCTIONS
 from omni_moe.config import OmniMoEConfig
 from omni_moe.losses import add_expert_counts, load_balancing_loss, router_z_loss
+from omni_moe.modules.jitter import jittered
 from omni_moe.modules.plain import (
     call_norm,
     floating_dtype,
@@ -172,11 +173,8 @@ class OmniMoE(nn.Module):
 
     def _router_logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(T, R) and (T, C): the logits of the grid's rows and columns."""
-        noise = self.config.router_jitter_noise
-        if self.training and noise > 0:
-            # Drawn in fp32, since bf16 has only four numbers from 0.99 to 1.01.
-            factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
-            tokens = (tokens * factors).to(tokens.dtype)
+        if self.training and self.config.router_jitter_noise > 0:
+            tokens = jittered(tokens, self.config.router_jitter_noise)
         modules = self._modules  # from which they come several times as fast as from `self`
         gate_x, gate_y = modules["router_gate_x"], modules["router_gate_y"]
         norm_x, norm_y = modules["router_norm_x"], modules["router_norm_y"]
@@ -315,7 +313,7 @@ class OmniMoE(nn.Module):
             **super().__getstate__(),
             "aux_loss": None,
             "_aux_loss_is_missing": False,
-            "_recorded": None,
+            "_recorders": (),
         }
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omni_moe.modules.jitter import jittered
 from omni_moe.modules.recomputing import is_recomputing
 from omni_moe.ops import omni_expert_slots, omni_topk_router
 
@@ -285,10 +286,7 @@ class TopKRouter(nn.Module):
     def _logits(self, tokens: Tensor) -> Tensor:
         """(T, E)"""
         if self.training and self.jitter_noise > 0:
-            low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
-            # Drawn in fp32, since bf16 has only four numbers from 0.99 to 1.01.
-            factors = torch.empty_like(tokens, dtype=torch.float32).uniform_(low, high)
-            tokens = (tokens * factors).to(tokens.dtype)
+            tokens = jittered(tokens, self.jitter_noise)
         if self.router_dtype is None:
             return F.linear(tokens, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(self.router_dtype)

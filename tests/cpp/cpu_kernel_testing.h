@@ -118,6 +118,36 @@ inline void expect_close(DType dtype, const Buffer& got, const std::vector<doubl
   }
 }
 
+// ---- activations --------------------------------------------------------------------------------
+
+inline long double activate(Activation activation, long double x) {
+  const long double inner = sqrtl(2 / acosl(-1)) * (x + 0.044715L * x * x * x);
+  switch (activation) {
+    case Activation::kSilu:
+      return x / (1 + expl(-x));
+    case Activation::kGelu:
+      return 0.5L * x * erfcl(-x / sqrtl(2));
+    case Activation::kGeluTanh:
+      return 0.5L * x * (1 + tanhl(inner));
+    case Activation::kRelu:
+      return std::max(x, 0.0L);
+    case Activation::kIdentity:
+      return x;
+  }
+  return kNaN;
+}
+
+// Central difference of fourth order, good to about 1e-15; relu by hand, for its kink.
+inline double activate_grad(Activation activation, double x) {
+  if (activation == Activation::kRelu) return x > 0;
+  constexpr long double kStep = 2e-4L;
+  const auto f = [&](long double offset) { return activate(activation, x + offset); };
+  return (8 * (f(kStep) - f(-kStep)) - (f(2 * kStep) - f(-2 * kStep))) / (12 * kStep);
+}
+
+// Size of terms whose rounding in fp64 is as large as the error of activate_grad.
+inline constexpr double kDifferenceTerms = 50;
+
 // ---- executors ----------------------------------------------------------------------------------
 
 // Cuts each range in three uneven parts, run by two threads; the kernels must not care. If the body

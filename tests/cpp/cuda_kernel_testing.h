@@ -2,8 +2,7 @@
 //   encode, decode      elements of a dtype as bytes, from and to doubles;
 //   DeviceArray         device memory between two guards, NaN bytes until a kernel writes it;
 //   Operand             what a kernel reads or writes, in its dtype on the device and in fp64 on
-//   the
-//                       host, for its oracle: the same kernel of the CPU backend in fp64;
+//                       the host, for its oracle: the same kernel of the CPU backend in fp64;
 //   run_twice           a kernel on poisoned outputs, which a second run must repeat bit for bit;
 //   rounding_error, sum_error, product_error, expect_close
 //                       how far a result may be from the oracle, and the comparison;

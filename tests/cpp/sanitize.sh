@@ -20,12 +20,26 @@ sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
 expert='*CudaExpert.*OfEveryStrategy/T37_H1024_K3_*'
 expert=$expert:'*CudaExpert.*/T1_H100_K200_*:*CudaExpert.Backward/T199_H128_K16_E500_*'
 expert=$expert:'*CudaExpert.Backward/T50_H1024_K70_*:*CudaExpert.Backward/T1200_H64_K40_*'
+# Ids of a router and all other kinds, in both index types; few tokens and many pairs.
+band_lists='*CoverAndSchedule/T37_R64_C64_*:*CoverAndSchedule/T19_R40_C200_*'
+band_lists=$band_lists:'*CoverAndSchedule/T3_R64_C64_*:*CoverAndSchedule/T1300_*'
+# A shape for each tile, by the length of the bands: up to 64, 128, 160, 320 and 512 experts; pairs
+# in no band; rows of several pieces in the sum.
+bands='*CudaExpertBands.*ward/T37_R64_C64_*_routing0_*'
+bands=$bands:'*CudaExpertBands.*ward/T37_R64_C64_*_routing1_*'
+bands=$bands:'*CudaExpertBands.*ward/T37_R100_C40_*_routing0_*'
+bands=$bands:'*CudaExpertBands.*ward/T300_R130_C40_*_routing0_*'
+bands=$bands:'*CudaExpertBands.*ward/T40_R320_C320_K512_H64_*:*CudaExpertBands.*ward/T20_R40_C512_*'
+bands=$bands:'*CudaExpertBands.*ward/T20_R24_C24_K24_H2056_*'
 # Tails in every dimension, fewer and more tiles than one.
 linear='*GatedLinear.*/T37_H200_I136_*:*GatedLinear.*/T199_H200_I264_*:*GatedLinear.*/T257_H64_I128_*'
 linear_backward='*GatedLinearBackward.*/T37_H104_I136_*:*GatedLinearBackward.*/T199_H200_I264_*'
 # Warp and block kernels, all dtypes and special values; shared and global workspaces.
 router='CudaRouter.ForwardGrid5x7:CudaRouter.ForwardManyExpertsPerToken:CudaRouter.ForwardEmpty'
 router=$router:'CudaRouter.BackwardSpecialValues:CudaRouter.BackwardLongAxes'
+# Warp and block kernels, all dtypes, special values, no alignment, masked tokens; slots.
+topk_router='CudaTopKRouter.TiesMaskedAndSpecialLogits:CudaTopKRouter.Unaligned'
+topk_router=$topk_router:'CudaTopKRouter.ManyTokens:CudaTopKRouter.Slots'
 activation='CudaGatedActivation.ForwardAndBackward'
 # Vectors and single columns, one part and several, several rounds, all dtypes.
 batch_norm='CudaBatchNorm.Small:CudaBatchNorm.ManyColumns:CudaBatchNorm.NoTokens'
@@ -39,9 +53,10 @@ for tool in "$@"; do
   # Memory that the tests poison counts as written.
   unset OMNI_MOE_TEST_INITCHECK
   [ "$tool" = initcheck ] && export OMNI_MOE_TEST_INITCHECK=1
-  for pair in "expert $expert" "gated_linear $linear" \
-    "gated_linear_backward $linear_backward" "router $router" "gated_activation $activation" \
-    "batch_norm $batch_norm" "router_logits $router_logits"; do
+  for pair in "expert $expert" "expert_band_lists $band_lists" "expert_bands $bands" \
+    "gated_linear $linear" "gated_linear_backward $linear_backward" "router $router" \
+    "topk_router $topk_router" "gated_activation $activation" "batch_norm $batch_norm" \
+    "router_logits $router_logits"; do
     name=test_cuda_${pair%% *}
     start=$(date +%s)
     if timeout "${SECONDS_EACH:-60}" "$sanitizer" --tool "$tool" --error-exitcode 1 \

@@ -1,19 +1,17 @@
 // The CUDA expert forward and backward against the CPU backend's in fp64 over awkward shapes.
 // Outputs and workspace are poisoned with NaN bytes before each run, every element is checked, and
 // a second run must repeat the first bit for bit.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <ostream>
 #include <random>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cuda/experts/expert_plan.h"
 #include "cuda/experts/schedule.h"
-#include "cuda_kernel_testing.h"
+#include "cuda_expert_testing.h"
 
 namespace omni_moe {
 namespace {
@@ -36,23 +34,19 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << c.offset;
 }
 
-// The operands of both passes. The oracles are the CPU backend's, on the host side of the operands.
-struct Problem {
+ExpertShape shape_of(const Case& c) {
+  return {.num_tokens = c.num_tokens,
+          .hidden_size = c.hidden_size,
+          .num_experts = c.num_experts,
+          .num_experts_per_token = c.num_experts_per_token,
+          .dtype = c.dtype,
+          .index_type = c.index_type,
+          .activation = c.activation};
+}
+
+struct Problem : ExpertOperands {
   explicit Problem(const Case& c)
-      : c(c),
-        hidden(c.dtype, c.num_tokens * c.hidden_size, c.offset),
-        grad(c.dtype, c.num_tokens * c.hidden_size, c.offset),
-        up(c.dtype, c.num_experts * c.hidden_size, c.offset),
-        down(c.dtype, c.num_experts * c.hidden_size, c.offset),
-        routing(c.dtype, num_pairs(), c.offset),
-        addend(c.dtype, c.num_tokens * c.hidden_size, c.offset),
-        out(c.dtype, c.num_tokens * c.hidden_size, c.offset),
-        grad_hidden(c.dtype, c.num_tokens * c.hidden_size, c.offset),
-        grad_up(c.dtype, c.num_experts * c.hidden_size, c.offset),
-        grad_down(c.dtype, c.num_experts * c.hidden_size, c.offset),
-        grad_routing(c.dtype, num_pairs(), c.offset),
-        pre_activations(DType::kFloat32, num_pairs(), c.offset),
-        device_ids(num_pairs() * index_size()) {
+      : ExpertOperands(shape_of(c), /*has_addend=*/c.num_experts % 2 == 0, c.offset) {
     std::mt19937_64 random(7);
     // Scores of order one: the activations bend there.
     fill_uniform(hidden, random, 1.0);
@@ -61,90 +55,36 @@ struct Problem {
     fill_uniform(down, random, 3.0 / std::sqrt(double(c.hidden_size)));
     fill_uniform(routing, random, 1.0);
     fill_uniform(addend, random, 1.0);
-    fill_ids(random);
-    cpu::expert_forward(params_of<ExpertForwardParams>(Side::kHost), kSerial);
+    upload_ids(ids_of(c.routing, random));
+    solve_forward();
   }
-
-  int64_t num_pairs() const { return c.num_tokens * c.num_experts_per_token; }
-  size_t index_size() const { return c.index_type == IndexType::kInt32 ? 4 : 8; }
 
   static void fill_uniform(Operand& operand, std::mt19937_64& random, double scale) {
     std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
     operand.fill([&] { return static_cast<float>(uniform(random) * scale); });
   }
 
-  void fill_ids(std::mt19937_64& random) {
-    std::vector<int64_t> wide(num_pairs());
-    for (size_t i = 0; i < wide.size(); ++i) {
-      const int64_t uniform = static_cast<int64_t>(random() % c.num_experts);
-      switch (c.routing) {
+  std::vector<int64_t> ids_of(Routing kind, std::mt19937_64& random) const {
+    std::vector<int64_t> ids(num_pairs());
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const int64_t uniform = static_cast<int64_t>(random() % shape.num_experts);
+      switch (kind) {
         case Routing::kUniform:
-          wide[i] = uniform;
+          ids[i] = uniform;
           break;
         case Routing::kOneExpert:
-          wide[i] = c.num_experts - 1;
+          ids[i] = shape.num_experts - 1;
           break;
         case Routing::kDuplicates:
-          wide[i] = i % 2 == 1 ? wide[i - 1] : uniform;
+          ids[i] = i % 2 == 1 ? ids[i - 1] : uniform;
           break;
         case Routing::kHalfIdle:
-          wide[i] = uniform / 2 * 2;
+          ids[i] = uniform / 2 * 2;
           break;
       }
     }
-    const std::vector<int32_t> narrow(wide.begin(), wide.end());
-    ids = c.index_type == IndexType::kInt32 ? bytes_of(narrow) : bytes_of(wide);
-    device_ids.upload(ids);
+    return ids;
   }
-
-  // Fills the Params of either pass, for either side; without the workspace.
-  template <typename Params>
-  Params params_of(Side side) {
-    Params params{};
-    params.hidden_states = hidden.at(side);
-    params.up_weights = up.at(side);
-    params.down_weights = down.at(side);
-    params.routing_weights = routing.at(side);
-    params.indices = side == Side::kDevice ? device_ids.data() : ids.data();
-    params.addend = c.num_experts % 2 == 0 ? addend.at(side) : nullptr;
-    params.pre_activations = pre_activations.at(side);
-    if constexpr (std::is_same_v<Params, ExpertForwardParams>) {
-      params.expert_states = out.at(side);
-    } else {
-      params.grad_expert_states = grad.at(side);
-      params.grad_hidden_states = grad_hidden.at(side);
-      params.grad_up_weights = grad_up.at(side);
-      params.grad_down_weights = grad_down.at(side);
-      params.grad_routing_weights = grad_routing.at(side);
-    }
-    params.num_tokens = c.num_tokens;
-    params.hidden_size = c.hidden_size;
-    params.num_experts = c.num_experts;
-    params.num_experts_per_token = c.num_experts_per_token;
-    params.dtype = dtype_on(side, c.dtype);
-    params.index_type = c.index_type;
-    params.activation = c.activation;
-    return params;
-  }
-
-  // The gradients' oracle, from pre_activations that are rounded as the device's are.
-  void solve_backward() {
-    pre_activations.upload();
-    auto params = params_of<ExpertBackwardParams>(Side::kHost);
-    struct alignas(64) Line {
-      unsigned char bytes[64];
-    };
-    std::vector<Line> workspace(cpu::expert_backward_workspace_size(params) / sizeof(Line) + 1);
-    params.workspace = workspace.data();
-    cpu::expert_backward(params, kSerial);
-  }
-
-  Case c;
-  Operand hidden, grad, up, down, routing, addend;
-  Operand out, grad_hidden, grad_up, grad_down, grad_routing;
-  Operand pre_activations;  // output of the forward, input of the backward
-  Bytes ids;
-  DeviceArray device_ids;
 };
 
 using NamedOutputs = std::vector<std::pair<const char*, const Operand*>>;
@@ -159,17 +99,8 @@ NamedOutputs outputs_of(const Problem& p, const ExpertBackwardParams&) {
           {"grad_routing", &p.grad_routing}};
 }
 
-// Two roundings, and what sums over many pairs lose: that grows with what was added, not with the
-// result.
-void expect_close_to_oracle(const char* name, const Operand& output, const Bytes& got) {
-  const bool is_fp32 = output.dtype == DType::kFloat32;
-  const double relative = is_fp32 ? 2e-5 : 2 * unit_roundoff(output.dtype);
-  double largest = 1;
-  for (const double value : output.values) largest = std::max(largest, std::abs(value));
-  const double absolute = (is_fp32 ? 2e-5 : 2e-4) * largest;
-  expect_close(name, decode(output.dtype, got), output.values,
-               [&](size_t i) { return relative * std::abs(output.values[i]) + absolute; });
-}
+// Of expect_close_to_oracle.
+constexpr double kFp32Loss = 2e-5;
 
 // Runs launch(params) twice and compares the outputs with the oracle and with themselves.
 template <typename Params, typename Launch>
@@ -181,7 +112,7 @@ void check(const NamedOutputs& outputs, Params params, size_t workspace_bytes, L
     return launch(params);
   });
   for (size_t i = 0; i < outputs.size(); ++i) {
-    expect_close_to_oracle(outputs[i].first, *outputs[i].second, got[i]);
+    expect_close_to_oracle(outputs[i].first, *outputs[i].second, got[i], kFp32Loss);
   }
 }
 

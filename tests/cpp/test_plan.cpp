@@ -149,8 +149,7 @@ TEST(Plan, WorkspaceOfSplitsAndTiles) {
   EXPECT_EQ(token_pass_workspace_floats(fused, plan_token_pass(fused, h200())), 0u);
 }
 
-// ---- Experts' ops
-// --------------------------------------------------------------------------------
+// ---- Experts' ops -------------------------------------------------------------------------------
 
 ExpertBackwardParams expert_backward(int64_t num_tokens, int64_t num_experts, int64_t k) {
   ExpertBackwardParams params{};
@@ -184,8 +183,7 @@ TEST(Plan, OperandsWithoutAKernelHaveAnEmptyPlan) {
   EXPECT_EQ(plan_expert_backward(params, h200()).workspace_bytes, 0u);
 }
 
-// ---- Router
-// --------------------------------------------------------------------------------------
+// ---- Router -------------------------------------------------------------------------------------
 
 RouterForwardParams router(int64_t num_tokens, int64_t num_rows, int64_t num_cols, int64_t k) {
   RouterForwardParams params{};
@@ -295,8 +293,7 @@ TEST(Plan, RouterLogitsTakeTheSmallestBlocksThatFit) {
   EXPECT_EQ(plan_router_logits_forward(evaluation, h200())->workspace_bytes, 0u);
 }
 
-// ---- MLP
-// -----------------------------------------------------------------------------------------
+// ---- MLP ----------------------------------------------------------------------------------------
 
 TEST(Plan, GatedLinearTilesAndClusters) {
   GatedLinearForwardParams params{};

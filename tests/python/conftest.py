@@ -33,3 +33,10 @@ def deterministic_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def examples() -> list[dict]:
+    """Each token is the one before it plus 1."""
+    rows = 3 + (torch.arange(16).unsqueeze(1) + torch.arange(12)) % 32
+    return [{"input_ids": row, "labels": row} for row in rows]

@@ -231,6 +231,7 @@ def random_logits(
 # ---- experts and MLP -----------------------------------------------------------------------------
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "identity")
+GRADIENTS = ("grad_hidden", "grad_up", "grad_down", "grad_routing")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import omni_moe
-from omni_moe import OmniMoE, OmniMoEConfig, reference, router_loss
+from omni_moe import OmniMoE, OmniMoEConfig, reference
 
 H, I, E, K = 24, 40, 48, 5  # noqa: E741
 
@@ -415,36 +415,6 @@ def test_recomputed_forwards_do_not_count(use_reentrant):
     out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
     out.sum().backward()
     assert layer.expert_load().counts.sum() == 37 * K
-
-
-def test_compiled_checkpointing_with_router_losses():
-    """Each forward counts once and leaves its loss, with the switch that the docs name."""
-    options = {"router_norm": "none", "router_aux_loss_coef": 0.1, "track_expert_load": True}
-    layer = make_layer(**options)
-    x = torch.randn(37, H, dtype=torch.float64)
-
-    def step(x):
-        out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-        return out.square().sum() + router_loss(layer)
-
-    def run(function):
-        layer.zero_grad()
-        layer.reset_expert_load()
-        loss = function(x)
-        loss.backward()
-        grads = [parameter.grad.clone() for parameter in layer.parameters()]
-        return loss.detach(), grads, layer.expert_load().counts
-
-    loss, grads, counts = run(step)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
-        got_loss, got_grads, got_counts = run(
-            torch.compile(step, fullgraph=True, backend="aot_eager")
-        )
-    assert_close(got_loss, loss)
-    for got, want in zip(got_grads, grads, strict=True):
-        assert_close(got, want, num_terms=1000)
-    assert_bitwise(got_counts, counts)
 
 
 def test_even_and_uneven_load():

@@ -2,6 +2,7 @@
 #include "cuda/experts/expert_plan.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "cuda/common/operands.h"
 #include "cuda/common/workspace.h"
@@ -133,8 +134,7 @@ size_t token_pass_workspace_floats(const TokenPassShape& shape, const TokenPassP
   return 0;
 }
 
-// ---- Operands
-// ------------------------------------------------------------------------------------
+// ---- Operands -----------------------------------------------------------------------------------
 
 namespace {
 
@@ -148,6 +148,20 @@ bool has_kernel(const Params& params) {
          is_valid(params.index_type);
 }
 
+// `rows`: the operands whose rows the pass reads or writes.
+TokenPassShape token_pass_shape(const ExpertShape& shape, std::initializer_list<const void*> rows) {
+  const size_t element = element_size(shape.dtype);
+  const auto starts_aligned = [](const void* operand) { return is_aligned(operand, 16); };
+  return {.num_tokens = shape.num_tokens,
+          .hidden_size = shape.hidden_size,
+          .num_experts = shape.num_experts,
+          .num_experts_per_token = shape.num_experts_per_token,
+          .element_size = element,
+          .is_aligned = shape.hidden_size * element % 16 == 0 &&
+                        std::all_of(rows.begin(), rows.end(), starts_aligned),
+          .num_cols = shape.num_cols};
+}
+
 }  // namespace
 
 bool is_supported(const ExpertForwardParams& params) { return has_kernel(params); }
@@ -158,35 +172,18 @@ bool is_supported(const ExpertBackwardParams& params) {
 }
 
 TokenPassShape token_pass_shape(const ExpertForwardParams& params) {
-  const size_t element = element_size(params.dtype);
-  return {params.num_tokens,
-          params.hidden_size,
-          params.num_experts,
-          params.num_experts_per_token,
-          element,
-          params.hidden_size * element % 16 == 0 && is_aligned(params.hidden_states, 16) &&
-              is_aligned(params.up_weights, 16) && is_aligned(params.down_weights, 16) &&
-              is_aligned(params.expert_states, 16) && is_aligned(params.addend, 16),
-          params.num_cols};
+  return token_pass_shape(params, {params.hidden_states, params.up_weights, params.down_weights,
+                                   params.expert_states, params.addend});
 }
 
 TokenPassShape token_pass_shape(const ExpertBackwardParams& params) {
-  const size_t element = element_size(params.dtype);
-  return {params.num_tokens,
-          params.hidden_size,
-          params.num_experts,
-          params.num_experts_per_token,
-          element,
-          params.hidden_size * element % 16 == 0 && is_aligned(params.grad_expert_states, 16) &&
-              is_aligned(params.hidden_states, 16) && is_aligned(params.up_weights, 16) &&
-              is_aligned(params.down_weights, 16) && is_aligned(params.addend, 16) &&
-              is_aligned(params.grad_hidden_states, 16) && is_aligned(params.grad_up_weights, 16) &&
-              is_aligned(params.grad_down_weights, 16),
-          params.num_cols};
+  return token_pass_shape(
+      params,
+      {params.grad_expert_states, params.hidden_states, params.up_weights, params.down_weights,
+       params.addend, params.grad_hidden_states, params.grad_up_weights, params.grad_down_weights});
 }
 
-// ---- Ops
-// -----------------------------------------------------------------------------------------
+// ---- Ops ----------------------------------------------------------------------------------------
 
 SchedulePlan plan_schedule(int64_t num_pairs, int64_t num_experts) {
   SchedulePlan plan{};
@@ -236,8 +233,7 @@ ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params,
                               /*sort_storage_bytes=*/0);
 }
 
-// ---- Workspace
-// -----------------------------------------------------------------------------------
+// ---- Workspace ----------------------------------------------------------------------------------
 
 namespace {
 

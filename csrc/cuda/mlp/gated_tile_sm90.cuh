@@ -161,8 +161,7 @@ __device__ __forceinline__ void run_gated_block(Init init, Load load, Multiply m
   cluster_sync();
 }
 
-// ---- Host
-// ----------------------------------------------------------------------------------------
+// ---- Host ---------------------------------------------------------------------------------------
 
 template <class Arguments>
 cudaError_t launch_gated_clusters(void (*kernel)(Arguments), const Arguments& args,

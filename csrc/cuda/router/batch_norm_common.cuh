@@ -286,8 +286,7 @@ struct RunningStatistics {
   }
 };
 
-// ---- Host
-// ----------------------------------------------------------------------------------------
+// ---- Host ---------------------------------------------------------------------------------------
 
 // A barrier of the grid needs all its blocks on the device at once, which a cooperative launch sees
 // to. Where the stream has only some of the device's SMs (a green context, a share of MPS), fewer

@@ -32,8 +32,7 @@ struct DeviceInfo {
 // In every plan, `device` is the device that it was made for, and workspace_bytes (aligned to 256)
 // goes to the launch as Params::workspace.
 
-// ---- Router
-// --------------------------------------------------------------------------------------
+// ---- Router -------------------------------------------------------------------------------------
 
 enum class RouterForwardKernel : int8_t {
   kWarp,   // a warp per token, all in registers: few experts per token and short axes
@@ -101,8 +100,7 @@ BatchNormBackwardPlan plan_batch_norm_backward(const BatchNormBackwardParams& pa
 std::optional<RouterLogitsForwardPlan> plan_router_logits_forward(
     const RouterLogitsForwardParams& params, const DeviceInfo& device);
 
-// ---- Top-k router
-// ---------------------------------------------------------------------------------
+// ---- Top-k router -------------------------------------------------------------------------------
 
 enum class TopKRouterForwardKernel : int8_t {
   kWarp,   // a warp per token, all in registers: few experts per token, and not too many in all
@@ -139,8 +137,7 @@ TopKRouterBackwardPlan plan_topk_router_backward(const TopKRouterBackwardParams&
                                                  const DeviceInfo& device);
 ExpertSlotsPlan plan_expert_slots(const ExpertSlotsParams& params, const DeviceInfo& device);
 
-// ---- Experts
-// -------------------------------------------------------------------------------------
+// ---- Experts ------------------------------------------------------------------------------------
 
 enum class TokenPassStrategy : int8_t {
   kTwoPhase,  // a block per token or part of one: dot products by warp, then sums by column
@@ -194,8 +191,7 @@ ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params, const D
 ExpertBackwardPlan plan_expert_backward(const ExpertBackwardParams& params,
                                         const DeviceInfo& device);
 
-// ---- MLP
-// -----------------------------------------------------------------------------------------
+// ---- MLP ----------------------------------------------------------------------------------------
 
 struct GatedActivationPlan {
   bool uses_vectors;  // 16 bytes a load, else one element
