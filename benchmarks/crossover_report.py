@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from benchmarks import plots, report, results
 from benchmarks.results import Record, Row
@@ -99,18 +100,18 @@ def _verdict(rows: list[Row]) -> Iterator[str]:
 def draw(record: Record) -> Figure:
     """A map for each grid: how much faster bands are, by colour; the strategy the plan takes."""
     grids = _by_side(record.rows)
-    figure = Figure(figsize=(5.4 * len(grids), 4.2), layout="constrained")
+    num_lines = math.ceil(len(grids) / 2)
+    figure = Figure(figsize=(11, 1 + 3.6 * num_lines), layout="constrained")
     norm = TwoSlopeNorm(0, -2, 4)
-    for axes, (side, rows) in zip(
-        figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True
-    ):
+    for position, (side, rows) in enumerate(grids.items(), start=1):
+        axes = figure.add_subplot(num_lines, 2, position)
         image = _draw_grid(axes, rows, norm)
         axes.set_title(f"{side} × {side} experts", fontsize=10)
     bar = figure.colorbar(image, ax=figure.axes, label="fastest gather / bands")
     bar.set_ticks(range(-2, 5), labels=[f"{2.0**power:g}" for power in range(-2, 5)])
     figure.suptitle(
-        f"Expert forward by strategy, {record.header['device']}. Letters: what the plan takes, "
-        "b bands, l l2_tiled, f fused, t two_phase; red: another is over 5 % faster",
+        f"Expert forward by strategy, {record.header['device']}\nletter: what the plan takes, "
+        "b bands, l l2_tiled, f fused, t two_phase; red frame: over 5 % slower than another",
         fontsize=10,
     )
     return figure
@@ -124,11 +125,14 @@ def _draw_grid(axes: Axes, rows: list[Row], norm: TwoSlopeNorm):
         value = gain(row)
         if value is not None:
             values[line][column] = math.log2(value)
-        is_lost = loss(row) > LOSS
+        is_dark = value is not None and not 0.2 < norm(values[line][column]) < 0.8
         axes.text(
             column, line, row["planned"][0], ha="center", va="center", fontsize=8,
-            color="red" if is_lost else "black", weight="bold" if is_lost else "normal",
+            color="white" if is_dark else "black",
         )  # fmt: skip
+        if loss(row) > LOSS:
+            corner = (column - 0.45, line - 0.45)
+            axes.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor="red", linewidth=1.5))
     image = axes.imshow(values, cmap="PuOr", norm=norm, origin="lower", aspect="auto")
     axes.set(xlabel="experts per token K", ylabel="tokens T")
     axes.set_xticks(range(len(ks)), [str(k) for k in ks], fontsize=7)

@@ -40,7 +40,11 @@ def paper(rows: list[Row], device: str) -> Figure | None:
         _log_axes(bottom, "tokens T", "", ticks)
     panels[0, 0].set(ylabel="ms", yscale="log")
     panels[1, 0].set(ylabel="peak memory beyond inputs, MiB", yscale="log")
-    _finish(figure, f"Layer forward, the paper's latency setup, {_setup(rows)}, {device}")
+    _finish(
+        figure,
+        f"Layer forward, the paper's latency setup, {_setup(rows)}, {device}\n"
+        "eager PyTorch works in chunks of tokens where a copy of the rows takes more than 8 GiB",
+    )
     return figure
 
 

@@ -15,14 +15,12 @@ HEAD_SIZE = 64
 
 def omni_moe(case: Case, device: torch.device) -> nn.Module:
     """`OmniMoeForCausalLM` of the case's sizes, in its dtype and training mode."""
-    from omni_moe.integrations.transformers import OmniMoeForCausalLM
-
-    return _made(OmniMoeForCausalLM, _config(case), case, device)
+    return _made(_config(case), case, device)
 
 
 def dense(case: Case, device: torch.device) -> nn.Module:
     """The same decoder with SwiGLU MLPs of as many parameters as a token meets in the layers."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config
 
     from examples.lm_model import dense_width
 
@@ -32,7 +30,7 @@ def dense(case: Case, device: torch.device) -> nn.Module:
              "tie_word_embeddings")  # fmt: skip
     same = {name: getattr(config, name) for name in names}
     width = dense_width(config.layer_config())
-    return _made(Qwen3ForCausalLM, Qwen3Config(**same, intermediate_size=width), case, device)
+    return _made(Qwen3Config(**same, intermediate_size=width), case, device)
 
 
 def _config(case: Case):
@@ -54,10 +52,13 @@ def _config(case: Case):
     )
 
 
-def _made(model_class: type, config, case: Case, device: torch.device) -> nn.Module:
+def _made(config, case: Case, device: torch.device) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):
-        return model_class(config).to(getattr(torch, case.dtype)).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
+    return model.train()
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:

@@ -315,9 +315,9 @@ def _peer(problem: Problem) -> Workload:
 def _model(problem: Problem, make: Callable, is_compiled: bool) -> Workload:
     ids = problem.tensors["input_ids"]
     model = make(problem.case, ids.device)
-    loss_of = torch.compile(models.loss_of) if is_compiled else models.loss_of
+    called = torch.compile(model, dynamic=False) if is_compiled else model
     return Workload(
-        lambda: loss_of(model, ids), list(model.parameters()), problem.grad_output,
+        lambda: models.loss_of(called, ids), list(model.parameters()), problem.grad_output,
         has_oracle=False, flops=models.training_flops(model, ids),
     )  # fmt: skip
 

@@ -39,6 +39,8 @@ TITLES = {
     "decode": "Few tokens, inside a CUDA graph",
     "sweep": "Experts, one size varied",
 }
+# Tables around a case of another one.
+VARIED = ("cpu_sweep", "sweep", "layer_growth")
 LETTERS = {
     "tokens": "T", "hidden": "H", "intermediate": "I", "experts": "E", "rows": "R", "cols": "C",
     "k": "K", "layers": "L", "heads": "heads ",
@@ -219,7 +221,7 @@ def _summary(record: Record) -> Iterator[str]:
         for rows in groups:
             by_impl = {row["impl"]: row for row in rows}
             key = (table, rows[0]["op"], rows[0]["pass"])
-            if key in seen or "sweep" in table or not {OURS, "eager"} <= by_impl.keys():
+            if key in seen or table in VARIED or not {OURS, "eager"} <= by_impl.keys():
                 continue
             seen.add(key)
             ours, eager = by_impl[OURS], by_impl["eager"]

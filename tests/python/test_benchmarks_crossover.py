@@ -158,7 +158,7 @@ def test_every_strategy_gives_the_op_s_result(monkeypatch):
         calls.expert_states.zero_()
         assert sampler() > 0
         torch.testing.assert_close(
-            calls.expert_states, expected, rtol=2e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
+            calls.expert_states, expected, rtol=2e-2, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
     half = replace(case, shape={**case.shape, "cols": 0})
     assert "bands" not in calls.samplers(half, indices)

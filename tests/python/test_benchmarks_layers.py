@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_gpu
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -298,6 +299,20 @@ def test_a_slow_implementation_is_left_out_and_named(tmp_path, monkeypatch, caps
     assert content["rows"] == []
     (skipped,) = content["skipped"]
     assert skipped["impl"] == "peer" and "TooSlow: one call takes" in skipped["reason"]
+
+
+@needs_gpu
+def test_a_run_of_layers_and_models_on_the_gpu(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    changes = {"dtype": "bfloat16", "timing": "events"}
+    growth = layer_case(table="layer_growth", shape={**LAYER, "k": 3}, **changes)
+    model = model_case(impls=("omni_moe", "dense"), **changes)
+    cases = [layer_case(**changes), peer_case(**changes), growth, model]
+    content = run(tmp_path, monkeypatch, cases, "--device", "cuda", "--limit-seconds", "600")
+    assert not content["skipped"] and len(content["rows"]) == 3 + 1 + 3 + 2
+    for row in content["rows"]:
+        assert 0 < row["us_min"] <= row["us"] and row["peak_mib"] > 0
+        assert row["rel_err"] is None or row["rel_err"] < 0.1
 
 
 def synthetic_rows() -> list[dict]:
