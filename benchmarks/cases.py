@@ -139,11 +139,10 @@ def _gpu_expert() -> Iterator[Case]:
             quick=(tokens, k) == (4096, 512),
         )  # fmt: skip
         yield case
-        if goal_train_us or k == 128:
-            yield replace(
-                case, table="expert_router_ids_train", pass_name="forward_backward",
-                goal_us=goal_train_us, impls=("omni_moe", "eager", "gathers", "dense_masked"),
-            )  # fmt: skip
+        yield replace(
+            case, table="expert_router_ids_train", pass_name="forward_backward",
+            goal_us=goal_train_us, impls=("omni_moe", "eager", "gathers", "dense_masked"),
+        )  # fmt: skip
 
     for tokens, experts, k, goal_us in (
         (1024, 4096, 32, 110),

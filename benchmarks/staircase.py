@@ -1,12 +1,13 @@
 """Draws docs/plots/staircase.svg: one token's experts on the grid, and the bands that cover them.
 
-    python -m benchmarks.staircase
+    python -m benchmarks.staircase  prints how many bands a cover has on average, too
 
 The ids are this library's router's on the CPU, from normal logits.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,19 +108,24 @@ def _title(choice: Choice, token: int) -> str:
     )
 
 
+def averages(num_tokens: int = 1024) -> Iterator[str]:
+    """The lines of the table in docs/bands.md."""
+    for side, k in ((64, 16), (64, 64), (320, 128), (320, 512), (320, 4096)):
+        chosen = choose(num_tokens, side, k).cover
+        tasks = chosen.row_tasks + chosen.col_tasks
+        parts = (chosen.row_tasks, chosen.col_tasks, chosen.tail_pairs)
+        cells = [f"{part / num_tokens:.1f}" for part in parts]
+        cells.append(f"{100 * tasks * side / (num_tokens * side**2):.1f} %")
+        yield f"| {side} × {side}, {k} | {' | '.join(cells)} |"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=PICTURE, help="the picture")
     args = parser.parse_args(argv)
+    for line in averages():
+        print(line)
     print(plots.save(draw(), args.out))
-    for side, k in ((64, 16), (64, 64), (320, 128), (320, 512), (320, 4096)):
-        chosen = choose(1024, side, k).cover
-        computed = (chosen.row_tasks + chosen.col_tasks) * side / (1024 * side**2)
-        print(
-            f"{side} x {side}, K {k}: on average {chosen.row_tasks / 1024:.1f} rows, "
-            f"{chosen.col_tasks / 1024:.1f} columns, {chosen.tail_pairs / 1024:.1f} pairs in the "
-            f"tail; {computed:.1%} of the products over all experts"
-        )
     return 0
 
 

@@ -312,7 +312,8 @@ def test_a_run_of_layers_and_models_on_the_gpu(tmp_path, monkeypatch):
     assert not content["skipped"] and len(content["rows"]) == 3 + 1 + 3 + 2
     for row in content["rows"]:
         assert 0 < row["us_min"] <= row["us"] and row["peak_mib"] > 0
-        assert row["rel_err"] is None or row["rel_err"] < 0.1
+        if row["impl"] in ("omni_moe", "dense_masked") and row["op"] == "layer":
+            assert row["rel_err"] < 0.02  # eager rounds before it chooses experts
 
 
 def synthetic_rows() -> list[dict]:
