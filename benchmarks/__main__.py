@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import floors, peers, results, upstream
+from benchmarks import floors, models, peers, results, upstream
 from benchmarks.cases import OPS, PASSES, Case, cases_for
 from benchmarks.memory import peak_memory
 from benchmarks.problems import Problem, make_problem, relative_error
@@ -23,7 +23,13 @@ OURS = "omni_moe"
 GRAPH_CALLS = 16
 # Seconds to spend on each case and implementation: more on a CPU, where more disturbs the timing.
 SECONDS = {"cpu": 2.0, "cuda": 0.4}
-REPETITIONS = (5, 300)  # at least, at most
+REPETITIONS = (3, 300)  # at least, at most
+# Seconds of one call; a slower implementation is left out.
+SLOWEST_CALL = 2.0
+
+
+class TooSlow(Exception):
+    """An implementation that would take most of the run's time."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -157,7 +163,10 @@ def _run_case(
         row = results.row_of(case, impl) | _numbers(timing)
         row |= {"floor_us": _rounded(known.get(bound)), "floor": bound}
         row |= {"floors": {name: _rounded(us) for name, us in known.items()}}
-        record.add(row | facts[impl])
+        row |= facts[impl]
+        if "flops" in row:
+            row |= models.speed(row["flops"], case.shape["tokens"], timing.us, device)
+        record.add(row)
     _write_summary(case, timings, prepare_seconds, write)
     del problems, samplers, timer
     _free(device, before)
@@ -172,13 +181,24 @@ def _prepare(impl: str, problems: list[Problem], timer: Timer, device: torch.dev
     workloads = [peers.build(impl, problem) for problem in problems]
     first = workloads[0]
     first.run()  # while a kernel is being tuned, its outputs hold no results
-    rel_err = relative_error(problems[0], first.run()) if first.has_oracle else None
+    start = time.perf_counter()
+    outputs = first.run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    if seconds > SLOWEST_CALL:
+        raise TooSlow(f"one call takes {seconds:.2g} s, more than {SLOWEST_CALL:g} s")
+    rel_err = relative_error(problems[0], outputs) if first.has_oracle else None
+    del outputs  # whose memory the call below would not count
     memory = peak_memory(first.run, device)
     facts = {
         "peak_mib": _rounded(memory.peak_mib),
         "peak_mib_without_results": _rounded(memory.without_results_mib),
         "rel_err": None if rel_err is None else float(f"{rel_err:.3g}"),
+        **first.facts,
     }
+    if first.flops is not None:
+        facts["flops"] = first.flops
     return timer.sampler([workload.run for workload in workloads]), facts
 
 

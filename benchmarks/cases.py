@@ -1,25 +1,37 @@
 """What is measured: every table as a list of cases, pure data.
 
 The GPU tables are those of a model of hidden size 1024 in bf16; the paper's latency setup is the
-320 x 320 grid. The CPU tables are fp32 on two threads.
+320 x 320 grid beside a shared MLP of width 1024. The CPU tables are fp32 on two threads.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-OPS = ("expert", "router", "mlp", "layer")
+OPS = ("expert", "router", "mlp", "layer", "peer_layer", "model")
 PASSES = ("forward", "forward_backward")
 # Dense products over all experts take seconds there, and the published kernels need a GPU.
 CPU_IMPLS = ("omni_moe", "eager", "compile")
 # Most GPU cases do without `compile`, which takes longer than all other measurements together.
-GPU_IMPLS = ("omni_moe", "eager", "dense_masked", "gemms_only", "upstream_triton", "hf_doge")
+GPU_IMPLS = (
+    "omni_moe", "eager", "gathers", "dense_masked", "gemms_only", "upstream_triton", "hf_doge",
+)  # fmt: skip
+# The paper's latency setup: hidden size, width of the shared MLP, grid.
+PAPER = {
+    "hidden": 1024, "intermediate": 1024, "experts": 320**2, "rows": 320, "cols": 320,
+}  # fmt: skip
+PAPER_TOKENS = (1024, 2048, 4096, 8192, 16384)
+PAPER_K = (512, 1024, 2048, 4096)
+# Experts per token of the PEER layer beside those of PAPER_K; the paper has 1250 to 12500.
+PEER_K = (1250, 2500, 6250, 12500)
+PEER_HEADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One line of a table, measured for several implementations.
 
-    `shape` has those of tokens, hidden, intermediate, experts, rows, cols, k that apply.
+    `shape` has those of tokens, layers, hidden, intermediate, experts, rows, cols, heads, k that
+    apply; a PEER layer's `k` is that of all its heads.
     `ids` is how expert ids are drawn: uniform, or by a router from normal logits on rows x cols.
     `timing` is wall (CPU), events (GPU, L2 flushed before each repetition) or graph (GPU, several
     calls with inputs of their own inside one CUDA graph, L2 flushed before each replay).
@@ -87,10 +99,11 @@ def _cpu_cases() -> Iterator[Case]:
 
 def _gpu_cases() -> Iterator[Case]:
     for case in (
-        *_gpu_expert(), *_gpu_router(), *_gpu_mlp_and_layer(), *_gpu_decode(), *_gpu_sweep(),
+        *_gpu_expert(), *_gpu_router(), *_gpu_mlp_and_layer(), *_gpu_paper(), *_gpu_model(),
+        *_gpu_decode(), *_gpu_sweep(),
     ):  # fmt: skip
         # Tables that only repeat the shapes of others do without `compile`, which takes longest.
-        repeats = case.table in ("expert_router_ids", "layer_paper") and not case.quick
+        repeats = case.table == "expert_router_ids" and not case.quick
         yield replace(case, impls=GPU_IMPLS) if repeats and not case.impls else case
 
 
@@ -109,17 +122,26 @@ def _gpu_expert() -> Iterator[Case]:
         shape = {"tokens": tokens, "hidden": 1024, "experts": experts, "k": k}
         yield replace(base, shape=shape, goal_us=goal_us, quick=experts == 65536 and k == 16)
 
-    for tokens, side, k, goal_us in (
-        (16384, 256, 32, 320),
-        (4096, 320, 128, 280),
-        (4096, 320, 512, 750),
-        (1024, 320, 4096, 500),
+    for tokens, side, k, goal_us, goal_train_us in (
+        (16384, 64, 16, 90, 320),
+        (16384, 64, 64, 180, 600),
+        (16384, 128, 32, 150, 500),
+        (16384, 256, 32, 240, None),
+        (4096, 320, 128, 260, None),
+        (4096, 320, 512, 400, 1320),
+        (4096, 320, 4096, 950, None),
+        (1024, 320, 4096, 330, 1155),
     ):
         shape = {"tokens": tokens, "hidden": 1024, "experts": side**2, "k": k}
         shape |= {"rows": side, "cols": side}
-        yield replace(
+        case = replace(
             base, table="expert_router_ids", ids="router", shape=shape, goal_us=goal_us,
-            quick=k == 512,
+            quick=(tokens, k) == (4096, 512),
+        )  # fmt: skip
+        yield case
+        yield replace(
+            case, table="expert_router_ids_train", pass_name="forward_backward",
+            goal_us=goal_train_us, impls=("omni_moe", "eager", "gathers", "dense_masked"),
         )  # fmt: skip
 
     for tokens, experts, k, goal_us in (
@@ -169,10 +191,41 @@ def _gpu_mlp_and_layer() -> Iterator[Case]:
         yield forward
         yield replace(forward, pass_name="forward_backward", goal_us=goal_train)
 
-    paper = {"hidden": 1024, "intermediate": 1024, "experts": 320**2, "rows": 320, "cols": 320}
-    for tokens, k in ((4096, 512), (1024, 4096)):
-        shape = {"tokens": tokens, **paper, "k": k}
-        yield replace(layer, table="layer_paper", shape=shape, quick=False)
+
+def _gpu_paper() -> Iterator[Case]:
+    """The paper's sweep of the layer, PEER's beside it; then K and E beyond that sweep, one varied.
+
+    `eager` and `peer` work through many tokens in chunks, where their copies of the experts' rows
+    would not fit memory otherwise.
+    """
+    layer = Case(
+        table="layer_paper", op="layer", pass_name="forward", shape=PAPER, dtype="bfloat16",
+        timing="events", impls=("omni_moe", "eager", "dense_masked"),
+    )  # fmt: skip
+    peer_shape = {name: size for name, size in PAPER.items() if name != "intermediate"}
+    peer_shape |= {"heads": PEER_HEADS}
+    peer = replace(layer, op="peer_layer", shape=peer_shape, impls=("peer",))
+    for tokens in PAPER_TOKENS:
+        for k, peer_k in zip(PAPER_K, PEER_K, strict=True):
+            yield replace(layer, shape={"tokens": tokens, **PAPER, "k": k})
+            yield replace(peer, shape={"tokens": tokens, **peer_shape, "k": peer_k})
+
+    layer = replace(layer, table="layer_growth", shape={"tokens": 4096, **PAPER, "k": 512})
+    yield from _sweep(layer, k=(8, 32, 128))
+    for side in (64, 128, 256, 512, 1024):
+        grid = {"experts": side**2, "rows": side, "cols": side}
+        yield replace(layer, shape={**layer.shape, **grid})
+
+
+def _gpu_model() -> Iterator[Case]:
+    """One training step, without the optimizer, of the smallest preset language model."""
+    yield Case(
+        table="model", op="model", pass_name="forward_backward", dtype="bfloat16", timing="events",
+        shape={
+            "tokens": 8192, "layers": 12, "hidden": 768, "intermediate": 768, "experts": 320**2,
+            "rows": 320, "cols": 320, "k": 512,
+        },
+    )  # fmt: skip
 
 
 def _gpu_decode() -> Iterator[Case]:

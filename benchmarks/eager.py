@@ -63,15 +63,28 @@ def mlp(
     return F.linear(ACTIVATION_FUNCTIONS[activation](gate) * up, down_weight)
 
 
-def layer(module: OmniMoE, hidden_states: Tensor) -> Tensor:
-    """Forward of an `OmniMoE` layer by the functions above. As `reference.omni_moe`."""
-    config = module.config
+def layer(module: OmniMoE, hidden_states: Tensor, chunk: int | None = None) -> Tensor:
+    """Forward of an `OmniMoE` layer by the functions above. As `reference.omni_moe`.
+
+    Args:
+        module: the layer.
+        hidden_states: (..., H).
+        chunk: so many tokens at a time behind the router's logits, whose BatchNorm takes the whole
+            batch; by default all of them.
+    """
     tokens = hidden_states.flatten(0, -2)
+    logits_x = module.router_norm_x(module.router_gate_x(tokens))
+    logits_y = module.router_norm_y(module.router_gate_y(tokens))
+    if chunk is None or chunk >= len(tokens):
+        return _behind_logits(module, tokens, logits_x, logits_y).view_as(hidden_states)
+    parts = zip(tokens.split(chunk), logits_x.split(chunk), logits_y.split(chunk), strict=True)
+    return torch.cat([_behind_logits(module, *part) for part in parts]).view_as(hidden_states)
+
+
+def _behind_logits(module: OmniMoE, tokens: Tensor, logits_x: Tensor, logits_y: Tensor) -> Tensor:
+    config = module.config
     routing_weights, indices = router(
-        module.router_norm_x(module.router_gate_x(tokens)),
-        module.router_norm_y(module.router_gate_y(tokens)),
-        config.num_experts_per_token,
-        config.norm_topk_prob,
+        logits_x, logits_y, config.num_experts_per_token, config.norm_topk_prob
     )
     expert_states = expert(
         tokens,
@@ -88,4 +101,4 @@ def layer(module: OmniMoE, hidden_states: Tensor) -> Tensor:
         down_weight=module.down_proj.weight,
         activation=config.hidden_act,
     )
-    return (expert_states + shared_states).view_as(hidden_states)
+    return expert_states + shared_states

@@ -5,8 +5,8 @@ Expert forward, for T tokens, H, E experts, K per token, b bytes an element:
   output out, ids and routing weights) over the copy bandwidth;
 - `l2_gather`: each pair brings an `up` row and a `down` row to an SM, 2 T K H b, at the rate at
   which random rows are read from L2;
-- `grid_block`: each (token, grid row) pair computes the row's C experts on tensor cores,
-  4 (pairs) C H operations, where ids lie on a grid;
+- `bands`: where ids lie on a grid, the grid rows and columns that cover a token's experts
+  (`cover.py`) on tensor cores, 4 H operations for each of their experts, and the rest gathered;
 - `dense`: all experts on tensor cores, 4 T E H operations.
 The floor is `hbm` or the cheapest of the other three, whichever is larger. With a backward pass it
 is `hbm` alone: weights are read in both passes and dense weight gradients written.
@@ -19,9 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import eager
 from benchmarks.cases import Case
+from benchmarks.cover import cover
 from benchmarks.problems import Problem
+from omni_moe import ops
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ def measure_ceilings(device: torch.device, timed: Callable[[Callable], float]) -
 
 def floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
     """All floors of a case, in microseconds."""
-    seconds = _FLOORS[problem.case.op](problem, ceilings)
+    seconds = _FLOORS.get(problem.case.op, _no_floors)(problem, ceilings)
     return {name: value * 1e6 for name, value in seconds.items()}
 
 
 def binding(case: Case, floors_us: dict[str, float]) -> str:
     """The name of the floor that counts."""
-    on_chip = [name for name in ("l2_gather", "grid_block", "dense") if name in floors_us]
+    on_chip = [name for name in ("l2_gather", "bands", "dense") if name in floors_us]
     if case.op != "expert" or case.pass_name == "forward_backward" or not on_chip:
         return next(iter(floors_us))
     cheapest = min(on_chip, key=floors_us.__getitem__)
@@ -110,10 +111,10 @@ def expert_floors(
         "dense": passes * 4 * num_tokens * num_experts * hidden_size / ceilings.bf16_flops,
     }
     if "cols" in shape:
-        rows = indices.div(shape["cols"], rounding_mode="floor").sort(dim=1).values
-        num_tasks = num_tokens + (rows[:, 1:] != rows[:, :-1]).sum().item()
-        operations = 4 * num_tasks * shape["cols"] * hidden_size
-        seconds["grid_block"] = passes * operations / ceilings.bf16_flops
+        covered = cover(indices, shape["rows"], shape["cols"])
+        computed = covered.row_tasks * shape["cols"] + covered.col_tasks * shape["rows"]
+        tail = covered.tail_pairs * row_bytes / ceilings.l2_gather_bytes
+        seconds["bands"] = passes * (4 * computed * hidden_size / ceilings.bf16_flops + tail)
     return seconds
 
 
@@ -159,7 +160,7 @@ def _layer_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
         torch.randn(shape["tokens"], shape[side], device=device, generator=generator)
         for side in ("rows", "cols")
     )
-    ids = eager.router(logits_x, logits_y, shape["k"])[1]
+    ids = ops.omni_softmax_router(logits_x, logits_y, shape["k"])[1]
     expert_case = replace(case, op="expert")
     expert = expert_floors(expert_case, ids, problem.grad_output.element_size(), ceilings)
     projections = 2 * shape["tokens"] * shape["hidden"] * (shape["rows"] + shape["cols"])
@@ -170,6 +171,11 @@ def _layer_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
         + passes * projections / ceilings.bf16_flops
     )
     return {"sum": total}
+
+
+def _no_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
+    """A peer's own layer and a whole model have none."""
+    return {}
 
 
 _FLOORS = {

@@ -2,33 +2,46 @@
 
 A builder returns a `Workload`, or raises `NotApplicable` with the reason. Names:
 `omni_moe` (this library), `eager` (stock PyTorch operators, `eager.py`),
-`compile` (torch.compile of those), `dense_masked` (all experts by matrix products, masked),
-`gemms_only` (the bare matrix products of the MLP: a floor, not the function), `upstream_triton`
-(the paper's published kernels), `hf_doge` (DogeCDMoE of Hugging Face Transformers, whose router
-differs, so that it has no error).
+`compile` (torch.compile of those), `gathers` (this library not told of the grid, so that it gathers
+the rows of every pair), `dense_masked` (all experts by matrix products, masked; in a layer, router
+and MLP are this library's), `gemms_only` (the bare matrix products of the MLP: a floor, not the
+function), `upstream_triton` (the paper's published kernels), `hf_doge` (DogeCDMoE of Hugging Face
+Transformers, whose router differs, so that it has no error), `peer` (`peer_layer.py`). Language
+models (`models.py`): `omni_moe`, `dense`, and both under torch.compile.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import eager, upstream
+from benchmarks import eager, models, upstream
+from benchmarks.peer_layer import PeerLayer
 from benchmarks.problems import Problem
 from benchmarks.upstream import NotApplicable
 from omni_moe import ops
 
+# Bytes of a copy of rows (tokens, K, H), or of an array (tokens, E), that a peer makes at a time:
+# 8 GiB, of which two or four and their results fit in 80. More tokens than that go in chunks.
+COPY_BYTES = 2**33
+
 
 @dataclass(frozen=True)
 class Workload:
-    """`forward` computes the output; gradients are asked for `leaves`."""
+    """`forward` computes the output; gradients are asked for `leaves`.
+
+    `facts` are parts of the row that a result is recorded in; `flops` counts a whole run.
+    """
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]
     grad_output: Tensor
     has_oracle: bool = True
+    facts: dict[str, int] = field(default_factory=dict)
+    flops: int | None = None
 
     def run(self) -> list[Tensor]:
         """Output and, if there are leaves that need them, gradients."""
@@ -77,6 +90,14 @@ def _expert_args(problem: Problem, indices: str) -> dict[str, Tensor]:
 
 def _expert_omni_moe(problem: Problem) -> Callable:
     args = _expert_args(problem, "indices")
+    num_cols = problem.case.shape.get("cols", 0)
+    return lambda: ops.omni_expert(**args, num_cols=num_cols)
+
+
+def _expert_gathers(problem: Problem) -> Callable:
+    if "cols" not in problem.case.shape:
+        raise NotApplicable("without a grid there are only gathers")
+    args = _expert_args(problem, "indices")
     return lambda: ops.omni_expert(**args)
 
 
@@ -98,7 +119,7 @@ def _dense_masked(
     indices: Tensor,
 ) -> Tensor:
     mask = routing_weights.new_zeros(len(hidden_states), len(up_weights))
-    mask = mask.scatter_add(1, indices, routing_weights)
+    mask = mask.scatter_add(1, indices.long(), routing_weights)
     return (F.silu(hidden_states @ up_weights.t()) * mask) @ down_weights
 
 
@@ -183,9 +204,49 @@ def _layer_omni_moe(problem: Problem) -> Callable:
     return lambda: problem.module(x)
 
 
-def _layer_eager(problem: Problem) -> Callable:
+def _layer_eager(problem: Problem) -> Workload:
+    chunk = _chunk(problem, problem.case.shape["k"] * problem.case.shape["hidden"])
     x = problem.tensors["hidden_states"]
-    return lambda: eager.layer(problem.module, x)
+    return _in_chunks(problem, lambda: eager.layer(problem.module, x, chunk), problem.leaves, chunk)
+
+
+def _chunk(problem: Problem, elements_per_token: int) -> int:
+    """Tokens whose copies stay within COPY_BYTES; all of them in training, which keeps copies."""
+    shape, x = problem.case.shape, problem.tensors["hidden_states"]
+    if problem.leaves:
+        return shape["tokens"]
+    most = COPY_BYTES // (elements_per_token * x.element_size())
+    return max(1, min(most, shape["tokens"]))
+
+
+def _in_chunks(
+    problem: Problem,
+    forward: Callable,
+    leaves: list[Tensor],
+    chunk: int,
+    has_oracle: bool = True,
+) -> Workload:
+    """The workload of a layer; its row says how many tokens a chunk has."""
+    facts = {"chunk_tokens": chunk} if chunk < problem.case.shape["tokens"] else {}
+    return Workload(forward, leaves, problem.grad_output, has_oracle, facts)
+
+
+def _layer_dense_masked(problem: Problem) -> Workload:
+    module, k = problem.module, problem.case.shape["k"]
+    chunk = _chunk(problem, problem.case.shape["experts"])
+    x = problem.tensors["hidden_states"]
+
+    def forward() -> Tensor:
+        logits_x, logits_y = module._router_logits(x)
+        routing_weights, indices = ops.omni_softmax_router(logits_x, logits_y, k)
+        up, down = module.up_embed.weight, module.down_embed.weight
+        shared = [p.weight for p in (module.gate_proj, module.up_proj, module.down_proj)]
+        parts = zip(x.split(chunk), routing_weights.split(chunk), indices.split(chunk), strict=True)
+        outputs = [_dense_masked(t, up, down, weights, ids) for t, weights, ids in parts]
+        routed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return routed + ops.omni_mlp(x, *shared)
+
+    return _in_chunks(problem, forward, problem.leaves, chunk)
 
 
 def _layer_compile(problem: Problem) -> Callable:
@@ -234,11 +295,39 @@ def _layer_hf_doge(problem: Problem) -> Workload:
     )
 
 
+# ---- PEER ---------------------------------------------------------------------------------------
+
+
+def _peer(problem: Problem) -> Workload:
+    shape, x = problem.case.shape, problem.tensors["hidden_states"]
+    torch.manual_seed(0)
+    with torch.device(x.device):
+        layer = PeerLayer(shape["hidden"], shape["rows"], shape["heads"], shape["k"])
+    layer = layer.to(x.dtype).requires_grad_(x.requires_grad)
+    leaves = [x, *layer.parameters()] if x.requires_grad else []
+    chunk = _chunk(problem, shape["k"] * shape["hidden"])
+    return _in_chunks(problem, lambda: layer(x, chunk), leaves, chunk, has_oracle=False)
+
+
+# ---- language model -----------------------------------------------------------------------------
+
+
+def _model(problem: Problem, make: Callable, is_compiled: bool) -> Workload:
+    ids = problem.tensors["input_ids"]
+    model = make(problem.case, ids.device)
+    called = torch.compile(model, dynamic=False) if is_compiled else model
+    return Workload(
+        lambda: models.loss_of(called, ids), list(model.parameters()), problem.grad_output,
+        has_oracle=False, flops=models.training_flops(model, ids),
+    )  # fmt: skip
+
+
 _BUILDERS: dict[str, dict[str, Callable[[Problem], Callable | Workload]]] = {
     "expert": {
         "omni_moe": _expert_omni_moe,
         "eager": _expert_eager,
         "compile": _expert_compile,
+        "gathers": _expert_gathers,
         "dense_masked": _expert_dense_masked,
         "upstream_triton": _expert_upstream,
     },
@@ -259,7 +348,15 @@ _BUILDERS: dict[str, dict[str, Callable[[Problem], Callable | Workload]]] = {
         "omni_moe": _layer_omni_moe,
         "eager": _layer_eager,
         "compile": _layer_compile,
+        "dense_masked": _layer_dense_masked,
         "upstream_triton": _layer_upstream,
         "hf_doge": _layer_hf_doge,
+    },
+    "peer_layer": {"peer": _peer},
+    "model": {
+        "omni_moe": partial(_model, make=models.omni_moe, is_compiled=False),
+        "omni_moe_compile": partial(_model, make=models.omni_moe, is_compiled=True),
+        "dense": partial(_model, make=models.dense, is_compiled=False),
+        "dense_compile": partial(_model, make=models.dense, is_compiled=True),
     },
 }

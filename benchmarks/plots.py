@@ -1,4 +1,4 @@
-"""Plots of a record: time over each size that a sweep varies, and time over the floor."""
+"""Plots of a record: time over each size that a sweep varies, time over the floor, and layers."""
 
 from pathlib import Path
 
@@ -6,27 +6,40 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import layer_plots
 from benchmarks.results import Record, Row
 
 SWEPT = {"experts": "experts E", "k": "experts per token K", "tokens": "tokens T"}
 MARKERS = {
     "omni_moe": "o", "eager": "s", "compile": "^", "dense_masked": "D", "gemms_only": "+",
-    "hf_doge": "P",
+    "hf_doge": "P", "gathers": "v",
 }  # fmt: skip
+# They have pictures of their own, and a picture of all cases no room for theirs.
+OTHER_TABLES = ("layer_paper", "layer_growth")
 
 
 def draw(record: Record, directory: Path) -> list[Path]:
     """Writes the plots that the record has rows for; returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in (("sweep", _sweep(record.rows)), ("roofline", _roofline(record.rows))):
-        if figure is not None:
-            path = directory / f"{record.path.stem}-{name}.svg"
-            # The same data give the same file.
-            with matplotlib.rc_context({"svg.hashsalt": name}):
-                figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-            written.append(path)
-    return written
+    device = record.header["device"]
+    figures = {
+        "sweep": _sweep(record.rows),
+        "roofline": _roofline(record.rows),
+        "paper": layer_plots.paper(record.rows, device),
+        "layer": layer_plots.growth(record.rows, device),
+    }
+    return [
+        save(figure, directory / f"{record.path.stem}-{name}.svg")
+        for name, figure in figures.items()
+        if figure is not None
+    ]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a picture such that the same data give the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem.rpartition("-")[2]}):
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    return path
 
 
 def _sweep(rows: list[Row]) -> Figure | None:
@@ -80,7 +93,8 @@ def _lines(axes: Axes, rows: list[Row], size: str) -> None:
 
 def _roofline(rows: list[Row]) -> Figure | None:
     """Time over floor of every measured case with a floor: 1 is the best there can be."""
-    rows = [row for row in rows if row["floor_us"] and not row["table"].endswith("sweep")]
+    rows = [row for row in rows if row["floor_us"] and row["table"] not in OTHER_TABLES]
+    rows = [row for row in rows if not row["table"].endswith("sweep")]
     if not rows:
         return None
     names = list(dict.fromkeys(_name(row) for row in rows))

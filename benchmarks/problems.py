@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import eager, models
 from benchmarks.cases import Case
 from omni_moe import OmniMoE, OmniMoEConfig, reference
 
@@ -123,6 +123,27 @@ def _make_layer(
     return Problem(case, tensors, draw.grad(shape["tokens"], shape["hidden"]), module)
 
 
+def _make_peer_layer(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    """The tokens; the layer is the peer's own."""
+    shape, draw = case.shape, _Draw(case, device, generator)
+    tensors = {"hidden_states": draw.normal(shape["tokens"], shape["hidden"])}
+    return Problem(case, tensors, draw.grad(shape["tokens"], shape["hidden"]))
+
+
+def _make_model(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    """Ids of one batch (B, S), whose loss is differentiated; the models are the peers' own."""
+    tokens = case.shape["tokens"]
+    length = min(tokens, models.SEQUENCE_LENGTH)
+    ids = torch.randint(
+        models.VOCAB_SIZE, (tokens // length, length), device=device, generator=generator
+    )
+    return Problem(case, {"input_ids": ids}, torch.ones((), device=device))
+
+
 def _make_module(case: Case, device: torch.device) -> OmniMoE:
     shape = case.shape
     config = OmniMoEConfig(
@@ -143,6 +164,8 @@ _MAKERS = {
     "router": _make_router,
     "mlp": _make_mlp,
     "layer": _make_layer,
+    "peer_layer": _make_peer_layer,
+    "model": _make_model,
 }
 
 

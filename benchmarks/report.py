@@ -17,7 +17,10 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 OURS = "omni_moe"
 # Column order; others follow in the order of the record.
-IMPLS = (OURS, "eager", "compile", "dense_masked", "gemms_only", "upstream_triton", "hf_doge")
+IMPLS = (
+    OURS, "eager", "compile", "gathers", "dense_masked", "gemms_only", "upstream_triton", "hf_doge",
+    "peer",
+)  # fmt: skip
 TITLES = {
     "cpu_expert": "Experts",
     "cpu_router": "Router",
@@ -25,17 +28,22 @@ TITLES = {
     "cpu_sweep": "Experts, one size varied",
     "expert": "Experts, forward, uniform ids",
     "expert_router_ids": "Experts, forward, ids from a router",
+    "expert_router_ids_train": "Experts, forward and backward, ids from a router",
     "expert_train": "Experts, forward and backward",
     "router": "Router",
     "mlp": "Shared MLP",
     "layer": "Whole layer",
     "layer_paper": "Whole layer, the paper's latency setup",
+    "layer_growth": "Whole layer, experts per token and in all varied",
+    "model": "Language model, one training step without the optimizer",
     "decode": "Few tokens, inside a CUDA graph",
     "sweep": "Experts, one size varied",
 }
+# Tables around a case of another one.
+VARIED = ("cpu_sweep", "sweep", "layer_growth")
 LETTERS = {
     "tokens": "T", "hidden": "H", "intermediate": "I", "experts": "E", "rows": "R", "cols": "C",
-    "k": "K",
+    "k": "K", "layers": "L", "heads": "heads ",
 }  # fmt: skip
 
 
@@ -48,12 +56,12 @@ def write(directory: Path) -> list[Path]:
         pictures = plots.draw(record, PLOT_DIRECTORY)
         written += pictures
         sections.append("\n".join(_section(record, pictures)))
-    _replace(REPORT, "\n\n".join(sections))
-    _replace(README, "\n\n".join("\n".join(_summary(record)) for record in records))
+    replace(REPORT, "\n\n".join(sections))
+    replace(README, "\n\n".join("\n".join(_summary(record)) for record in records))
     return [REPORT, README, *written]
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     content = path.read_text() if path.exists() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
     if BEGIN not in content or END not in content:
         raise ValueError(f"{path}: expected the markers {BEGIN} and {END}")
@@ -74,7 +82,7 @@ def _section(record: Record, pictures: list[Path]) -> Iterator[str]:
     for table, rows in _by_table(record):
         yield f"### {TITLES.get(table, table)}"
         yield ""
-        yield from _table(rows)
+        yield from (_model_table if table == "model" else _table)(rows)
         yield ""
     for picture in pictures:
         yield f"![{picture.stem}](plots/{picture.name})"
@@ -131,6 +139,20 @@ def _table(groups: list[list[Row]]) -> Iterator[str]:
         cells.append(_pair(by_impl, _memory))
         cells.append(_pair(by_impl, lambda row: f"{row['rel_err']:.0e}" if row["rel_err"] else "–"))
         yield f"| {' | '.join(cells)} |"
+
+
+def _model_table(groups: list[list[Row]]) -> Iterator[str]:
+    """A line for each model, whose step is also told as a speed."""
+    yield "| case | model | ms | tokens a second | TFLOP/s | MFU | peak MiB |"
+    yield "| --- | --- |" + " ---: |" * 5
+    for rows in groups:
+        for row in rows:
+            mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            yield (
+                f"| {_case_text(row)} | {row['impl']} | {row['us'] / 1e3:.3g} "
+                f"| {row['tokens_per_second']} | {row['tflops_per_second']:.3g} | {mfu} "
+                f"| {_memory(row)} |"
+            )
 
 
 def _impls(rows: Iterable[Row]) -> list[str]:
@@ -199,7 +221,7 @@ def _summary(record: Record) -> Iterator[str]:
         for rows in groups:
             by_impl = {row["impl"]: row for row in rows}
             key = (table, rows[0]["op"], rows[0]["pass"])
-            if key in seen or "sweep" in table or not {OURS, "eager"} <= by_impl.keys():
+            if key in seen or table in VARIED or not {OURS, "eager"} <= by_impl.keys():
                 continue
             seen.add(key)
             ours, eager = by_impl[OURS], by_impl["eager"]

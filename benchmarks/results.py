@@ -28,8 +28,12 @@ _SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".cmake", ".txt"
 _OTHERS = (
     "omni_moe/include",
     *(f"benchmarks/{name}.py" for name in ("cases", "results", "record_tests", "report", "plots")),
-    *(f"benchmarks/{name}.py" for name in ("check_records", "machine_code")),
+    *(f"benchmarks/{name}.py" for name in ("check_records", "machine_code", "layer_plots")),
+    *(f"benchmarks/{name}.py" for name in ("crossover_report", "staircase")),
 )
+
+# What follows a device in the name of a record of another kind: of benchmarks.crossover.
+CROSSOVER = "_crossover"
 
 Row = dict[str, Any]
 
@@ -71,14 +75,17 @@ def load(path: Path) -> Record:
 
 
 def load_all(directory: Path) -> list[Record]:
-    """All records of a directory; `<device>_tests.json` are outcomes of tests, not records."""
+    """All records `<device>.json` of a directory.
+
+    Those of `benchmarks.crossover` and the outcomes of tests have more behind an underscore.
+    """
     paths = sorted(directory.glob("*.json"))
-    return [load(path) for path in paths if not path.stem.endswith("_tests")]
+    return [load(path) for path in paths if "_" not in path.stem]
 
 
-def open_record(device: torch.device, directory: Path = DIRECTORY) -> Record:
+def open_record(device: torch.device, directory: Path = DIRECTORY, kind: str = "") -> Record:
     """The record of this device with a new header: what was measured with this source is kept."""
-    path = directory / f"{slug(device)}.json"
+    path = directory / f"{slug(device)}{kind}.json"
     header = {
         "device": device_name(device),
         "device_type": device.type,

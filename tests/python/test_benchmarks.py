@@ -113,11 +113,14 @@ def test_floors_of_the_documented_shapes():
     assert expert(4096, 65536, 16, "forward_backward") == ("hbm", 151)
 
 
-def test_grid_floor_counts_rows_once_per_token():
-    shape = {"tokens": 2, "hidden": 8, "experts": 16, "rows": 4, "cols": 4, "k": 3}
-    ids = torch.tensor([[0, 3, 1], [0, 5, 15]])  # 1 and 3 rows
+def test_floor_of_bands_counts_rows_columns_and_tail():
+    shape = {"tokens": 2, "hidden": 8, "experts": 16, "rows": 4, "cols": 4, "k": 4}
+    # A row of three and one left; a column of three and one left.
+    ids = torch.tensor([[4, 6, 7, 9], [1, 5, 13, 8]])
     seconds = floors.expert_floors(small_case("expert", shape=shape), ids, 2, floors.H200)
-    assert seconds["grid_block"] == pytest.approx(4 * 4 * 4 * 8 / floors.H200.bf16_flops)
+    products = 4 * (4 + 4) * 8 / floors.H200.bf16_flops
+    tail = 2 * 2 * 8 * 2 / floors.H200.l2_gather_bytes
+    assert seconds["bands"] == pytest.approx(products + tail)
 
 
 @pytest.mark.parametrize("pass_name", ["forward", "forward_backward"])
@@ -285,11 +288,11 @@ def test_a_run_out_of_time_keeps_what_it_has(tmp_path, monkeypatch):
 def test_reports_replace_only_the_text_between_the_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report._replace(page, "new")
+    report.replace(page, "new")
     assert page.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
     page.write_text("no markers\n")
     with pytest.raises(ValueError, match="markers"):
-        report._replace(page, "new")
+        report.replace(page, "new")
 
 
 def test_upstream_is_loaded_beside_this_package(tmp_path, monkeypatch):
