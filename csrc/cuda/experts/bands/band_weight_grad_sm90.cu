@@ -6,15 +6,11 @@
 // are added to them. Pairs of tails are tasks of one pair in their column. So every element gets
 // one store and at most one addition, in a fixed order, and is rounded by both.
 //
-// A block takes a band, a table and some slabs of 128 elements of its rows. It lays out P once
-// where the band has at most 192 tasks (more if it is short), else again for every slab and every
-// 192 tasks; the tokens' rows come through a ring, 64 tasks by one slab a stage. With bf16 at T
-// 4096, K 512, H 1024 and 320 x 320 there are 50,000 tasks in rows and 45,000 in columns, 124 GFLOP
-// (190 µs at 650 TFLOP/s). The tables are written once and once more read and written, 1.26 GB, 480
-// µs at the 2.6 TB/s of an H100. Columns took 242 µs there and rows about 400: a warpgroup's steps,
-// P, the product and the store, follow each other, so that neither memory nor the tensor cores are
-// always busy. Where P is laid out again and again (T 4096, K 4096: 460 tasks a band) it takes most
-// of the time, 3,800 µs in all.
+// A block takes a band, a table and a slab of 128 elements of its rows. One warpgroup fills a ring
+// with 64 tasks a stage: their rows' slab by 16-byte copies, and P from the lists of pairs. With
+// bf16 at T 4096, K 512, H 1024 and 320 x 320 there are 50,000 tasks in rows and 45,000 in columns,
+// 124 GFLOP (190 µs at 650 TFLOP/s). The tables are written once and once more read and
+// written, 1.26 GB, 480 µs at the 2.6 TB/s of an H100, which bounds it.
 //
 // Two warpgroups multiply, each 64 elements by the whole band: D = rowsᵀ P, whose columns are the
 // places, since those come in any number and the instruction's rows do not. Transposed back in
@@ -23,11 +19,8 @@
 
 #include "cuda/common/check.h"
 #include "cuda/common/dependent_launch.cuh"
-#include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
-#include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/bands/band_grid_sm90.cuh"
-#include "cuda/experts/bands/band_layout.cuh"
 #include "cuda/experts/bands/band_weight_grad_items.cuh"
 #include "cuda/experts/bands/bands.h"
 #include "cuda/hopper/mbarrier.cuh"
@@ -41,8 +34,7 @@ using namespace band_grad;
 
 // ---- Multiplying warpgroups ---------------------------------------------------------------------
 
-// Both warpgroups that multiply; barrier 0 is __syncthreads', 1 and 2 are those of one of them.
-__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+// Of one of the two warpgroups; barrier 0 is __syncthreads'.
 __device__ __forceinline__ void sync_warpgroup(int consumer) {
   if (consumer == 0) {
     asm volatile("bar.sync 1, 128;" ::: "memory");
@@ -71,26 +63,14 @@ class WeightGradConsumer {
       if (rows == 0) {
         if (args_.adds) continue;
         clear();
-        for (int slab = item.first_slab; slab < item.last_slab; ++slab) store(item, slab);
+        store(item);
         continue;
       }
-      const bool stays = rows <= Tile::kMaxChunks * kChunkTasks;
-      for (int slab = item.first_slab; slab < item.last_slab; ++slab) {
-        if (args_.adds) prefetch(item, slab);
-        for (int first = 0; first < rows; first += kChunkTasks) {
-          const int chunk = first / kChunkTasks % Tile::kMaxChunks;
-          if (chunk == 0 && (!stays || slab == item.first_slab)) {
-            sync_consumers();  // both have multiplied with what P held
-            for (int laid = 0; laid < Tile::kMaxChunks; laid += kLaidChunks) {
-              lay_out(item, range, first, laid);
-            }
-            fence_async_proxy();
-            sync_consumers();
-          }
-          multiply(chunk, min(rows - first, kChunkTasks), first > 0);
-        }
-        store(item, slab);
+      if (args_.adds) prefetch(item);
+      for (int first = 0; first < rows; first += kChunkTasks) {
+        multiply(min(rows - first, kChunkTasks), first > 0);
       }
+      store(item);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait_all();
   }
@@ -103,110 +83,26 @@ class WeightGradConsumer {
     for (float& d : more_) d = 0.0f;
   }
 
-  // What the slab's sums will be added to comes out of memory while they are made: 655 µs instead
-  // of 742 for both passes at T 4096, K 512. A slab earlier it is too much for L2 (778).
-  __device__ __forceinline__ void prefetch(const WeightGradItem& item, int slab) const {
+  // What the sums will be added to comes out of memory while they are made.
+  __device__ __forceinline__ void prefetch(const WeightGradItem& item) const {
     if (threadIdx.x % 128 != 0) return;
     const int end = min(item.first_place + Tile::kPlaces, band_length(args_.plan, item.band));
     for (int place = item.first_place; place < end; place += kBlockPlaces) {
       args_.tables[item.table].grad.prefetch(args_.plan, item.band, place,
-                                             slab * kSlab + consumer_ * 64);
+                                             item.slab * kSlab + consumer_ * 64);
     }
-  }
-
-  // P of up to 256 tasks, those of the chunks from first_chunk on where chunk 0 begins with task
-  // `first`. The warp's rows are every eighth; lane l knows the l-th.
-  __device__ __forceinline__ void lay_out(const WeightGradItem& item, const BandRange& range,
-                                          int first, int first_chunk) {
-    const BandPair* coefficients = args_.tables[item.table].coefficients;
-    first += first_chunk * kChunkTasks;
-    const int chunks = min(ceil_div(num_rows_of(range) - first, kChunkTasks),
-                           min(Tile::kMaxChunks - first_chunk, kLaidChunks));
-    if (chunks <= 0) return;
-    const int own_rows = chunks * (kChunkTasks / kConsumerWarps);
-    const int first_row = first_chunk * kChunkTasks + warp_;
-    BandTask task{-1, 0, 0, 0};
-    if (lane_ < own_rows) task = row_at(args_, range, first + warp_ + lane_ * kConsumerWarps);
-    // 1. The rows are cleared while the first pairs come: units of 32 of one row.
-    constexpr int kBatch = 8;
-    const int units = ceil_div(task.num_pairs, kWarpSize);
-    const int last_unit = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(units)));
-    const int num_units = __shfl_sync(kFullWarp, last_unit, kWarpSize - 1);
-    const int end_pair = task.first + task.num_pairs;
-    unsigned repeated_rows = __ballot_sync(kFullWarp, task.has_repeats);
-    const int unit_pair = task.first - (last_unit - units) * kWarpSize;  // that of unit 0
-    const auto row_of = [&](int unit) {
-      return __popc(__ballot_sync(kFullWarp, last_unit <= unit));
-    };
-    BandPair next[kBatch];
-    const auto load_batch = [&](int first_unit) {
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int unit = first_unit + u;
-        const int row = row_of(unit);
-        const int at = __shfl_sync(kFullWarp, unit_pair, row) + unit * kWarpSize + lane_;
-        const int end = __shfl_sync(kFullWarp, end_pair, row);
-        next[u] = unit < num_units && at < end ? coefficients[at] : kNoPair;
-      }
-    };
-    load_batch(0);
-    for (int row = 0; row < own_rows; ++row) {
-      const int at = first_row + row * kConsumerWarps;
-      for (int p = lane_; p < Tile::kBlocks * 8; p += kWarpSize) {
-        char* tile = shared_.coefficients[at / kChunkTasks][p / 8];
-        *reinterpret_cast<uint4*>(tile + at % kChunkTasks * kSwizzleRowBytes + p % 8 * 16) =
-            make_uint4(0, 0, 0, 0);
-      }
-    }
-    __syncwarp();
-    // 2. The pairs, while the next ones come.
-#pragma unroll 1
-    for (int first_unit = 0; first_unit < num_units; first_unit += kBatch) {
-      BandPair pairs[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) pairs[u] = next[u];
-      load_batch(first_unit + kBatch);
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int row = row_of(first_unit + u);
-        if (pairs[u] != kNoPair && (repeated_rows >> row & 1) == 0) {
-          lay_out_pair(pairs[u], cell_of(item, first_row + row * kConsumerWarps));
-        }
-      }
-    }
-    // 3. The rows in which pairs share places.
-    for (; repeated_rows != 0; repeated_rows &= repeated_rows - 1) {
-      const int row = __ffs(repeated_rows) - 1;
-      const int begin = __shfl_sync(kFullWarp, task.first, row);
-      const int end = __shfl_sync(kFullWarp, end_pair, row);
-      const auto cell = cell_of(item, first_row + row * kConsumerWarps);
-      add_up_pairs<T>(coefficients, begin, end, lane_, cell);
-    }
-  }
-
-  // Where the coefficients of row `at` of P go; null for places of other pieces.
-  __device__ __forceinline__ auto cell_of(const WeightGradItem& item, int at) const {
-    auto& chunk = shared_.coefficients[at / kChunkTasks];
-    const unsigned first_place = item.first_place;
-    return [&chunk, at, first_place](unsigned band_place) -> uint16_t* {
-      const unsigned place = band_place - first_place;
-      if (place >= static_cast<unsigned>(Tile::kPlaces)) return nullptr;
-      const int piece = static_cast<int>(place % kBlockPlaces / 8);
-      char* row_piece = chunk[place / kBlockPlaces] + swizzle128(at % kChunkTasks, piece);
-      return reinterpret_cast<uint16_t*>(row_piece) + place % 8;
-    };
   }
 
   // d_, more_ (+)= states[64 elements of the slab]ᵀ · P over the tasks of one chunk.
-  __device__ __forceinline__ void multiply(int chunk, int tasks, bool accumulate) {
+  __device__ __forceinline__ void multiply(int tasks, bool accumulate) {
     constexpr WgmmaMajor kCols = WgmmaMajor::kCols;
     constexpr uint64_t kStep = kWgmmaDepthStep<kCols, kChunkTasks>;
     const int stage = ring_.stage;
     mbarrier_wait(&shared_.full[stage], ring_.parity);
     const uint64_t a = wgmma_descriptor<kCols, kChunkTasks>(shared_.states[stage][consumer_]);
-    const uint64_t b = wgmma_descriptor<kCols, kChunkTasks>(shared_.coefficients[chunk]);
+    const uint64_t b = wgmma_descriptor<kCols, kChunkTasks>(shared_.coefficients[stage]);
     const uint64_t more_b = wgmma_descriptor<kCols, kChunkTasks>(
-        shared_.coefficients[chunk][Tile::kCols / kBlockPlaces % Tile::kBlocks]);
+        shared_.coefficients[stage][Tile::kCols / kBlockPlaces % Tile::kBlocks]);
     // A band's last chunk takes as many steps as it has tasks for.
     int step = 0;
 #pragma unroll 1
@@ -227,8 +123,8 @@ class WeightGradConsumer {
   }
 
   // Stores or adds 64 elements of the band's places, 64 places at a time.
-  __device__ __forceinline__ void store(const WeightGradItem& item, int slab) {
-    const int element = slab * kSlab + consumer_ * 64;
+  __device__ __forceinline__ void store(const WeightGradItem& item) {
+    const int element = item.slab * kSlab + consumer_ * 64;
     const int length = band_length(args_.plan, item.band);
     if (element * 2 >= args_.row_bytes) return;
 #pragma unroll
@@ -274,7 +170,7 @@ class WeightGradConsumer {
   const int lane_;
   const int warp_;
   const int consumer_;
-  RingCursor<kStages> ring_;
+  RingCursor<Tile::kStages> ring_;
   int output_ = 0;  // the tile that the next results take
   float d_[Tile::kCols / 2];
   float more_[32];  // of kMoreCols
@@ -294,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<WeightGradShared<Tile>*>(
       dynamic_shared + (kSwizzleAlignment - misaligned) % kSwizzleAlignment);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
       mbarrier_init(&shared.full[stage], kLoaderThreads);
       mbarrier_init(&shared.empty[stage], kConsumerWarps);
     }
@@ -306,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     WeightGradConsumer<T, Tile>(args, shared).run();
   } else {
     give_registers<kLoaderRegisters>();
-    load_items<Tile>(args, shared);
+    WeightGradLoader<T, Tile>(args, shared).run();
   }
 }
 
@@ -315,21 +211,16 @@ cudaError_t launch_pass(WeightGradArgs args, bool is_rows, bool adds, const Devi
                         cudaStream_t stream) {
   constexpr size_t kSharedBytes = sizeof(WeightGradShared<Tile>) + kSwizzleAlignment;
   static_assert(kSharedBytes <= 232448, "more shared memory than a block gets");
-  // Bands are laid out once for all slabs, unless that leaves too few items for the device.
-  constexpr int kItemsPerSm = 4;
   args.is_rows = is_rows;
   args.adds = adds;
   const int length = is_rows ? args.plan.num_cols : args.plan.num_rows;
   args.num_pieces = ceil_div(length, Tile::kPlaces);
   const int bands = is_rows ? args.plan.num_rows : args.plan.num_cols;
-  const int items = bands * args.num_tables * args.num_pieces;
-  const int groups = std::min(ceil_div(kItemsPerSm * device.num_sms, items), args.num_slabs);
-  args.group_slabs = ceil_div(args.num_slabs, groups);
-  args.num_groups = ceil_div(args.num_slabs, args.group_slabs);
+  const int items = bands * args.num_tables * args.num_pieces * args.num_slabs;
   const auto kernel = band_weight_grad_kernel<T, Tile>;
   return run_steps([&] { return allow_shared_memory(kernel, kSharedBytes); },
                    [&] {
-                     const int blocks = std::min(items * args.num_groups, device.num_sms);
+                     const int blocks = std::min(items, device.num_sms);
                      LaunchOptions options{dim3(static_cast<unsigned>(blocks)), kThreads};
                      options.shared_bytes = kSharedBytes;
                      return launch_kernel(kernel, options, stream, args);
