@@ -76,8 +76,12 @@ cudaError_t band_weights(const ExpertBackwardParams& params, const ExpertBackwar
                        if constexpr (sizeof(T) != 2) {
                          return cudaErrorInvalidValue;
                        } else {
-                         return band_weight_grad<T>(shape, tables, params.hidden_size, lists,
-                                                    plan.device, stream);
+                         return run_steps([&] { return band_cells<T>(shape, lists, stream); },
+                                          [&] {
+                                            return band_weight_grad<T>(shape, tables,
+                                                                       params.hidden_size, lists,
+                                                                       plan.device, stream);
+                                          });
                        }
                      });
                    });

@@ -39,6 +39,7 @@ struct CoverArgs {
   TokenTask* token_tasks;
   uint32_t* chosen;
   int* band_sizes;
+  int* band_pairs;
   int* tail_sizes;
 };
 
@@ -218,6 +219,7 @@ __global__ void __launch_bounds__(kThreads)
         args.token_tasks[static_cast<int64_t>(token) * plan.max_tasks + group] = {
             band, end - kept, kept, /*has_repeats=*/0};
         atomicAdd(&args.band_sizes[band], 1);
+        if (plan.has_weight_gradients) atomicAdd(&args.band_pairs[band], kept);
         atomicOr(&args.chosen[static_cast<int64_t>(band) * args.shape.num_words() + token / 32],
                  1u << token % 32);
       }
@@ -298,7 +300,7 @@ cudaError_t band_cover(const BandShape& shape, const void* indices, IndexType in
       /*inverse_cols=*/
       static_cast<uint32_t>(((uint64_t{1} << 32) + shape.plan.num_cols - 1) / shape.plan.num_cols),
       workspace.pairs, workspace.places, workspace.covers, workspace.token_tasks, workspace.chosen,
-      workspace.band_sizes, workspace.tail_sizes};
+      workspace.band_sizes, workspace.band_pairs, workspace.tail_sizes};
   while ((args.max_height + 1) * (args.max_height + 1) <= shape.num_pairs &&
          args.max_height < shape.plan.num_rows) {
     ++args.max_height;

@@ -1,7 +1,5 @@
-// P, the coefficients of tasks by the places of their band, laid out in shared memory from lists of
-// pairs. A warp lays out a task's row, which is zero before. A token may have chosen an expert more
-// than once: then pairs of a task share a place (BandTask::has_repeats), and the row is laid out
-// with their sums.
+// Coefficients in the lists of pairs. A token may have chosen an expert more than once: then pairs
+// of a task share a place (BandTask::has_repeats), and P has their sum there.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,29 +25,32 @@ __device__ __forceinline__ float coefficient_of(BandPair pair) {
   return to_float(reinterpret_cast<const T&>(bits));
 }
 
-// cell(place) is where a coefficient goes, or null where it is not wanted.
-template <class Cell>
-__device__ __forceinline__ void lay_out_pair(BandPair pair, Cell cell) {
-  if (uint16_t* to = cell(pair >> 16); to != nullptr) *to = static_cast<uint16_t>(pair);
+// The sum of the coefficients that share the place of pair `at` of a task's list [first, end), in
+// the list's order; returns whether `at` is the first of them.
+template <class T>
+__device__ __forceinline__ bool sum_at_place(const BandPair* coefficients, int first, int end,
+                                             int at, float* sum) {
+  const BandPair place = coefficients[at] >> 16;
+  bool is_first = true;
+  *sum = 0.0f;
+  for (int other = first; other < end; ++other) {
+    const BandPair pair = coefficients[other];
+    if (pair >> 16 != place) continue;
+    *sum += coefficient_of<T>(pair);
+    is_first = is_first && other >= at;
+  }
+  return is_first;
 }
 
-// For a row in which pairs share places: their sums in order of the list [first, end).
-template <class T, class Cell>
-__device__ __forceinline__ void add_up_pairs(const BandPair* coefficients, int first, int end,
-                                             int lane, Cell cell) {
-  for (int at = first + lane; at < end; at += kWarpSize) {
-    const BandPair place = coefficients[at] >> 16;
-    float sum = 0.0f;
-    bool is_first = true;  // of the pairs with this place
-    for (int other = first; other < end; ++other) {
-      const BandPair pair = coefficients[other];
-      if (pair >> 16 != place) continue;
-      sum += coefficient_of<T>(pair);
-      is_first = is_first && other >= at;
-    }
-    if (!is_first) continue;
-    if (uint16_t* to = cell(place); to != nullptr) *reinterpret_cast<T*>(to) = from_float<T>(sum);
-  }
+// Where P has a place of row `row` of a group of 16 tasks, in units of 2 bytes: tiles of 64 tasks
+// by 64 places, 128 bytes a task and swizzled (swizzle128), one behind the other. Rows of the
+// tile's other groups are a multiple of 2 KB away.
+inline constexpr BandCell kNoCell = 0xffffffff;  // past all places
+__device__ __forceinline__ int cell_index(int place, int row) {
+  constexpr int kTilePlaces = 64;
+  constexpr int kTileCells = 64 * kTilePlaces;
+  const int piece = (place % kTilePlaces / 8) ^ (row & 7);
+  return place / kTilePlaces * kTileCells + row * kTilePlaces + piece * 8 + place % 8;
 }
 
 }  // namespace omni_moe::cuda

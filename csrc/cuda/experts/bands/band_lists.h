@@ -55,6 +55,18 @@ struct BandRange {
   int num_tails;
 };
 
+// The tasks of a band in groups of 16, as the tensor cores take them: so many from first_group on,
+// the last of which may be filled up.
+struct BandGroups {
+  int first_group;
+  int num_tasks;
+};
+
+// A pair of a group: where it stands in P as a tile of 16 tasks by all places of the band
+// (band_layout.cuh) in the upper half, in units of 2 bytes, and the bits of its coefficient in the
+// lower.
+using BandCell = uint32_t;
+
 // What cover and schedule are told of a pass.
 struct BandShape {
   int num_tokens;   // T
@@ -67,6 +79,10 @@ struct BandShape {
   OMNI_MOE_HOST_DEVICE int num_words() const { return ceil_div(num_tokens, 32); }
   int64_t max_tasks() const { return int64_t{num_tokens} * plan.max_tasks; }
   int64_t max_tiles() const { return num_bands() + max_tasks() / BandTuning::kTileTasks; }
+  // Each task, those of tails among them, has a pair.
+  int64_t max_groups() const {
+    return num_bands() + int64_t{num_tokens} * num_pairs / BandTuning::kGroupTasks;
+  }
 };
 
 struct BandWorkspace {
@@ -77,6 +93,7 @@ struct BandWorkspace {
   int* positions;          // [T, max_tasks] of a token's tasks among all tasks
   uint32_t* chosen;        // [bands, words] a bit for each token with a task in the band
   int* band_sizes;         // [bands] tasks of each band
+  int* band_pairs;         // [bands] pairs of each band's tasks
   int* tail_sizes;         // [C] pairs of tails in each column
   BandTask* tasks;         // [T * max_tasks]
   BandTile* tiles;         // [max_tiles]
@@ -88,6 +105,11 @@ struct BandWorkspace {
   BandPair* down_coefficients;  // [T, K]
   BandRange* ranges;            // [bands]
   int* tails;                   // [T * K] places in the lists of the tails' pairs, by column
+  BandGroups* groups;           // [bands]
+  int* group_tokens;            // [max_groups, 16] or -1
+  int* group_first;             // [max_groups + 1] of a group's cells
+  BandCell* up_cells;           // [T * K] by band, then as its tasks; in the memory of `dots`
+  BandCell* down_cells;         // [T * K]; in the memory of `pairs`
   size_t size;
 };
 
@@ -103,8 +125,9 @@ inline BandWorkspace cut_band_workspace(const BandShape& shape, int64_t hidden_s
   workspace.positions = cutter.take<int>(num_tasks);
   workspace.chosen =
       cutter.take<uint32_t>(static_cast<size_t>(shape.num_bands()) * shape.num_words());
-  // These two are cleared together with `chosen`.
+  // These three are cleared together with `chosen`.
   workspace.band_sizes = cutter.take<int>(shape.num_bands());
+  workspace.band_pairs = cutter.take<int>(shape.num_bands());
   workspace.tail_sizes = cutter.take<int>(shape.plan.num_cols);
   workspace.tasks = cutter.take<BandTask>(num_tasks);
   workspace.tiles = cutter.take<BandTile>(static_cast<size_t>(shape.max_tiles()));
@@ -114,6 +137,12 @@ inline BandWorkspace cut_band_workspace(const BandShape& shape, int64_t hidden_s
   workspace.partial = cutter.take<uint16_t>(num_tasks * static_cast<size_t>(hidden_size));
   if (shape.plan.has_weight_gradients) {
     workspace.down_coefficients = cutter.take<BandPair>(num_pairs);
+    const auto max_groups = static_cast<size_t>(shape.max_groups());
+    workspace.groups = cutter.take<BandGroups>(shape.num_bands());
+    workspace.group_tokens = cutter.take<int>(max_groups * BandTuning::kGroupTasks);
+    workspace.group_first = cutter.take<int>(max_groups + 1);
+    workspace.up_cells = reinterpret_cast<BandCell*>(workspace.dots);
+    workspace.down_cells = workspace.pairs;
     workspace.ranges = cutter.take<BandRange>(shape.num_bands());
     workspace.tails = cutter.take<int>(num_pairs);
   }

@@ -14,6 +14,7 @@ struct TokenPassShape;
 // Constants of the band kernels that plans, launchers and tests share.
 struct BandTuning {
   static constexpr int kTileTasks = 256;   // tasks of one band that a cluster multiplies at once
+  static constexpr int kGroupTasks = 16;   // of P that the tensor cores take in one step
   static constexpr int kMaxLength = 512;   // of a band: its coefficients stay in shared memory
   static constexpr int kMaxHidden = 8192;  // 16-byte pieces of a row that a thread of the sum has
   static constexpr int kMaxPairs = 16384;  // K: a token's ids stay in shared memory

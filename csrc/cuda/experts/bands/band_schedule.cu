@@ -4,8 +4,7 @@
 // order is always the same. At T 4096 with 320 rows and columns it reads 0.3 MB of bits and moves
 // 28 bytes for each of 80,000 tasks: a few µs, most of it the time to find a token's own list.
 #include "cuda/common/check.h"
-#include "cuda/common/reduce.cuh"
-#include "cuda/common/warp_scan.cuh"
+#include "cuda/experts/bands/band_scan.cuh"
 #include "cuda/experts/bands/bands.h"
 
 namespace omni_moe::cuda {
@@ -38,32 +37,6 @@ struct TailArgs {
   BandRange* ranges;
   int* tails;
 };
-
-template <int kBlockWarps>
-__device__ __forceinline__ int block_add(int value, int* scratch) {
-  const int sum = block_reduce<kBlockWarps>(value, scratch, [](int a, int b) { return a + b; });
-  __syncthreads();
-  return sum;
-}
-
-// The sum of the values of the threads before this one, and in `total` that of all.
-template <int kBlockWarps>
-__device__ __forceinline__ int block_exclusive_scan(int value, int* scratch, int* total) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int end = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(value)));
-  if (lane == kWarpSize - 1) scratch[warp] = end;
-  __syncthreads();
-  int before = end - value;
-  int all = 0;
-  for (int w = 0; w < kBlockWarps; ++w) {
-    if (w < warp) before += scratch[w];
-    all += scratch[w];
-  }
-  __syncthreads();
-  *total = all;
-  return before;
-}
 
 // The place of a band among a token's tasks, which are in order of their bands.
 __device__ __forceinline__ int find_slot(const TokenTask* tasks, int num_tasks, int band) {

@@ -215,8 +215,7 @@ class ValuesConsumer {
   __device__ __forceinline__ void lay_out_unit(int unit, BandPair pair) {
     const int row = row_of(unit);
     const bool is_alone = (repeated_rows_ >> row & 1) == 0;
-    if (pair != kNoPair && is_alone)
-      lay_out_pair(pair, [&](unsigned place) { return cell(row, place); });
+    if (pair != kNoPair && is_alone) *cell(row, pair >> 16) = static_cast<uint16_t>(pair);
   }
 
   // P of the warp's tasks.
@@ -258,8 +257,11 @@ class ValuesConsumer {
       const int row = __ffs(rows) - 1;
       const int first = __shfl_sync(kFullWarp, first_, row);
       const int end = __shfl_sync(kFullWarp, end_, row);
-      add_up_pairs<T>(args_.coefficients, first, end, lane_,
-                      [&](unsigned place) { return cell(row, place); });
+      for (int at = first + lane_; at < end; at += kWarpSize) {
+        float sum;
+        if (!sum_at_place<T>(args_.coefficients, first, end, at, &sum)) continue;
+        *reinterpret_cast<T*>(cell(row, args_.coefficients[at] >> 16)) = from_float<T>(sum);
+      }
     }
   }
 

@@ -7,13 +7,12 @@
 
 #include "cuda/common/cp_async.cuh"
 #include "cuda/common/reduce.cuh"
-#include "cuda/common/vec.cuh"
-#include "cuda/common/warp_scan.cuh"
 #include "cuda/experts/bands/band_grid_sm90.cuh"
 #include "cuda/experts/bands/band_layout.cuh"
 #include "cuda/experts/bands/bands.h"
 #include "cuda/hopper/mbarrier.cuh"
 #include "cuda/hopper/tma.cuh"
+#include "cuda/hopper/wgmma.cuh"
 
 namespace omni_moe::cuda::band_grad {
 
@@ -57,16 +56,15 @@ struct WeightGradShared {
 struct WeightGradTable {
   BandTable grad;
   const char* states;  // [T, H]
-  const BandPair* coefficients;
+  const BandCell* cells;
 };
 
 struct WeightGradArgs {
   WeightGradTable tables[2];
   BandPlan plan;
-  const BandTask* tasks;
-  const BandRange* ranges;
-  const int* tails;
-  int num_pairs;  // K
+  const BandGroups* groups;
+  const int* group_tokens;
+  const int* group_first;
   int row_bytes;
   int num_slabs;
   int num_tables;
@@ -103,27 +101,15 @@ __device__ __forceinline__ WeightGradItem item_at(const WeightGradArgs& args, in
   return item;
 }
 
-__device__ __forceinline__ int num_rows_of(const BandRange& range) {
-  return range.num_tasks + range.num_tails;
-}
-
-// Row i of a band, whose pairs are num_pairs from `first` on; past the last one it has none.
-__device__ __forceinline__ BandTask row_at(const WeightGradArgs& args, const BandRange& range,
-                                           int i) {
-  if (i < range.num_tasks) return args.tasks[range.first_task + i];
-  if (i >= num_rows_of(range)) return {-1, 0, 0, 0};
-  const int pair = args.tails[range.first_tail + i - range.num_tasks];
-  return {pair / args.num_pairs, pair, 1, 0};
-}
-
 // ---- Loading warpgroup --------------------------------------------------------------------------
 
-// A chunk's tasks are those of the four warps, 16 each: as many as the tensor cores take in a step,
-// so that a warp without tasks has nothing to do. Lane l knows the warp's task l.
-inline constexpr int kWarpTasks = 16;
-static_assert(kLoaderThreads / kWarpSize * kWarpTasks == kChunkTasks);
+// A chunk's tasks are those of the four warps, a group each: a warp without tasks has nothing to
+// do. Lane l knows the token of the warp's task l.
+inline constexpr int kGroupTasks = BandTuning::kGroupTasks;
+static_assert(kLoaderThreads / kWarpSize * kGroupTasks == kChunkTasks);
+static_assert(kGroupTasks == kWgmmaDepth);
 
-template <class T, class Tile>
+template <class Tile>
 class WeightGradLoader {
  public:
   __device__ __forceinline__ WeightGradLoader(const WeightGradArgs& args,
@@ -131,26 +117,24 @@ class WeightGradLoader {
       : args_(args),
         shared_(shared),
         lane_(threadIdx.x % kWarpSize),
-        first_row_((threadIdx.x - kConsumers * 128) / kWarpSize * kWarpTasks),
-        num_items_(num_items(args)) {}
+        first_row_((threadIdx.x - kConsumers * 128) / kWarpSize * kGroupTasks),
+        num_items_(num_items(args)),
+        next_index_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
 
   __device__ __forceinline__ void run() {
     RingCursor<Tile::kStages> ring;
-    Chunk next{static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), {}, {}, 0, 0};
-    bool has_next = advance(next);
-    BandTask next_task = task_of(next, has_next);
-    open_lists(next.item, next_task);
+    bool has_next = advance();
+    load_cells();
     while (has_next) {
-      const Chunk chunk = next;
-      const BandTask task = next_task;
-      has_next = advance(next);
-      next_task = task_of(next, has_next);
+      const WeightGradItem item = next_;
+      const Group group = next_group_;
+      has_next = advance();
       mbarrier_wait(&shared_.empty[ring.stage], ring.parity ^ 1);
-      if (chunk.first + first_row_ < chunk.rows) {
-        copy_rows(chunk.item, task, ring.stage);
-        lay_out(chunk.item, task, ring.stage);
+      if (group.exists) {
+        copy_rows(item, group.token, ring.stage);
+        lay_out(item, group, ring.stage);
       }
-      open_lists(next.item, next_task);
+      load_cells();
       // Copies are complete for the tensor cores once the thread that started them has waited,
       // fenced and arrived. They have come while P was laid out.
       cp_async_wait<0>();
@@ -161,35 +145,40 @@ class WeightGradLoader {
   }
 
  private:
-  struct Chunk {
-    int item_index;
-    WeightGradItem item;
-    BandRange range;
-    int rows;  // of the band
-    int first;
+  // The warp's part of a chunk.
+  struct Group {
+    bool exists;
+    int token;       // of the lane's task, or -1
+    int first, end;  // of its cells
   };
 
-  // Goes to the next chunk; false behind the last.
-  __device__ __forceinline__ bool advance(Chunk& chunk) const {
-    chunk.first += kChunkTasks;
-    while (chunk.first >= chunk.rows) {
-      chunk.item_index += static_cast<int>(gridDim.x);
-      if (chunk.item_index >= num_items_) return false;
-      chunk.item = item_at<Tile>(args_, chunk.item_index);
-      chunk.range = args_.ranges[chunk.item.band];
-      chunk.rows = num_rows_of(chunk.range);
-      chunk.first = 0;
+  // Goes to the next chunk, whose group is on its way then; false behind the last.
+  __device__ __forceinline__ bool advance() {
+    next_first_ += kChunkTasks;
+    next_group_ = {false, -1, 0, 0};
+    while (next_first_ >= next_tasks_) {
+      next_index_ += static_cast<int>(gridDim.x);
+      if (next_index_ >= num_items_) return false;
+      next_ = item_at<Tile>(args_, next_index_);
+      const BandGroups groups = args_.groups[next_.band];
+      next_tasks_ = groups.num_tasks;
+      next_band_group_ = groups.first_group;
+      next_first_ = 0;
     }
+    const int row = next_first_ + first_row_;
+    if (row >= next_tasks_) return true;
+    const int group = next_band_group_ + row / kGroupTasks;
+    next_group_.exists = true;
+    if (lane_ < kGroupTasks) {
+      next_group_.token = args_.group_tokens[group * kGroupTasks + lane_];
+    }
+    next_group_.first = args_.group_first[group];
+    next_group_.end = args_.group_first[group + 1];
     return true;
   }
 
-  __device__ __forceinline__ BandTask task_of(const Chunk& chunk, bool exists) const {
-    if (!exists || lane_ >= kWarpTasks) return {-1, 0, 0, 0};
-    return row_at(args_, chunk.range, chunk.first + first_row_ + lane_);
-  }
-
   // Sixteen lanes copy the 256 bytes that a stage takes of a row.
-  __device__ __forceinline__ void copy_rows(const WeightGradItem& item, const BandTask& task,
+  __device__ __forceinline__ void copy_rows(const WeightGradItem& item, int own_token,
                                             int stage) const {
     constexpr int kRowLanes = kSlab * 2 / 16;
     constexpr int kRowsAtOnce = kWarpSize / kRowLanes;
@@ -199,9 +188,9 @@ class WeightGradLoader {
     const bool in_row = byte < args_.row_bytes;
     char* tile = shared_.states[stage][piece / 8];
 #pragma unroll
-    for (int i = 0; i < kWarpTasks / kRowsAtOnce; ++i) {
+    for (int i = 0; i < kGroupTasks / kRowsAtOnce; ++i) {
       const int row = i * kRowsAtOnce + lane_ / kRowLanes;
-      const int token = __shfl_sync(kFullWarp, task.token, row);
+      const int token = __shfl_sync(kFullWarp, own_token, row);
       // Rows without a task become zeros, since P's zeros would not hide a NaN.
       const bool exists = in_row && token >= 0;
       const char* from = states + static_cast<int64_t>(token) * args_.row_bytes + byte;
@@ -210,96 +199,72 @@ class WeightGradLoader {
     cp_async_commit();
   }
 
-  // The lists of the warp's tasks in units of 32 pairs of one task, and the first units' pairs.
-  __device__ __forceinline__ void open_lists(const WeightGradItem& item, const BandTask& task) {
-    const int units = ceil_div(task.num_pairs, kWarpSize);
-    last_unit_ = static_cast<int>(warp_inclusive_scan(static_cast<unsigned>(units)));
-    num_units_ = __shfl_sync(kFullWarp, last_unit_, kWarpSize - 1);
-    unit_pair_ = task.first - (last_unit_ - units) * kWarpSize;  // that of unit 0
-    load_units(item, task, 0);
-  }
-  __device__ __forceinline__ int row_of(int unit) const {
-    return __popc(__ballot_sync(kFullWarp, last_unit_ <= unit));
-  }
-  __device__ __forceinline__ void load_units(const WeightGradItem& item, const BandTask& task,
-                                             int first_unit) {
-    const BandPair* coefficients = args_.tables[item.table].coefficients;
+  // The next group's first cells, a stage before they are laid out.
+  __device__ __forceinline__ void load_cells() {
+    const BandCell* cells = args_.tables[next_.table].cells;
 #pragma unroll
-    for (int u = 0; u < kEarlyUnits; ++u) {
-      const int unit = first_unit + u;
-      pairs_[u] = kNoPair;
-      if (unit >= num_units_) continue;
-      const int row = row_of(unit);
-      const int at = __shfl_sync(kFullWarp, unit_pair_, row) + unit * kWarpSize + lane_;
-      if (at < __shfl_sync(kFullWarp, task.first + task.num_pairs, row)) {
-        pairs_[u] = coefficients[at];
-      }
+    for (int i = 0; i < kEarlyCells; ++i) {
+      const int at = next_group_.first + i * kWarpSize + lane_;
+      early_[i] = at < next_group_.end ? cells[at] : kNoCell;
     }
   }
 
-  // P of the warp's tasks.
-  __device__ __forceinline__ void lay_out(const WeightGradItem& item, const BandTask& task,
+  // P of the group.
+  __device__ __forceinline__ void lay_out(const WeightGradItem& item, const Group& group,
                                           int stage) {
     // 1. Zeros.
-    constexpr int kRowBytes = kWarpTasks * kSwizzleRowBytes;
+    constexpr int kRowBytes = kGroupTasks * kSwizzleRowBytes;
+    char* rows = shared_.coefficients[stage][0] + first_row_ * kSwizzleRowBytes;
 #pragma unroll
     for (int block = 0; block < Tile::kBlocks; ++block) {
-      char* rows = shared_.coefficients[stage][block] + first_row_ * kSwizzleRowBytes;
 #pragma unroll
       for (int byte = 0; byte < kRowBytes; byte += kWarpSize * 16) {
-        *reinterpret_cast<uint4*>(rows + byte + lane_ * 16) = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(rows + block * kTileBytes + byte + lane_ * 16) =
+            make_uint4(0, 0, 0, 0);
       }
     }
     __syncwarp();
-    // 2. Rows whose pairs have places of their own.
-    unsigned repeated_rows = __ballot_sync(kFullWarp, task.has_repeats);
-    for (int first_unit = 0; first_unit < num_units_; first_unit += kEarlyUnits) {
-      if (first_unit > 0) load_units(item, task, first_unit);
-#pragma unroll
-      for (int u = 0; u < kEarlyUnits; ++u) {
-        if (first_unit + u >= num_units_) break;
-        const int row = row_of(first_unit + u);
-        if (pairs_[u] != kNoPair && (repeated_rows >> row & 1) == 0) {
-          lay_out_pair(pairs_[u], cell_of(item, stage, row));
-        }
-      }
-    }
-    // 3. Rows in which pairs share places.
-    for (; repeated_rows != 0; repeated_rows &= repeated_rows - 1) {
-      const int row = __ffs(repeated_rows) - 1;
-      const int begin = __shfl_sync(kFullWarp, task.first, row);
-      const int end = begin + __shfl_sync(kFullWarp, task.num_pairs, row);
-      add_up_pairs<T>(args_.tables[item.table].coefficients, begin, end, lane_,
-                      cell_of(item, stage, row));
-    }
-  }
-
-  // Where the coefficients of the warp's row go; null for places of other pieces.
-  __device__ __forceinline__ auto cell_of(const WeightGradItem& item, int stage, int row) const {
-    auto& blocks = shared_.coefficients[stage];
-    const int at = first_row_ + row;
-    const unsigned first_place = item.first_place;
-    return [&blocks, at, first_place](unsigned band_place) -> uint16_t* {
-      const unsigned place = band_place - first_place;
-      if (place >= static_cast<unsigned>(Tile::kPlaces)) return nullptr;
-      const int piece = static_cast<int>(place % kBlockPlaces / 8);
-      char* row_piece = blocks[place / kBlockPlaces] + swizzle128(at, piece);
-      return reinterpret_cast<uint16_t*>(row_piece) + place % 8;
+    // 2. The cells. Those of other pieces of the band are past the end of this one.
+    constexpr unsigned kCells = Tile::kBlocks * kTileBytes / 2;
+    auto* to = reinterpret_cast<uint16_t*>(rows);
+    const unsigned first_cell = item.first_place / kBlockPlaces * (kTileBytes / 2);
+    const auto store = [&](BandCell cell) {
+      const unsigned index = (cell >> 16) - first_cell;
+      if (index < kCells) to[index] = static_cast<uint16_t>(cell);
     };
+#pragma unroll
+    for (int i = 0; i < kEarlyCells; ++i) store(early_[i]);
+    const BandCell* cells = args_.tables[item.table].cells;
+    constexpr int kBatch = 8;
+#pragma unroll 1
+    for (int first = group.first + kEarlyCells * kWarpSize; first < group.end;
+         first += kBatch * kWarpSize) {
+      BandCell batch[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = first + i * kWarpSize + lane_;
+        batch[i] = at < group.end ? cells[at] : kNoCell;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) store(batch[i]);
+    }
   }
 
-  static constexpr int kEarlyUnits = 16;
+  static constexpr int kEarlyCells = 16;  // a lane's
 
   const WeightGradArgs& args_;
   WeightGradShared<Tile>& shared_;
   const int lane_;
   const int first_row_;  // of the warp in a chunk
   const int num_items_;
-  // Of lane l: where the units of task l end among the warp's, and the pair that unit 0 would begin
-  // with if they were all of this task.
-  int last_unit_, unit_pair_;
-  int num_units_;
-  BandPair pairs_[kEarlyUnits];
+  // The chunk after the one that is laid out.
+  int next_index_;  // of its item
+  WeightGradItem next_{};
+  int next_band_group_ = 0;
+  int next_tasks_ = 0;  // of its band
+  int next_first_ = 0;
+  Group next_group_{};
+  BandCell early_[kEarlyCells];  // of its group
 };
 
 }  // namespace omni_moe::cuda::band_grad

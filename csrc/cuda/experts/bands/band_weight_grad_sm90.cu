@@ -7,9 +7,9 @@
 // one store and at most one addition, in a fixed order, and is rounded by both.
 //
 // A block takes a band, a table and a slab of 128 elements of its rows. One warpgroup fills a ring
-// with 64 tasks a stage: their rows' slab by 16-byte copies, and P from the lists of pairs. With
-// bf16 at T 4096, K 512, H 1024 and 320 x 320 there are 50,000 tasks in rows and 45,000 in columns,
-// 124 GFLOP (190 µs at 650 TFLOP/s). The tables are written once and once more read and
+// with 64 tasks a stage: their rows' slab by 16-byte copies, and P from its cells (band_cells.cu).
+// With bf16 at T 4096, K 512, H 1024 and 320 x 320 there are 50,000 tasks in rows and 45,000 in
+// columns, 124 GFLOP (190 µs at 650 TFLOP/s). The tables are written once and once more read and
 // written, 1.26 GB, 480 µs at the 2.6 TB/s of an H100, which bounds it.
 //
 // Two warpgroups multiply, each 64 elements by the whole band: D = rowsᵀ P, whose columns are the
@@ -58,8 +58,7 @@ class WeightGradConsumer {
     const int items = num_items(args_);
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
       const WeightGradItem item = item_at<Tile>(args_, i);
-      const BandRange range = args_.ranges[item.band];
-      const int rows = num_rows_of(range);
+      const int rows = args_.groups[item.band].num_tasks;
       if (rows == 0) {
         if (args_.adds) continue;
         clear();
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     WeightGradConsumer<T, Tile>(args, shared).run();
   } else {
     give_registers<kLoaderRegisters>();
-    WeightGradLoader<T, Tile>(args, shared).run();
+    WeightGradLoader<Tile>(args, shared).run();
   }
 }
 
@@ -248,17 +247,16 @@ cudaError_t band_weight_grad(const BandShape& shape, const BandWeightGradTables&
                              const DeviceInfo& device, cudaStream_t stream) {
   WeightGradArgs args{};
   args.plan = shape.plan;
-  args.tasks = workspace.tasks;
-  args.ranges = workspace.ranges;
-  args.tails = workspace.tails;
-  args.num_pairs = shape.num_pairs;
+  args.groups = workspace.groups;
+  args.group_tokens = workspace.group_tokens;
+  args.group_first = workspace.group_first;
   args.row_bytes = static_cast<int>(hidden_size * sizeof(T));
   args.num_slabs = static_cast<int>(ceil_div<int64_t>(hidden_size, kSlab));
-  const auto add_table = [&](const void* states, void* grad, const BandPair* coefficients) {
+  const auto add_table = [&](const void* states, void* grad, const BandCell* cells) {
     if (grad == nullptr) return cudaSuccess;
     WeightGradTable& table = args.tables[args.num_tables++];
     table.states = static_cast<const char*>(states);
-    table.coefficients = coefficients;
+    table.cells = cells;
     return encode_band_table<T>(grad, shape.plan, hidden_size, kBlockPlaces, &table.grad);
   };
   return run_steps(
@@ -266,10 +264,8 @@ cudaError_t band_weight_grad(const BandShape& shape, const BandWeightGradTables&
         // The encoder needs a context, which this thread has after a call of the runtime.
         return allow_shared_memory(band_weight_grad_kernel<T, WeightGradTile<64>>, 0);
       },
-      [&] { return add_table(tables.hidden_states, tables.grad_up, workspace.coefficients); },
-      [&] {
-        return add_table(tables.grad_expert_states, tables.grad_down, workspace.down_coefficients);
-      },
+      [&] { return add_table(tables.hidden_states, tables.grad_up, workspace.up_cells); },
+      [&] { return add_table(tables.grad_expert_states, tables.grad_down, workspace.down_cells); },
       [&] { return launch_pass<T>(args, /*is_rows=*/false, /*adds=*/false, device, stream); },
       [&] { return launch_pass<T>(args, /*is_rows=*/true, /*adds=*/true, device, stream); });
 }

@@ -18,6 +18,7 @@
 //   sum           a token's partial outputs, its tail and the addend, in order   (band_pass.cuh)
 // The backward's pass leaves coefficients for the gradients of the tables, too:
 //   tails         the tails' pairs by column                                  (band_schedule.cu)
+//   cells         the coefficients of each band in the order of its tasks        (band_cells.cu)
 //   weight grad   Pᵀ · rows of the tokens, for rows and columns      (band_weight_grad_sm90.cu)
 //
 // With bf16 at T 4096, H 1024, K 512 and a grid of 320 x 320 (84,000 tasks, 640 tiles) the two
@@ -64,6 +65,10 @@ cudaError_t band_values(const BandShape& shape, const void* values, int64_t hidd
 // The pairs of tails by column, for a plan with weight gradients.
 cudaError_t band_tails(const BandShape& shape, const BandWorkspace& workspace, cudaStream_t stream);
 
+// The groups of tasks and their cells, of all that the pass of a backward has left.
+template <class T>
+cudaError_t band_cells(const BandShape& shape, const BandWorkspace& workspace, cudaStream_t stream);
+
 struct BandWeightGradTables {
   const void* hidden_states;       // [T, H]
   const void* grad_expert_states;  // [T, H]
@@ -71,7 +76,7 @@ struct BandWeightGradTables {
   void* grad_down;                 // [E, H], or null: not wanted
 };
 
-// Writes every row of the gradients from the coefficients that the pass of a backward has left.
+// Writes every row of the gradients from the groups and their cells.
 template <class T>
 cudaError_t band_weight_grad(const BandShape& shape, const BandWeightGradTables& tables,
                              int64_t hidden_size, const BandWorkspace& workspace,
