@@ -7,7 +7,7 @@
 // of every stage. A tile of 256 tasks reads 2 L H bytes of the table and writes 2 H for each task
 // (L 320, H 1024: 0.66 and 0.5 MB) for 2 · 256 · L · H FLOP, 20,500 cycles of the tensor cores of
 // two SMs. Memory bounds it: at 320 x 320, T 4096 and K 512 there are 430 MB of reads and 170 MB of
-// writes, 230 µs at 2.6 TB/s; it takes 256 on an H100.
+// writes, 230 µs at 2.6 TB/s; it takes 249 on an H100.
 //
 // Two warpgroups multiply (m64n256k16), 64 tasks each; a thread of a third starts TMA. Each warp
 // lays out the rows of P for its own 16 tasks, whose lists it loads while it multiplies the tile

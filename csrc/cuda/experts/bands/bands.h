@@ -25,8 +25,8 @@
 // products have 110 GFLOP, 135 with groups of 64 tasks filled up: about 200 µs at 650 TFLOP/s. Both
 // tables are read once for rows and once for columns, 840 MB of memory, and the partial outputs are
 // written and read, 340 MB: together 450 µs at the 2.6 TB/s at which an H100 reads a table of this
-// size. There the steps took 33, 14, 232, 17, 256 and 85 µs, a pass 653, and a gather of every
-// pair 2256; the gradients of the tables took 655 µs more, by gathers 1550.
+// size. There the steps took 36, 13, 232, 17, 249 and 85 µs, a pass 653, and a gather of every pair
+// 2256; the gradients of the tables took 636 µs more, by gathers 1550.
 //
 // What is rounded: each coefficient and each partial output once to the 16-bit type; everything is
 // summed in fp32. Experts that a token did not choose meet its zeros in P, so an infinity or NaN in
