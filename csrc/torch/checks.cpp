@@ -57,16 +57,17 @@ void begin_index_checks() { ++num_index_check_scopes; }
 void end_index_checks() { --num_index_check_scopes; }
 bool index_checks_are_on() { return num_index_check_scopes > 0; }
 
-void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts, int64_t lowest) {
+void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts, int64_t lowest,
+                   const char* name) {
   if (!indices.is_cpu() && !index_checks_are_on()) return;
   const at::Tensor host = indices.cpu().contiguous();
   const int64_t position = cpu::find_invalid_index(host.const_data_ptr(), to_index_type(host),
                                                    host.numel(), num_experts, lowest);
   if (position < 0) return;
   const int64_t k = host.size(1);
-  TORCH_CHECK_INDEX(false, op, ": expected indices in [", lowest, ", ", num_experts, "), but got ",
-                    host.flatten()[position].item<int64_t>(), " at indices[", position / k, ", ",
-                    position % k, "]");
+  TORCH_CHECK_INDEX(false, op, ": expected ", name, " in [", lowest, ", ", num_experts,
+                    "), but got ", host.flatten()[position].item<int64_t>(), " at ", name, "[",
+                    position / k, ", ", position % k, "]");
 }
 
 Activation parse_activation(const char* op, std::string_view name) {

@@ -34,8 +34,9 @@ void check_like(const Argument& argument, const Argument& first, bool same_dtype
 
 // Raises IndexError naming the first id outside [lowest, num_experts). Reads the ids on the host:
 // always for CPU tensors; for CUDA tensors only while index checks are on, since it synchronises.
+// `name` is what the op calls them.
 void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts,
-                   int64_t lowest = 0);
+                   int64_t lowest = 0, const char* name = "indices");
 
 // Index checks are on, for every thread of the process, while more scopes have begun than ended. A
 // flag of one thread would not reach autograd's threads, which run the backward passes, and a flag
