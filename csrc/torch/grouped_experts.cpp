@@ -153,7 +153,9 @@ Tensor grouped_linear_kernel(const Tensor& rows, const Tensor& weight, const Ten
   const char* op = omni_grouped_linear.name;
   check_grouped_linear(op, rows, weight, expert_ends);
   const Tensor input = rows.contiguous(), matrices = weight.transpose(1, 2);
-  if (takes_grouped_mm(input, weight)) return at::_grouped_mm(input, matrices, expert_ends);
+  if (takes_grouped_mm(input, weight)) {
+    return at::_grouped_mm(input, matrices, expert_ends.contiguous());
+  }
   return grouped_product(op, input, matrices, expert_ends);
 }
 
@@ -165,8 +167,9 @@ Pair grouped_linear_backward_kernel(const Tensor& grad_output, const Tensor& row
   const Tensor grad = grad_output.contiguous(), input = rows.contiguous();
   Tensor grad_rows = at::empty({0}, rows.options()), grad_weight = at::empty({0}, rows.options());
   if (takes_grouped_mm(input, weight) && takes_grouped_mm(grad, weight)) {
-    if (output_mask[0]) grad_rows = at::_grouped_mm(grad, weight, expert_ends);
-    if (output_mask[1]) grad_weight = at::_grouped_mm(grad.t(), input, expert_ends);
+    const Tensor ends = expert_ends.contiguous();
+    if (output_mask[0]) grad_rows = at::_grouped_mm(grad, weight, ends);
+    if (output_mask[1]) grad_weight = at::_grouped_mm(grad.t(), input, ends);
     return {grad_rows, grad_weight};
   }
   if (output_mask[0]) grad_rows = grouped_product(op, grad, weight, expert_ends);
@@ -186,7 +189,7 @@ Pair grouped_linear_backward_kernel(const Tensor& grad_output, const Tensor& row
 void* at_column(const Tensor& matrix, int64_t column) {
   return static_cast<char*>(matrix.mutable_data_ptr()) + column * matrix.element_size();
 }
-const void* const_at_column(const Tensor& matrix, int64_t column) {
+const void* at_column_of_input(const Tensor& matrix, int64_t column) {
   return static_cast<const char*>(matrix.const_data_ptr()) + column * matrix.element_size();
 }
 
@@ -194,8 +197,8 @@ Tensor gated_activation_kernel(const Tensor& gate_up, std::string_view activatio
   const Tensor activated = gated_activation_outputs(gate_up, activation);
   const Tensor input = gate_up.contiguous();
   const int64_t size = activated.size(1);
-  launch(GatedActivationForwardParams{.gate = const_at_column(input, 0),
-                                      .up = const_at_column(input, size),
+  launch(GatedActivationForwardParams{.gate = at_column_of_input(input, 0),
+                                      .up = at_column_of_input(input, size),
                                       .activated = activated.mutable_data_ptr(),
                                       .num_tokens = activated.size(0),
                                       .intermediate_size = size,
@@ -214,8 +217,8 @@ Tensor gated_activation_backward_kernel(const Tensor& grad_activated, const Tens
   const Tensor input = gate_up.contiguous(), grad = grad_activated.contiguous();
   const int64_t size = grad.size(1);
   launch(GatedActivationBackwardParams{.grad_activated = grad.const_data_ptr(),
-                                       .gate = const_at_column(input, 0),
-                                       .up = const_at_column(input, size),
+                                       .gate = at_column_of_input(input, 0),
+                                       .up = at_column_of_input(input, size),
                                        .grad_gate = at_column(grads, 0),
                                        .grad_up = at_column(grads, size),
                                        .activated = nullptr,

@@ -42,13 +42,13 @@ __device__ __forceinline__ int32_t load_queued_id(const ExpertRowsParams& params
 
 // Adds the pairs of each expert in [begin, end) to the counts, which start at zero here.
 __device__ __forceinline__ void warp_count_pairs(const ExpertRowsParams& params, int64_t begin,
-                                                 int64_t end, int32_t* counts) {
+                                                 int64_t end, unsigned* counts) {
   const int lane = threadIdx.x;
   for (int64_t e = lane; e < params.num_experts; e += kWarpSize) counts[e] = 0;
   __syncwarp();
   for (int64_t pair = begin + lane; pair < end; pair += kWarpSize) {
     const int32_t id = load_queued_id(params, pair);
-    if (id >= 0) atomicAdd(&counts[id], 1);
+    if (id >= 0) atomicAdd(&counts[id], 1u);
   }
   __syncwarp();
 }
@@ -58,20 +58,22 @@ __device__ __forceinline__ void warp_count_pairs(const ExpertRowsParams& params,
 __global__ void __launch_bounds__(kWarpSize)
     expert_rows_count_kernel(const ExpertRowsParams params, int pairs_per_block,
                              int32_t* block_counts) {
-  extern __shared__ int32_t counts[];  // [E]
+  extern __shared__ unsigned counts[];  // [E]
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t begin = int64_t{blockIdx.x} * pairs_per_block;
   warp_count_pairs(params, begin, min(begin + pairs_per_block, params.num_pairs), counts);
   int32_t* row = block_counts + blockIdx.x * params.num_experts;
-  for (int64_t e = threadIdx.x; e < params.num_experts; e += kWarpSize) row[e] = counts[e];
+  for (int64_t e = threadIdx.x; e < params.num_experts; e += kWarpSize) {
+    row[e] = static_cast<int32_t>(counts[e]);
+  }
 }
 
 // block_counts has the pairs of each expert before each block; one block alone counts for itself.
 __global__ void __launch_bounds__(kWarpSize)
     expert_rows_place_kernel(const ExpertRowsParams params, int pairs_per_block,
                              const int32_t* block_counts, const int64_t* totals) {
-  extern __shared__ int32_t next_row[];  // [E]
+  extern __shared__ unsigned next_row[];  // [E] which pairs past a capacity may take to 2^32
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int lane = threadIdx.x;
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kWarpSize)
     const int64_t end = begin + (is_padded ? min(total, params.capacity) : total);
     if (blockIdx.x == 0) params.expert_ends[e] = static_cast<int32_t>(end);
     const bool in_order = params.slots == nullptr;
-    next_row[e] = static_cast<int32_t>(begin) + (in_order && !is_alone ? before[e] : 0);
+    next_row[e] = static_cast<unsigned>(begin + (in_order && !is_alone ? before[e] : 0));
   }
   __syncwarp();
 
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kWarpSize)
       const int place = __popc(peers & ((1u << lane) - 1));
       if (id >= 0) row = int64_t{next_row[id]} + place;
       __syncwarp();
-      if (id >= 0 && place + 1 == __popc(peers)) next_row[id] = static_cast<int32_t>(row) + 1;
+      if (id >= 0 && place + 1 == __popc(peers)) next_row[id] = static_cast<unsigned>(row) + 1;
       __syncwarp();
     }
     const bool is_past_capacity = is_padded && row >= (int64_t{id} + 1) * params.capacity;
