@@ -6,16 +6,20 @@ Qwen3-MoE and DeepSeek-V3, whose state dicts load.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_moe.activations import ACTIVATION_FUNCTIONS
+from omni_moe.distributed.expert_parallel import run_at_experts
 from omni_moe.modules.plain import plain_weight
 from omni_moe.modules.topk_router import TopKRouter, TopKRouterOutput
 from omni_moe.ops import omni_expert_rows, omni_mlp, omni_permute, omni_unpermute
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Experts", "MixtureOfExperts", "SharedExpert", "gated_activation", "grouped_experts"]
 
@@ -32,6 +36,13 @@ def _unquantised(weight: Tensor) -> Tensor:
     """One quantised by torchao in the dtype that it stands for; others as they are."""
     is_quantised = type(weight).dequantize is not Tensor.dequantize
     return weight.dequantize() if is_quantised else weight
+
+
+def _weights_for(rows: Tensor, routing_weights: Tensor | None) -> Tensor | None:
+    """In the dtype of the rows, or in that of their sums."""
+    if routing_weights is None or routing_weights.dtype == rows.dtype:
+        return routing_weights
+    return routing_weights.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _grouped_linear(
@@ -55,7 +66,7 @@ def _grouped_linear(
 def grouped_experts(
     hidden_states: Tensor,
     indices: Tensor,
-    routing_weights: Tensor,
+    routing_weights: Tensor | None,
     *,
     up_proj: Tensor,
     down_proj: Tensor,
@@ -74,7 +85,7 @@ def grouped_experts(
     Args:
         hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
         indices: (T, K) int32 or int64 in [-1, E); pairs of -1 add nothing.
-        routing_weights: (T, K).
+        routing_weights: (T, K), or None for ones.
         up_proj: (E, O, H), the same dtype as `hidden_states`, unless under autocast; or quantised
             by torchao.
         down_proj: (E, H, I), the same.
@@ -97,10 +108,7 @@ def grouped_experts(
     rows = omni_permute(hidden_states, row_id_map, expert_ends, num_rows)
     rows = activate(_grouped_linear(rows, up_proj, expert_ends, up_bias))
     rows = _grouped_linear(rows, down_proj, expert_ends, down_bias)
-    if routing_weights.dtype != rows.dtype:
-        wide = torch.promote_types(rows.dtype, torch.float32)  # that of the sums
-        routing_weights = routing_weights.to(wide)
-    return omni_unpermute(rows, row_id_map, expert_ends, routing_weights)
+    return omni_unpermute(rows, row_id_map, expert_ends, _weights_for(rows, routing_weights))
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -108,6 +116,8 @@ def grouped_experts(
 
 class Experts(nn.Module):
     """E MLPs of one shape, `down(act(gate x) * (up x))` or, without a gate, `down act(up x)`.
+
+    `omni_moe.distributed.shard_experts` splits them over processes.
 
     Parameters are those of Transformers' fused experts, so that weights carry over by assignment:
     `gate_up_proj` (E, 2I, H), gate before up, or `up_proj` (E, I, H) without a gate; `down_proj`
@@ -150,6 +160,7 @@ class Experts(nn.Module):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts = num_experts
         self.hidden_act, self.gated = hidden_act, gated
+        self.mesh: DeviceMesh | None = None  # over which `shard_experts` has split them
         up_size = 2 * intermediate_size if gated else intermediate_size
         self._up_name = "gate_up_proj" if gated else "up_proj"
         for name, rows, cols in (
@@ -180,18 +191,44 @@ class Experts(nn.Module):
         num_rows: int | None = None,
     ) -> Tensor:
         """(T, H) from tokens (T, H); arguments as of `grouped_experts`."""
+        if self.mesh is None:
+            return self._run(hidden_states, indices, routing_weights, slots, num_rows)
+        return run_at_experts(
+            hidden_states,
+            indices,
+            _weights_for(hidden_states, routing_weights),
+            slots,
+            mesh=self.mesh,
+            num_experts=self.num_experts,
+            run_local=self._run,
+        )
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        indices: Tensor,
+        routing_weights: Tensor | None = None,
+        slots: Tensor | None = None,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """By the experts of this process."""
         return grouped_experts(
             hidden_states,
             indices,
             routing_weights,
-            up_proj=getattr(self, self._up_name),
-            down_proj=self.down_proj,
+            up_proj=self._local(self._up_name),
+            down_proj=self._local("down_proj"),
             activate=self._activate,
-            up_bias=getattr(self, f"{self._up_name}_bias"),
-            down_bias=self.down_proj_bias,
+            up_bias=self._local(f"{self._up_name}_bias"),
+            down_bias=self._local("down_proj_bias"),
             slots=slots,
             num_rows=num_rows,
         )
+
+    def _local(self, name: str) -> Tensor | None:
+        """The part of a parameter that this process has."""
+        parameter = getattr(self, name)
+        return parameter if self.mesh is None or parameter is None else parameter.to_local()
 
     def _activate(self, rows: Tensor) -> Tensor:
         if self.gated:

@@ -1,8 +1,8 @@
 // What the kernels of the permutation share: places in the grid, weights, and rows of zeros.
 //
-// A block is cut into places of `threads_per_row` threads, each of which handles one token or pair
-// after the other; its threads take the row's vectors in turn. Rows are read and written by vectors
-// of 16 bytes in all places or in none, so that a sum does not depend on where its token lies.
+// A block is cut into places of `threads_per_row` threads, each of which has one token or pair; its
+// threads take the row's vectors in turn. Rows are read and written by vectors of 16 bytes in all
+// places or in none, so that a sum does not depend on where its token lies.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@
 
 namespace omni_moe::cuda {
 
-// Of the calling thread. A grid covers all tasks, so that a place has one of them.
+// Of the calling thread.
 struct Place {
   int64_t index;
   int64_t count;  // of the grid
