@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <atomic>
+#include <limits>
 #include <string>
 
 #include "omni_moe/cpu.h"
@@ -17,6 +18,12 @@ void check_size(const Argument& argument, int64_t dim, const c10::SymInt& expect
   TORCH_CHECK_VALUE(argument.tensor.sym_size(dim) == expected, argument.op, ": expected ",
                     argument.name, ".size(", dim, ") to equal the ", meaning, " (", expected,
                     "), but got shape ", argument.tensor.sym_sizes());
+}
+
+void check_fits_int32(const char* op, const c10::SymInt& count, std::string_view meaning) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(count.maybe_as_int().value_or(0) <= kMost, op, ": expected at most 2^31 - 1 ",
+                    meaning, ", but got ", count);
 }
 
 void check_floating(const Argument& argument) {

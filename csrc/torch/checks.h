@@ -24,6 +24,10 @@ void check_rank(const Argument& argument, int64_t rank);
 void check_size(const Argument& argument, int64_t dim, const c10::SymInt& expected,
                 std::string_view meaning);
 
+// `count`, of what `meaning` says, is at most 2^31 - 1. A symbolic one is checked when it is known:
+// a guard here would keep torch.export from taking any number of tokens.
+void check_fits_int32(const char* op, const c10::SymInt& count, std::string_view meaning);
+
 // fp32, fp16, bf16; fp64 on the CPU.
 void check_floating(const Argument& argument);
 void check_integer(const Argument& argument);

@@ -2,8 +2,6 @@
 // undoes it.
 #include "omni_moe/permute.h"
 
-#include <limits>
-
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
@@ -37,7 +35,6 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 
 constexpr int64_t kMaxExperts = 4096;  // a block's counts of them fit in shared memory
-constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();  // row ids are int32
 
 // ---- Outputs -----------------------------------------------------------------------------------
 
@@ -50,8 +47,7 @@ Pair expert_rows_outputs(const Tensor& indices, c10::SymInt num_experts,
   TORCH_CHECK_VALUE(num_experts >= 0 && num_experts <= kMaxExperts, op,
                     ": expected num_experts between 0 and ", kMaxExperts, ", but got ",
                     num_experts);
-  TORCH_CHECK_VALUE(indices.sym_numel() <= kMaxRows, op,
-                    ": expected at most 2^31 - 1 indices, but got ", indices.sym_numel());
+  check_fits_int32(op, indices.sym_numel(), "indices");  // rows are int32
   if (slots) {
     const Argument places{op, "slots", *slots};
     check_rank(places, 2);
@@ -61,9 +57,8 @@ Pair expert_rows_outputs(const Tensor& indices, c10::SymInt num_experts,
     check_size(places, 1, indices.sym_size(1), "experts per token of indices");
   }
   if (capacity) {
-    TORCH_CHECK_VALUE(*capacity >= 0 && *capacity * num_experts <= kMaxRows, op,
-                      ": expected capacity >= 0 and at most 2^31 - 1 rows in all, but got ",
-                      *capacity);
+    TORCH_CHECK_VALUE(*capacity >= 0, op, ": expected capacity >= 0, but got ", *capacity);
+    check_fits_int32(op, *capacity * num_experts, "rows of all experts");
   }
   const c10::SymInt experts[] = {std::move(num_experts)};
   const auto options = indices.options().dtype(at::kInt);
@@ -84,8 +79,8 @@ void check_maps(const Tensor& row_id_map, const Tensor& expert_ends, const Argum
 void check_padding(const char* op, const c10::SymInt& num_rows, const Tensor& expert_ends,
                    bool padded) {
   const c10::SymInt num_experts = expert_ends.sym_size(0);
-  TORCH_CHECK_VALUE(num_rows >= 0 && num_rows <= kMaxRows, op,
-                    ": expected between 0 and 2^31 - 1 rows, but got ", num_rows);
+  TORCH_CHECK_VALUE(num_rows >= 0, op, ": expected num_rows >= 0, but got ", num_rows);
+  check_fits_int32(op, num_rows, "rows");
   TORCH_CHECK_VALUE(!padded || (num_experts > 0 && num_rows % num_experts == 0), op,
                     ": expected a number of rows that the ", num_experts,
                     " experts divide if padded, but got ", num_rows);

@@ -334,6 +334,26 @@ def test_compile(device, bias, capacity_factor):
         assert_bitwise(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 0.8])
+def test_export(capacity_factor):
+    layer = MixtureOfExperts(16, 24, 6, 2, capacity_factor, shared_intermediate_size=8)
+    num_tokens = torch.export.Dim("num_tokens")
+    inputs = (torch.randn(9, 16),)
+    exported = torch.export.export(_OutputAlone(layer), inputs, dynamic_shapes=({0: num_tokens},))
+    for n in (9, 31):
+        x = torch.randn(n, 16)
+        assert_bitwise(exported.module()(x), layer(x)[0])
+
+
+class _OutputAlone(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
 def test_checkpointing():
     layer = MixtureOfExperts(16, 24, 6, 2, capacity_factor=0.8)
     again = copy.deepcopy(layer)
@@ -379,3 +399,13 @@ def test_wrong_options():
         layer(torch.randn(3, 15))
     with pytest.raises(ValueError, match="expected weight in the dtype of rows"):
         layer.experts(torch.randn(3, 16).double(), torch.zeros(3, 1).int(), torch.ones(3, 1))
+
+
+def test_ends_that_do_not_ascend():
+    rows, weight = torch.randn(9, 16), torch.randn(3, 24, 16)
+    for ends, message in (
+        ([4, 2, 9], "to ascend up to the 9 rows, but got 2 at expert 1"),
+        ([4, 5, 10], "to ascend up to the 9 rows, but got 10 at expert 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.omni_moe._omni_grouped_linear(rows, weight, torch.tensor(ends).int())

@@ -338,7 +338,7 @@ def test_errors():
     refused("num_experts between 0 and 4096, but got 5000", omni_expert_rows, ids, 5000)
     refused("slots to be int32, but got Long", omni_expert_rows, ids, 3, ids.long())
     refused(r"slots.size\(0\) to equal the number of tokens", omni_expert_rows, ids, 3, ids[:4])
-    refused("capacity >= 0 and at most", omni_expert_rows, ids, 3, capacity=-1)
+    refused("capacity >= 0, but got -1", omni_expert_rows, ids, 3, capacity=-1)
     refused(
         r"indices in \[-1, 3\), but got 3 at indices\[1, 0\]", omni_expert_rows,
         ids.index_fill(0, torch.tensor([1]), 3), 3, error=IndexError,
@@ -357,7 +357,7 @@ def test_errors():
         10,
         True,
     )
-    refused("between 0 and 2\\^31 - 1 rows, but got -1", omni_permute, tokens, *maps, -1)
+    refused("num_rows >= 0, but got -1", omni_permute, tokens, *maps, -1)
     refused(
         r"row_id_map in \[-1, 7\), but got 7 at row_id_map\[3, 1\]", omni_permute,
         tokens, *maps, 7, error=IndexError,
@@ -376,3 +376,15 @@ def test_index_checks_on_the_gpu():
             omni_permute(torch.randn(5, 8, device="cuda"), row_id_map, ends, 7)
         with pytest.raises(IndexError, match=r"indices in \[-1, 3\), but got 4"):
             omni_expert_rows(ids + 4, 3)
+
+
+def test_too_many_rows():
+    """Of tensors without memory: what cannot be numbered in 32 bits is refused."""
+    ids = torch.empty(2**31, 1, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=r"at most 2\^31 - 1 indices, but got 2147483648"):
+        omni_expert_rows(ids, 3)
+    with pytest.raises(ValueError, match=r"2\^31 - 1 rows of all experts, but got 3000000000"):
+        omni_expert_rows(ids[:5], 3, capacity=10**9)
+    maps = omni_expert_rows(ids[:5], 3)
+    with pytest.raises(ValueError, match=r"at most 2\^31 - 1 rows, but got 2147483648"):
+        omni_permute(torch.empty(5, 8, device="meta"), *maps, 2**31)
