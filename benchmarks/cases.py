@@ -7,7 +7,9 @@ The GPU tables are those of a model of hidden size 1024 in bf16; the paper's lat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-OPS = ("expert", "router", "mlp", "layer", "peer_layer", "model")
+OPS = (
+    "expert", "router", "mlp", "layer", "peer_layer", "model", "topk_router", "permute", "moe",
+)  # fmt: skip
 PASSES = ("forward", "forward_backward")
 # Dense products over all experts take seconds there, and the published kernels need a GPU.
 CPU_IMPLS = ("omni_moe", "eager", "compile")
@@ -24,14 +26,18 @@ PAPER_K = (512, 1024, 2048, 4096)
 # Experts per token of the PEER layer beside those of PAPER_K; the paper has 1250 to 12500.
 PEER_K = (1250, 2500, 6250, 12500)
 PEER_HEADS = 2
+# Of the classic mixture of experts: the experts implementations of Transformers and the libraries.
+MOE_IMPLS = ("omni_moe", "eager", "hf_grouped_mm", "hf_batched_mm", "scattermoe", "megablocks")
+# DeepSeek-V3's gate: sigmoid scores and a bias, 4 of 8 groups of 32 experts.
+GATING = {"tokens": 4096, "experts": 256, "k": 8, "groups": 8, "topk_groups": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One line of a table, measured for several implementations.
 
-    `shape` has those of tokens, layers, hidden, intermediate, experts, rows, cols, heads, k that
-    apply; a PEER layer's `k` is that of all its heads.
+    `shape` has those of tokens, layers, hidden, intermediate, experts, rows, cols, heads, k,
+    groups, topk_groups that apply; a PEER layer's `k` is that of all its heads.
     `ids` is how expert ids are drawn: uniform, or by a router from normal logits on rows x cols.
     `timing` is wall (CPU), events (GPU, L2 flushed before each repetition) or graph (GPU, several
     calls with inputs of their own inside one CUDA graph, L2 flushed before each replay).
@@ -86,6 +92,20 @@ def _cpu_cases() -> Iterator[Case]:
     layer_shape = {**shape, "intermediate": 2048, "rows": 128, "cols": 128}
     yield from _both_passes(replace(mlp, op="layer", shape=layer_shape))
 
+    topk_router = replace(
+        router, table="cpu_moe", op="topk_router", goal_speedup=None, shape=GATING
+    )
+    yield from _both_passes(topk_router)
+    moe_shape = {"tokens": 256, "hidden": 512, "experts": 16, "k": 2}
+    permute = replace(topk_router, op="permute", shape=moe_shape, impls=("omni_moe", "eager"))
+    yield from _both_passes(permute)
+    yield from _both_passes(
+        replace(
+            permute, op="moe", shape={**moe_shape, "intermediate": 512}, quick=False,
+            impls=("omni_moe", "eager", "hf_grouped_mm"),
+        )
+    )  # fmt: skip
+
     sweep = replace(
         expert, table="cpu_sweep", goal_speedup=None, quick=False, impls=("omni_moe", "eager")
     )
@@ -100,7 +120,7 @@ def _cpu_cases() -> Iterator[Case]:
 def _gpu_cases() -> Iterator[Case]:
     for case in (
         *_gpu_expert(), *_gpu_router(), *_gpu_mlp_and_layer(), *_gpu_paper(), *_gpu_model(),
-        *_gpu_decode(), *_gpu_sweep(),
+        *_gpu_moe(), *_gpu_decode(), *_gpu_sweep(),
     ):  # fmt: skip
         # Tables that only repeat the shapes of others do without `compile`, which takes longest.
         repeats = case.table == "expert_router_ids" and not case.quick
@@ -226,6 +246,38 @@ def _gpu_model() -> Iterator[Case]:
             "rows": 320, "cols": 320, "k": 512,
         },
     )  # fmt: skip
+
+
+def _gpu_moe() -> Iterator[Case]:
+    """The classic mixture of experts: gating as DeepSeek-V3's, permutation and layer at its shapes
+    and at Mixtral's.
+    """
+    gating = Case(
+        table="topk_router", op="topk_router", pass_name="forward", dtype="bfloat16",
+        timing="events", shape=GATING, goal_us=8, goal_speedup=15, quick=True,
+        impls=("omni_moe", "eager", "compile"),
+    )  # fmt: skip
+    for dtype in ("bfloat16", "float32"):
+        yield replace(gating, dtype=dtype)
+        yield replace(
+            gating, dtype=dtype, pass_name="forward_backward", goal_us=None, goal_speedup=None
+        )
+
+    mixtral = {"tokens": 4096, "hidden": 4096, "experts": 8, "k": 2}
+    deepseek = {"tokens": 4096, "hidden": 2048, "experts": 256, "k": 8}
+    permute = replace(
+        gating, table="permute", op="permute", goal_us=None, goal_speedup=None,
+        impls=("omni_moe", "eager"),
+    )  # fmt: skip
+    for shape in (mixtral, deepseek):
+        yield from _both_passes(replace(permute, shape=shape))
+    for shape in (
+        {**mixtral, "intermediate": 14336},
+        {**deepseek, "intermediate": 256},
+        {**deepseek, "intermediate": 2048},
+    ):
+        layer = replace(permute, table="moe", op="moe", shape=shape, impls=MOE_IMPLS)
+        yield from _both_passes(replace(layer, quick=shape["intermediate"] == 256))
 
 
 def _gpu_decode() -> Iterator[Case]:

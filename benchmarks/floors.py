@@ -178,9 +178,50 @@ def _no_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
     return {}
 
 
+def _topk_router_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
+    shape = problem.case.shape
+    element = problem.grad_output.element_size()
+    logits_bytes = shape["tokens"] * shape["experts"] * element
+    choice_bytes = shape["tokens"] * shape["k"] * (element + 4)
+    moved = logits_bytes + choice_bytes
+    if problem.case.pass_name == "forward_backward":
+        moved += logits_bytes + choice_bytes  # of a sigmoid only chosen logits are read again
+    return {"hbm": moved / ceilings.copy_bytes}
+
+
+def _permute_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
+    """Tokens and rows once each way; the backward also reads the rows for the weights' gradient."""
+    shape = problem.case.shape
+    element = problem.grad_output.element_size()
+    token_bytes = shape["tokens"] * shape["hidden"] * element
+    row_bytes = token_bytes * shape["k"]
+    moved = 2 * (token_bytes + row_bytes)
+    if problem.case.pass_name == "forward_backward":
+        moved += 2 * token_bytes + 3 * row_bytes
+    return {"hbm": moved / ceilings.copy_bytes}
+
+
+def _moe_floors(problem: Problem, ceilings: Ceilings) -> dict[str, float]:
+    """Tensor cores, or the bytes of the experts where these have few tokens each."""
+    shape, is_train = problem.case.shape, problem.case.pass_name == "forward_backward"
+    per_expert = 3 * shape["hidden"] * shape["intermediate"]
+    operations = 2 * shape["tokens"] * shape["k"] * per_expert * (3 if is_train else 1)
+    element = problem.grad_output.element_size()
+    moved = shape["experts"] * per_expert * element * (3 if is_train else 1)
+    seconds = {
+        "tensor_core": operations / ceilings.bf16_flops,
+        "hbm": moved / ceilings.copy_bytes,
+    }
+    largest = max(seconds, key=seconds.__getitem__)
+    return {largest: seconds[largest]}
+
+
 _FLOORS = {
     "expert": _expert_floors,
     "router": _router_floors,
     "mlp": _mlp_floors,
     "layer": _layer_floors,
+    "topk_router": _topk_router_floors,
+    "permute": _permute_floors,
+    "moe": _moe_floors,
 }

@@ -6,8 +6,11 @@ A builder returns a `Workload`, or raises `NotApplicable` with the reason. Names
 the rows of every pair), `dense_masked` (all experts by matrix products, masked; in a layer, router
 and MLP are this library's), `gemms_only` (the bare matrix products of the MLP: a floor, not the
 function), `upstream_triton` (the paper's published kernels), `hf_doge` (DogeCDMoE of Hugging Face
-Transformers, whose router differs, so that it has no error), `peer` (`peer_layer.py`). Language
-models (`models.py`): `omni_moe`, `dense`, and both under torch.compile.
+Transformers, whose router differs, so that it has no error), `peer` (`peer_layer.py`),
+`hf_grouped_mm` and `hf_batched_mm` (Transformers' experts implementations behind a gate of stock
+operators), `scattermoe` and `megablocks` (those libraries' layers with weights of their own, so
+that they have no error), from `mixture.py`. Language models (`models.py`): `omni_moe`, `dense`, and
+both under torch.compile.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import eager, models, upstream
+from benchmarks import eager, mixture, models, upstream
 from benchmarks.peer_layer import PeerLayer
 from benchmarks.problems import Problem
 from benchmarks.upstream import NotApplicable
@@ -322,6 +325,113 @@ def _model(problem: Problem, make: Callable, is_compiled: bool) -> Workload:
     )  # fmt: skip
 
 
+# ---- top-k router -------------------------------------------------------------------------------
+
+
+def _topk_router_omni_moe(problem: Problem) -> Callable:
+    shape, logits = problem.case.shape, problem.tensors["router_logits"]
+    return lambda: ops.omni_topk_router(
+        logits,
+        shape["k"],
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        n_group=shape["groups"],
+        topk_group=shape["topk_groups"],
+        e_score_correction_bias=problem.tensors["bias"],
+    )[0]
+
+
+def _topk_router(problem: Problem, function: Callable) -> Callable:
+    args = [
+        *problem.tensors.values(),
+        *(problem.case.shape[n] for n in ("k", "groups", "topk_groups")),
+    ]
+    return lambda: function(*args)
+
+
+def _topk_router_eager(problem: Problem) -> Callable:
+    return _topk_router(problem, mixture.topk_router)
+
+
+def _topk_router_compile(problem: Problem) -> Callable:
+    return _topk_router(problem, _compiled(mixture.topk_router))
+
+
+# ---- permutation --------------------------------------------------------------------------------
+
+
+def _permute_omni_moe(problem: Problem) -> Callable:
+    tokens, weights, indices = problem.tensors.values()
+    # Known beforehand: the kernels that move the rows are measured.
+    maps = ops.omni_expert_rows(indices, problem.case.shape["experts"])
+    return lambda: ops.omni_unpermute(
+        ops.omni_permute(tokens, *maps, indices.numel()), *maps, weights
+    )
+
+
+def _permute_eager(problem: Problem) -> Callable:
+    args = list(problem.tensors.values())
+    return lambda: mixture.permute_and_unpermute(*args)
+
+
+# ---- mixture of experts -------------------------------------------------------------------------
+
+
+def _moe_omni_moe(problem: Problem) -> Callable:
+    x = problem.tensors["hidden_states"]
+    return lambda: problem.module(x)[0]
+
+
+def _moe_eager(problem: Problem) -> Callable:
+    x = problem.tensors["hidden_states"]
+    return lambda: mixture.mixture_of_experts(problem.module, x)
+
+
+def _moe_hf(problem: Problem, implementation: str) -> Callable:
+    x = problem.tensors["hidden_states"]
+    forward = mixture.hf_experts(problem.case, problem.module, implementation)
+    return lambda: forward(x)
+
+
+def _moe_hf_grouped_mm(problem: Problem) -> Callable:
+    return _moe_hf(problem, "grouped_mm")
+
+
+def _moe_hf_batched_mm(problem: Problem) -> Callable:
+    shape, element = problem.case.shape, problem.grad_output.element_size()
+    pair_bytes = 3 * shape["hidden"] * shape["intermediate"] * element
+    copied = shape["tokens"] * shape["k"] * pair_bytes
+    if copied > 4 * COPY_BYTES:
+        raise NotApplicable(f"hf_batched_mm copies the experts of each pair, {copied >> 30} GiB")
+    return _moe_hf(problem, "batched_mm")
+
+
+def _moe_scattermoe(problem: Problem) -> Workload:
+    module, x = problem.module, problem.tensors["hidden_states"]
+    with torch.device(x.device):
+        experts = mixture.scattermoe_experts(problem.case)
+    experts = experts.to(x.dtype).requires_grad_(x.requires_grad)
+    leaves = [x, module.gate.weight, *experts.parameters()] if x.requires_grad else []
+    return Workload(
+        lambda: experts(x, *mixture.topk_softmax(module, x)), leaves, problem.grad_output,
+        has_oracle=False,
+    )  # fmt: skip
+
+
+def _moe_megablocks(problem: Problem) -> Workload:
+    x = problem.tensors["hidden_states"]
+    layer = mixture.megablocks_layer(problem.case, x.device)
+    layer = layer.to(x.dtype).requires_grad_(x.requires_grad)
+    leaves = [x, *layer.parameters()] if x.requires_grad else []
+    batch = x.unsqueeze(1)
+
+    def forward() -> Tensor:
+        output = layer(batch)
+        return (output[0] if isinstance(output, tuple) else output).squeeze(1)
+
+    return Workload(forward, leaves, problem.grad_output, has_oracle=False)
+
+
 _BUILDERS: dict[str, dict[str, Callable[[Problem], Callable | Workload]]] = {
     "expert": {
         "omni_moe": _expert_omni_moe,
@@ -358,5 +468,22 @@ _BUILDERS: dict[str, dict[str, Callable[[Problem], Callable | Workload]]] = {
         "omni_moe_compile": partial(_model, make=models.omni_moe, is_compiled=True),
         "dense": partial(_model, make=models.dense, is_compiled=False),
         "dense_compile": partial(_model, make=models.dense, is_compiled=True),
+    },
+    "topk_router": {
+        "omni_moe": _topk_router_omni_moe,
+        "eager": _topk_router_eager,
+        "compile": _topk_router_compile,
+    },
+    "permute": {
+        "omni_moe": _permute_omni_moe,
+        "eager": _permute_eager,
+    },
+    "moe": {
+        "omni_moe": _moe_omni_moe,
+        "eager": _moe_eager,
+        "hf_grouped_mm": _moe_hf_grouped_mm,
+        "hf_batched_mm": _moe_hf_batched_mm,
+        "scattermoe": _moe_scattermoe,
+        "megablocks": _moe_megablocks,
     },
 }

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import eager, models
 from benchmarks.cases import Case
 from omni_moe import OmniMoE, OmniMoEConfig, reference
+from omni_moe.modules import MixtureOfExperts
 
 # Elements of one (tokens, K, H) or (tokens, R, C) array of the oracle: 512 MiB in fp64.
 ORACLE_ELEMENTS = 2**26
@@ -20,7 +21,7 @@ class Problem:
     case: Case
     tensors: dict[str, Tensor]
     grad_output: Tensor
-    module: OmniMoE | None = None
+    module: nn.Module | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -159,6 +160,43 @@ def _make_module(case: Case, device: torch.device) -> OmniMoE:
     return module.train(case.timing != "graph")
 
 
+def _make_topk_router(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    shape, draw = case.shape, _Draw(case, device, generator)
+    bias = torch.randn(shape["experts"], device=device, generator=generator).div_(10)
+    tensors = {"router_logits": draw.normal(shape["tokens"], shape["experts"]), "bias": bias}
+    return Problem(case, tensors, draw.grad(shape["tokens"], shape["k"]))
+
+
+def _make_permute(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    shape, draw = case.shape, _Draw(case, device, generator)
+    sizes = (shape["tokens"], shape["experts"])
+    scores = torch.rand(sizes, device=device, generator=generator)
+    tensors = {
+        "tokens": draw.normal(shape["tokens"], shape["hidden"]),
+        "weights": draw.normal(shape["tokens"], shape["k"]),
+        "indices": scores.topk(shape["k"], dim=-1).indices,
+    }
+    return Problem(case, tensors, draw.grad(shape["tokens"], shape["hidden"]))
+
+
+def _make_moe(
+    case: Case, device: torch.device, generator: torch.Generator, base: Problem | None
+) -> Problem:
+    shape, draw = case.shape, _Draw(case, device, generator)
+    torch.manual_seed(0)
+    module = MixtureOfExperts(
+        shape["hidden"], shape["intermediate"], shape["experts"], shape["k"],
+        router_options={"norm_topk_prob": True}, **draw.options,
+    )  # fmt: skip
+    module.requires_grad_(draw.requires_grad)
+    tensors = {"hidden_states": draw.normal(shape["tokens"], shape["hidden"])}
+    return Problem(case, tensors, draw.grad(shape["tokens"], shape["hidden"]), module)
+
+
 _MAKERS = {
     "expert": _make_expert,
     "router": _make_router,
@@ -166,6 +204,9 @@ _MAKERS = {
     "layer": _make_layer,
     "peer_layer": _make_peer_layer,
     "model": _make_model,
+    "topk_router": _make_topk_router,
+    "permute": _make_permute,
+    "moe": _make_moe,
 }
 
 
@@ -287,9 +328,74 @@ def _layer_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor,
     return [(results[0][::step], expert_states + reference.omni_mlp(x, *shared))]
 
 
+def _topk_router_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """In descending order: the order of the choice is that of scores with their bias."""
+    shape = problem.case.shape
+    logits, bias = problem.tensors["router_logits"], problem.tensors["bias"]
+    leaf = _double(logits)
+    weights, *_ = reference.omni_topk_router(
+        leaf,
+        shape["k"],
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        n_group=shape["groups"],
+        topk_group=shape["topk_groups"],
+        e_score_correction_bias=bias.double(),
+    )
+    expected = _with_grads(problem, weights, [leaf], problem.grad_output)
+    in_order = [results[0].sort(-1).values, *results[1:]]
+    return list(zip(in_order, [expected[0].sort(-1).values, *expected[1:]], strict=True))
+
+
+def _permute_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    leaves = [_double(problem.tensors[name]) for name in ("tokens", "weights")]
+    expected = _with_grads(
+        problem, leaves[0] * leaves[1].sum(1, keepdim=True), leaves, problem.grad_output
+    )
+    return list(zip(results, expected, strict=True))
+
+
+class _InDouble:
+    """A stack of matrices, of which one at a time is in fp64."""
+
+    def __init__(self, stack: Tensor) -> None:
+        self.stack = stack
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.stack[i].double()
+
+
+@torch.no_grad()
+def _moe_oracle(problem: Problem, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of tokens whose choice does not hang on a tie, which implementations break as they like."""
+    module, k = problem.module, problem.case.shape["k"]
+    hidden = problem.tensors["hidden_states"]
+    logits = module.gate(hidden).logits.double()
+    best = logits.sort(-1, descending=True).values
+    is_clear = torch.ones_like(best[:, 0], dtype=torch.bool)
+    if k < logits.shape[1]:
+        is_clear = best[:, k - 1] > best[:, k]
+    tokens = is_clear.nonzero().flatten()[:: max(1, len(logits) // 256)]
+    weights, ids, _ = reference.omni_topk_router(logits[tokens], k, norm_topk_prob=True)
+    expected = reference.mixture_of_experts(
+        hidden[tokens].double(),
+        routing_weights=weights,
+        indices=ids,
+        up_proj=_InDouble(module.experts.gate_up_proj),
+        down_proj=_InDouble(module.experts.down_proj),
+    )
+    return [(results[0][tokens], expected)]
+
+
 _ORACLES = {
     "expert": _expert_oracle,
     "router": _router_oracle,
     "mlp": _mlp_oracle,
     "layer": _layer_oracle,
+    "topk_router": _topk_router_oracle,
+    "permute": _permute_oracle,
+    "moe": _moe_oracle,
 }

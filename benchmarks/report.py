@@ -19,12 +19,13 @@ OURS = "omni_moe"
 # Column order; others follow in the order of the record.
 IMPLS = (
     OURS, "eager", "compile", "gathers", "dense_masked", "gemms_only", "upstream_triton", "hf_doge",
-    "peer",
+    "peer", "hf_grouped_mm", "hf_batched_mm", "scattermoe", "megablocks",
 )  # fmt: skip
 TITLES = {
     "cpu_expert": "Experts",
     "cpu_router": "Router",
     "cpu_layer": "Shared MLP and whole layer",
+    "cpu_moe": "Classic mixture of experts",
     "cpu_sweep": "Experts, one size varied",
     "expert": "Experts, forward, uniform ids",
     "expert_router_ids": "Experts, forward, ids from a router",
@@ -36,6 +37,9 @@ TITLES = {
     "layer_paper": "Whole layer, the paper's latency setup",
     "layer_growth": "Whole layer, experts per token and in all varied",
     "model": "Language model, one training step without the optimizer",
+    "topk_router": "Top-k router, sigmoid scores with groups and a bias",
+    "permute": "Permutation into expert order and back",
+    "moe": "Classic mixture of experts",
     "decode": "Few tokens, inside a CUDA graph",
     "sweep": "Experts, one size varied",
 }
@@ -43,7 +47,7 @@ TITLES = {
 VARIED = ("cpu_sweep", "sweep", "layer_growth")
 LETTERS = {
     "tokens": "T", "hidden": "H", "intermediate": "I", "experts": "E", "rows": "R", "cols": "C",
-    "k": "K", "layers": "L", "heads": "heads ",
+    "k": "K", "layers": "L", "heads": "heads ", "groups": "G", "topk_groups": "M",
 }  # fmt: skip
 
 

@@ -101,6 +101,46 @@ def _mlp_backward(
     return num_products * 2 * math.prod(x) * gate_weight[0]
 
 
+def _grouped_linear(rows: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    """Every row has an expert: how many have none is known to the device alone."""
+    return 2 * math.prod(rows) * weight[1]  # (N, H) x (H, O)
+
+
+def _grouped_linear_backward(
+    grad_output: Shape,
+    rows: Shape,
+    weight: Shape,
+    expert_ends: Shape,
+    output_mask: Sequence[bool],
+    **kwargs: Any,
+) -> int:
+    return sum(output_mask) * _grouped_linear(rows, weight)
+
+
+def _unpermute(
+    rows: Shape,
+    row_id_map: Shape,
+    expert_ends: Shape,
+    weights: Shape | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 0 if weights is None else 2 * math.prod(row_id_map) * rows[1]
+
+
+def _unpermute_backward(
+    grad_tokens: Shape,
+    rows: Shape,
+    row_id_map: Shape,
+    expert_ends: Shape,
+    weights: Shape,
+    padded: bool,
+    output_mask: Sequence[bool],
+    **kwargs: Any,
+) -> int:
+    return output_mask[1] * 2 * math.prod(row_id_map) * rows[1]  # a dot product for each pair
+
+
 def _expert_mlp(
     hidden_states: Shape,
     up_embed: Shape,
@@ -123,6 +163,14 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "omni_topk_router": _nothing,
     "_omni_topk_router_backward": _nothing,
     "omni_expert_slots": _nothing,
+    "omni_expert_rows": _nothing,
+    "omni_permute": _nothing,
+    "omni_unpermute": _unpermute,
+    "_omni_unpermute_backward": _unpermute_backward,
+    "_omni_grouped_linear": _grouped_linear,
+    "_omni_grouped_linear_backward": _grouped_linear_backward,
+    "_omni_gated_activation": _nothing,
+    "_omni_gated_activation_backward": _nothing,
     "omni_router_logits": _router_logits,
     "_omni_router_logits_eval": _router_logits,
     "_omni_router_logits_backward": _router_logits_backward,

@@ -224,6 +224,115 @@ def omni_expert_slots(
     return slots.view_as(indices)
 
 
+def omni_expert_rows(
+    indices: Tensor,
+    num_experts: int,
+    slots: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The row of each pair in an array of tokens in expert order, and where each expert ends.
+
+    Args:
+        indices: (T, K) in [-1, E).
+        num_experts: E.
+        slots: (T, K) places of the pairs in their experts' queues, -1 for none.
+        capacity: rows of each expert; None: as many as it has pairs.
+
+    Returns:
+        row_id_map: (T, K) int32, -1 for pairs without a row.
+        expert_ends: (E,) int32.
+    """
+    if slots is None:
+        slots = omni_expert_slots(indices, num_experts, indices.numel())
+    begin, ends = 0, []
+    row_id_map = torch.full_like(slots, -1)
+    for expert in range(num_experts):
+        fits = slots >= 0 if capacity is None else (slots >= 0) & (slots < capacity)
+        is_here = (indices == expert) & fits
+        row_id_map[is_here] = begin + slots[is_here]
+        ends.append(begin + int(is_here.sum()))
+        begin = ends[-1] if capacity is None else begin + capacity
+    return row_id_map, torch.tensor(ends, dtype=torch.int32, device=indices.device)
+
+
+def omni_permute(tokens: Tensor, row_id_map: Tensor, num_rows: int) -> Tensor:
+    """`rows[row_id_map[t, k]] = tokens[t]`, zeros elsewhere.
+
+    Args:
+        tokens: (T, H).
+        row_id_map: (T, K) in [-1, N), no row twice.
+        num_rows: N.
+
+    Returns:
+        rows: (N, H).
+    """
+    pairs = (row_id_map >= 0).nonzero()
+    rows = tokens.new_zeros(num_rows, tokens.shape[1])
+    return rows.index_put((row_id_map[pairs[:, 0], pairs[:, 1]].long(),), tokens[pairs[:, 0]])
+
+
+def omni_unpermute(rows: Tensor, row_id_map: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`tokens[t] = sum_k weights[t, k] * rows[row_id_map[t, k]]`.
+
+    Args:
+        rows: (N, H).
+        row_id_map: (T, K) in [-1, N); pairs of -1 add nothing.
+        weights: (T, K), or None for ones.
+
+    Returns:
+        tokens: (T, H) in the dtype of `rows`.
+    """
+    padded = F.pad(_wide(rows), (0, 0, 0, 1))  # row -1 is zero
+    factors = torch.ones_like(row_id_map) if weights is None else weights
+    factors = factors.to(padded.dtype).masked_fill(row_id_map < 0, 0)
+    return torch.einsum("tk,tkh->th", factors, padded[row_id_map.long()]).to(rows.dtype)
+
+
+def mixture_of_experts(
+    hidden_states: Tensor,
+    routing_weights: Tensor,
+    indices: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    """Experts that are MLPs, one after the other: `out[t] = sum_k w[t,k] * E_idx[t,k](hidden[t])`.
+
+    `E(x) = down act(up x)`, or with `gated` `down (act(gate x) * (up x))`.
+
+    Args:
+        hidden_states: (T, H).
+        routing_weights: (T, K).
+        indices: (T, K) in [-1, E); pairs of -1 add nothing.
+        up_proj: (E, I, H), or with `gated` (E, 2I, H), gate before up.
+        down_proj: (E, H, I).
+        up_bias: (E, I) or (E, 2I).
+        down_bias: (E, H).
+        activation: a key of `omni_moe.activations.ACTIVATION_FUNCTIONS`.
+        gated: see above.
+
+    Returns:
+        (T, H) in the dtype of `hidden_states`.
+    """
+    act, hidden = ACTIVATION_FUNCTIONS[activation], _wide(hidden_states)
+    out = torch.zeros_like(hidden)
+    for expert in range(len(down_proj)):
+        tokens, choices = (indices == expert).nonzero(as_tuple=True)
+        biases = [None if bias is None else _wide(bias[expert]) for bias in (up_bias, down_bias)]
+        inner = F.linear(hidden[tokens], _wide(up_proj[expert]), biases[0])
+        if gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = act(gate) * up
+        else:
+            inner = act(inner)
+        rows = F.linear(inner, _wide(down_proj[expert]), biases[1])
+        out = out.index_add(0, tokens, rows * _wide(routing_weights[tokens, choices, None]))
+    return out.to(hidden_states.dtype)
+
+
 def omni_expert(
     hidden_states: Tensor,
     up_weights: Tensor,

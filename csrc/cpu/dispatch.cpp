@@ -25,15 +25,16 @@ const std::vector<KernelTable>& kernel_tables() {
          baseline::expert_backward, baseline::gated_activation_forward,
          baseline::gated_activation_backward, baseline::batch_norm_forward,
          baseline::batch_norm_backward, baseline::topk_router_forward,
-         baseline::topk_router_backward}};
+         baseline::topk_router_backward, baseline::permute, baseline::unpermute,
+         baseline::unpermute_backward}};
 #if defined(OMNI_MOE_CPU_X86)
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (has_avx2) {
-      supported.push_back({"avx2", avx2::router_forward, avx2::router_backward,
-                           avx2::expert_forward, avx2::expert_backward,
-                           avx2::gated_activation_forward, avx2::gated_activation_backward,
-                           avx2::batch_norm_forward, avx2::batch_norm_backward,
-                           avx2::topk_router_forward, avx2::topk_router_backward});
+      supported.push_back(
+          {"avx2", avx2::router_forward, avx2::router_backward, avx2::expert_forward,
+           avx2::expert_backward, avx2::gated_activation_forward, avx2::gated_activation_backward,
+           avx2::batch_norm_forward, avx2::batch_norm_backward, avx2::topk_router_forward,
+           avx2::topk_router_backward, avx2::permute, avx2::unpermute, avx2::unpermute_backward});
     }
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
@@ -41,7 +42,8 @@ const std::vector<KernelTable>& kernel_tables() {
                            avx512::expert_forward, avx512::expert_backward,
                            avx512::gated_activation_forward, avx512::gated_activation_backward,
                            avx512::batch_norm_forward, avx512::batch_norm_backward,
-                           avx512::topk_router_forward, avx512::topk_router_backward});
+                           avx512::topk_router_forward, avx512::topk_router_backward,
+                           avx512::permute, avx512::unpermute, avx512::unpermute_backward});
     }
 #endif
     return supported;
@@ -85,6 +87,15 @@ void topk_router_forward(const TopKRouterForwardParams& params, const Executor& 
 }
 void topk_router_backward(const TopKRouterBackwardParams& params, const Executor& executor) {
   kernels().topk_router_backward(params, executor);
+}
+void permute(const PermuteParams& params, const Executor& executor) {
+  kernels().permute(params, executor);
+}
+void unpermute(const UnpermuteParams& params, const Executor& executor) {
+  kernels().unpermute(params, executor);
+}
+void unpermute_backward(const UnpermuteBackwardParams& params, const Executor& executor) {
+  kernels().unpermute_backward(params, executor);
 }
 
 size_t expert_backward_workspace_size(const ExpertBackwardParams& params) {

@@ -57,6 +57,14 @@ constexpr CpuKernel<TopKRouterBackwardParams> kCpu<TopKRouterBackwardParams>{
     cpu::topk_router_backward};
 template <>
 constexpr CpuKernel<ExpertSlotsParams> kCpu<ExpertSlotsParams>{cpu::expert_slots};
+template <>
+constexpr CpuKernel<ExpertRowsParams> kCpu<ExpertRowsParams>{cpu::expert_rows};
+template <>
+constexpr CpuKernel<PermuteParams> kCpu<PermuteParams>{cpu::permute};
+template <>
+constexpr CpuKernel<UnpermuteParams> kCpu<UnpermuteParams>{cpu::unpermute};
+template <>
+constexpr CpuKernel<UnpermuteBackwardParams> kCpu<UnpermuteBackwardParams>{cpu::unpermute_backward};
 
 #if OMNI_MOE_WITH_CUDA
 // Planned is the kernel's plan, or std::optional of it where the kernel may not take the operands.
@@ -94,6 +102,18 @@ constexpr CudaKernel<TopKRouterBackwardParams, cuda::TopKRouterBackwardPlan>
 template <>
 constexpr CudaKernel<ExpertSlotsParams, cuda::ExpertSlotsPlan> kCuda<ExpertSlotsParams>{
     cuda::plan_expert_slots, cuda::expert_slots};
+template <>
+constexpr CudaKernel<ExpertRowsParams, cuda::ExpertRowsPlan> kCuda<ExpertRowsParams>{
+    cuda::plan_expert_rows, cuda::expert_rows};
+template <>
+constexpr CudaKernel<PermuteParams, cuda::PermutePlan> kCuda<PermuteParams>{cuda::plan_permute,
+                                                                            cuda::permute};
+template <>
+constexpr CudaKernel<UnpermuteParams, cuda::PermutePlan> kCuda<UnpermuteParams>{
+    cuda::plan_unpermute, cuda::unpermute};
+template <>
+constexpr CudaKernel<UnpermuteBackwardParams, cuda::PermutePlan> kCuda<UnpermuteBackwardParams>{
+    cuda::plan_unpermute_backward, cuda::unpermute_backward};
 template <>
 constexpr CudaKernel<ExpertForwardParams, cuda::ExpertForwardPlan> kCuda<ExpertForwardParams>{
     cuda::plan_expert_forward, cuda::expert_forward};
@@ -207,6 +227,10 @@ template void launch(BatchNormBackwardParams, at::Device);
 template void launch(TopKRouterForwardParams, at::Device);
 template void launch(TopKRouterBackwardParams, at::Device);
 template void launch(ExpertSlotsParams, at::Device);
+template void launch(ExpertRowsParams, at::Device);
+template void launch(PermuteParams, at::Device);
+template void launch(UnpermuteParams, at::Device);
+template void launch(UnpermuteBackwardParams, at::Device);
 template bool try_launch(GatedLinearForwardParams, at::Device);
 template bool try_launch(GatedLinearBackwardParams, at::Device);
 template bool try_launch(RouterLogitsForwardParams, at::Device);

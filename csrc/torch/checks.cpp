@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <atomic>
+#include <limits>
 #include <string>
 
 #include "omni_moe/cpu.h"
@@ -17,6 +18,12 @@ void check_size(const Argument& argument, int64_t dim, const c10::SymInt& expect
   TORCH_CHECK_VALUE(argument.tensor.sym_size(dim) == expected, argument.op, ": expected ",
                     argument.name, ".size(", dim, ") to equal the ", meaning, " (", expected,
                     "), but got shape ", argument.tensor.sym_sizes());
+}
+
+void check_fits_int32(const char* op, const c10::SymInt& count, std::string_view meaning) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(count.maybe_as_int().value_or(0) <= kMost, op, ": expected at most 2^31 - 1 ",
+                    meaning, ", but got ", count);
 }
 
 void check_floating(const Argument& argument) {
@@ -57,16 +64,17 @@ void begin_index_checks() { ++num_index_check_scopes; }
 void end_index_checks() { --num_index_check_scopes; }
 bool index_checks_are_on() { return num_index_check_scopes > 0; }
 
-void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts, int64_t lowest) {
+void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts, int64_t lowest,
+                   const char* name) {
   if (!indices.is_cpu() && !index_checks_are_on()) return;
   const at::Tensor host = indices.cpu().contiguous();
   const int64_t position = cpu::find_invalid_index(host.const_data_ptr(), to_index_type(host),
                                                    host.numel(), num_experts, lowest);
   if (position < 0) return;
   const int64_t k = host.size(1);
-  TORCH_CHECK_INDEX(false, op, ": expected indices in [", lowest, ", ", num_experts, "), but got ",
-                    host.flatten()[position].item<int64_t>(), " at indices[", position / k, ", ",
-                    position % k, "]");
+  TORCH_CHECK_INDEX(false, op, ": expected ", name, " in [", lowest, ", ", num_experts,
+                    "), but got ", host.flatten()[position].item<int64_t>(), " at ", name, "[",
+                    position / k, ", ", position % k, "]");
 }
 
 Activation parse_activation(const char* op, std::string_view name) {

@@ -24,6 +24,10 @@ void check_rank(const Argument& argument, int64_t rank);
 void check_size(const Argument& argument, int64_t dim, const c10::SymInt& expected,
                 std::string_view meaning);
 
+// `count`, of what `meaning` says, is at most 2^31 - 1. A symbolic one is checked when it is known:
+// a guard here would keep torch.export from taking any number of tokens.
+void check_fits_int32(const char* op, const c10::SymInt& count, std::string_view meaning);
+
 // fp32, fp16, bf16; fp64 on the CPU.
 void check_floating(const Argument& argument);
 void check_integer(const Argument& argument);
@@ -34,8 +38,9 @@ void check_like(const Argument& argument, const Argument& first, bool same_dtype
 
 // Raises IndexError naming the first id outside [lowest, num_experts). Reads the ids on the host:
 // always for CPU tensors; for CUDA tensors only while index checks are on, since it synchronises.
+// `name` is what the op calls them.
 void check_indices(const char* op, const at::Tensor& indices, int64_t num_experts,
-                   int64_t lowest = 0);
+                   int64_t lowest = 0, const char* name = "indices");
 
 // Index checks are on, for every thread of the process, while more scopes have begun than ended. A
 // flag of one thread would not reach autograd's threads, which run the backward passes, and a flag

@@ -77,6 +77,15 @@ py::dict numbers_of(const ExpertSlotsPlan& plan) {
   return py::dict("pairs_per_block"_a = plan.pairs_per_block, "num_blocks"_a = plan.num_blocks);
 }
 
+py::dict numbers_of(const ExpertRowsPlan& plan) {
+  return py::dict("pairs_per_block"_a = plan.pairs_per_block, "num_blocks"_a = plan.num_blocks);
+}
+
+py::dict numbers_of(const PermutePlan& plan) {
+  return py::dict("uses_vectors"_a = plan.uses_vectors, "threads_per_row"_a = plan.threads_per_row,
+                  "num_blocks"_a = plan.num_blocks);
+}
+
 py::dict numbers_of(const BatchNormPlan& plan) {
   return py::dict("uses_vectors"_a = plan.uses_vectors, "num_panels"_a = plan.grid.num_panels,
                   "num_rounds"_a = plan.grid.num_rounds, "num_parts"_a = plan.grid.num_parts);
@@ -196,6 +205,27 @@ py::dict plan_topk_router(int64_t num_tokens, int64_t num_experts, int64_t num_e
                   "expert_slots"_a = facts_of(plan_expert_slots(slots, device)));
 }
 
+// Of rows without a capacity.
+py::dict plan_permutation(int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
+                          int64_t num_experts_per_token, const std::string& dtype,
+                          const py::dict& gpu) {
+  const DeviceInfo device = device_of(gpu);
+  const PermuteShape shape{.num_tokens = num_tokens,
+                           .num_rows = num_tokens * num_experts_per_token,
+                           .hidden_size = hidden_size,
+                           .num_experts_per_token = num_experts_per_token,
+                           .num_experts = num_experts,
+                           .is_padded = false,
+                           .dtype = dtype_of(dtype),
+                           .has_wide_weights = false};
+  const ExpertRowsParams rows{.num_pairs = shape.num_rows, .num_experts = num_experts};
+  return py::dict("expert_rows"_a = facts_of(plan_expert_rows(rows, device)),
+                  "permute"_a = facts_of(plan_permute(PermuteParams{shape}, device)),
+                  "unpermute"_a = facts_of(plan_unpermute(UnpermuteParams{shape}, device)),
+                  "unpermute_backward"_a =
+                      facts_of(plan_unpermute_backward(UnpermuteBackwardParams{shape}, device)));
+}
+
 py::dict plan_expert(int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
                      int64_t num_experts_per_token, int64_t num_cols, const std::string& dtype,
                      const py::dict& gpu) {
@@ -253,6 +283,7 @@ void add_plans(py::module_& m) {
   define("plan_router", plan_router, tokens, rows, cols, k);
   define("plan_router_logits", plan_router_logits, tokens, hidden, rows, cols);
   define("plan_topk_router", plan_topk_router, tokens, py::arg("num_experts"), k);
+  define("plan_permute", plan_permutation, tokens, hidden, py::arg("num_experts"), k);
   define("plan_expert", plan_expert, tokens, hidden, py::arg("num_experts"), k,
          py::arg("num_cols"));
   define("plan_mlp", plan_mlp, tokens, hidden, py::arg("intermediate_size"));

@@ -70,10 +70,14 @@ bool needs_grad(const Other& /*not a tensor, or buffers*/) {
 // node keeps that to itself, and the op's caller gets empty tensors.
 template <typename Result>
 Result shown_outputs(const variable_list& outputs) {
-  return [&]<size_t... i>(std::index_sequence<i...>) {
-    return Result{i < outputs.size() ? outputs[i] : at::empty({0}, outputs[0].options())...};
+  if constexpr (std::is_same_v<Result, Tensor>) {
+    return outputs[0];
+  } else {
+    return [&]<size_t... i>(std::index_sequence<i...>) {
+      return Result{i < outputs.size() ? outputs[i] : at::empty({0}, outputs[0].options())...};
+    }
+    (std::make_index_sequence<std::tuple_size_v<Result>>());
   }
-  (std::make_index_sequence<std::tuple_size_v<Result>>());
 }
 
 // An op's autograd kernel: below autograd where no gradient is asked for, else a node of the graph,

@@ -54,6 +54,42 @@ inline constexpr Op<"omni_expert_slots",
                            const OptionalTensor& priorities)>
     omni_expert_slots;
 
+inline constexpr Op<"omni_expert_rows",
+                    std::tuple<Tensor, Tensor>(const Tensor& indices, c10::SymInt num_experts,
+                                               const OptionalTensor& slots,
+                                               const std::optional<c10::SymInt>& capacity)>
+    omni_expert_rows;
+inline constexpr Op<"omni_permute",
+                    Tensor(const Tensor& tokens, const Tensor& row_id_map,
+                           const Tensor& expert_ends, c10::SymInt num_rows, bool padded)>
+    omni_permute;
+inline constexpr Op<"omni_unpermute",
+                    Tensor(const Tensor& rows, const Tensor& row_id_map, const Tensor& expert_ends,
+                           const OptionalTensor& weights, bool padded)>
+    omni_unpermute;
+inline constexpr Op<"_omni_unpermute_backward",
+                    std::tuple<Tensor, Tensor>(const Tensor& grad_tokens, const Tensor& rows,
+                                               const Tensor& row_id_map, const Tensor& expert_ends,
+                                               const Tensor& weights, bool padded,
+                                               Mask<2> output_mask)>
+    omni_unpermute_backward;
+
+inline constexpr Op<"_omni_grouped_linear",
+                    Tensor(const Tensor& rows, const Tensor& weight, const Tensor& expert_ends)>
+    omni_grouped_linear;
+inline constexpr Op<"_omni_grouped_linear_backward",
+                    std::tuple<Tensor, Tensor>(const Tensor& grad_output, const Tensor& rows,
+                                               const Tensor& weight, const Tensor& expert_ends,
+                                               Mask<2> output_mask)>
+    omni_grouped_linear_backward;
+inline constexpr Op<"_omni_gated_activation",
+                    Tensor(const Tensor& gate_up, std::string_view activation)>
+    omni_gated_activation;
+inline constexpr Op<"_omni_gated_activation_backward",
+                    Tensor(const Tensor& grad_activated, const Tensor& gate_up,
+                           std::string_view activation)>
+    omni_gated_activation_backward;
+
 inline constexpr Op<"omni_router_logits",
                     std::tuple<Tensor, Tensor, Tensor>(
                         const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,

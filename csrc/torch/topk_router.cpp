@@ -1,8 +1,6 @@
 // The top-k router over E independent logits, and the places of its pairs in queues of a capacity.
 #include "omni_moe/topk_router.h"
 
-#include <limits>
-
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
@@ -37,7 +35,6 @@ namespace {
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr int64_t kMaxExperts = 4096;  // one token's list of them fits in shared memory
-constexpr int64_t kMaxPairs = std::numeric_limits<int32_t>::max();  // slots are int32
 
 ScoringFunction parse_scoring_func(const char* op, std::string_view name) {
   if (name == "softmax") return ScoringFunction::kSoftmax;
@@ -147,8 +144,7 @@ Tensor expert_slots_outputs(const Tensor& indices, c10::SymInt num_experts, c10:
                     ": expected num_experts between 0 and ", kMaxExperts, ", but got ",
                     num_experts);
   TORCH_CHECK_VALUE(capacity >= 0, op, ": expected capacity >= 0, but got ", capacity);
-  TORCH_CHECK_VALUE(indices.sym_numel() <= kMaxPairs, op,
-                    ": expected at most 2^31 - 1 indices, but got ", indices.sym_numel());
+  check_fits_int32(op, indices.sym_numel(), "indices");  // slots are int32
   if (priorities) {
     const Argument order{op, "priorities", *priorities};
     check_rank(order, 2);

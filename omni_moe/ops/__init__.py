@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from omni_moe.ops.permute import omni_expert_rows, omni_permute, omni_unpermute  # noqa: F401
+
 # Operators are called as `.default`: the search for an overload would cost 0.5 us a call.
 
 

@@ -47,6 +47,8 @@ batch_norm='CudaBatchNorm.Small:CudaBatchNorm.ManyColumns:CudaBatchNorm.NoTokens
 router_logits='*RouterLogitsOf.*/T1_H200_*:*RouterLogitsOf.*/T37_H200_*'
 router_logits=$router_logits:'*RouterLogitsOf.*/T199_H264_*:*RouterLogitsOf.*/T37_H72_*'
 router_logits=$router_logits:'*RouterLogitsOf.*/T199_H72_*'
+# Dense, dropped and padded rows, vectors and single elements, one block of pairs and several.
+permute='CudaPermute.AllCases:CudaExpertRows.AllCases'
 
 status=0
 for tool in "$@"; do
@@ -56,7 +58,7 @@ for tool in "$@"; do
   for pair in "expert $expert" "expert_band_lists $band_lists" "expert_bands $bands" \
     "gated_linear $linear" "gated_linear_backward $linear_backward" "router $router" \
     "topk_router $topk_router" "gated_activation $activation" "batch_norm $batch_norm" \
-    "router_logits $router_logits"; do
+    "router_logits $router_logits" "permute $permute"; do
     name=test_cuda_${pair%% *}
     start=$(date +%s)
     if timeout "${SECONDS_EACH:-60}" "$sanitizer" --tool "$tool" --error-exitcode 1 \

@@ -22,6 +22,9 @@ SIZES = {
     "layer": {
         "tokens": 37, "hidden": 24, "intermediate": 40, "experts": 36, "rows": 6, "cols": 6, "k": 3,
     },
+    "topk_router": {"tokens": 37, "experts": 32, "k": 4, "groups": 8, "topk_groups": 3},
+    "permute": {"tokens": 37, "hidden": 24, "experts": 12, "k": 3},
+    "moe": {"tokens": 37, "hidden": 24, "intermediate": 40, "experts": 12, "k": 3},
 }  # fmt: skip
 
 

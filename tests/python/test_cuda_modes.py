@@ -22,6 +22,7 @@ from helpers import (
 
 import omni_moe
 from omni_moe import OmniMoE, OmniMoEConfig
+from omni_moe.modules import MixtureOfExperts
 
 ops = torch.ops.omni_moe
 BF16 = torch.bfloat16
@@ -72,18 +73,45 @@ def expert_mlp_case(device):
     )
 
 
+def permute_case(shape, hidden_size, capacity, device):
+    """Rows, permutation and its undoing; by a sum of both their gradients meet."""
+    num_tokens, num_experts, k = shape
+    ids = torch.randint(-1, num_experts, (num_tokens, k), device=device)
+    num_rows = num_tokens * k if capacity is None else num_experts * capacity
+    is_padded = capacity is not None
+
+    def there_and_back(tokens, weights):
+        maps = omni_moe.ops.omni_expert_rows(ids, num_experts, capacity=capacity)
+        rows = omni_moe.ops.omni_permute(tokens, *maps, num_rows, is_padded)
+        sums = omni_moe.ops.omni_unpermute(rows, *maps, None, is_padded)
+        return omni_moe.ops.omni_unpermute(rows, *maps, weights, is_padded) + sums
+
+    tokens, grad = torch.randn(2, num_tokens, hidden_size, device=device, dtype=BF16)
+    return there_and_back, [tokens, torch.rand(num_tokens, k, device=device)], grad
+
+
+def module_case(module, num_tokens, hidden_size, device):
+    """Output, and the gradients of tokens and parameters."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x, *parameters):
+        output = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), x)
+        return output[0] if isinstance(output, tuple) else output
+
+    x, grad = torch.randn(2, num_tokens, hidden_size, device=device, dtype=BF16)
+    return function, [x, *(p.detach() for p in module.parameters())], grad
+
+
+def mixture_case(device, **options):
+    layer = MixtureOfExperts(64, 96, 12, 3, shared_intermediate_size=40, **options)
+    return module_case(layer.to(device, BF16), 67, 64, device)
+
+
 def layer_case(num_experts, training, device):
     config = OmniMoEConfig(
         hidden_size=64, intermediate_size=96, num_experts=num_experts, num_experts_per_token=9
     )
-    layer = OmniMoE(config).to(device, BF16).train(training)
-    names = [name for name, _ in layer.named_parameters()]
-
-    def function(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
-
-    inputs = [torch.randn(67, 64).to(device, BF16), *(p.detach() for p in layer.parameters())]
-    return function, inputs, torch.randn(67, 64).to(device, BF16)
+    return module_case(OmniMoE(config).to(device, BF16).train(training), 67, 64, device)
 
 
 # Named after what is meant to run on a Hopper. Shapes of the experts: T, H, E, K.
@@ -107,6 +135,11 @@ CASES = {
     "mlp_cublas": partial(mlp_case, 100, 52),
     "mlp_fused": partial(mlp_case, 256, 512),
     "expert_mlp": expert_mlp_case,
+    "permute": partial(permute_case, (67, 12, 3), 256, None),
+    "permute_by_element": partial(permute_case, (300, 40, 2), 100, None),
+    "permute_padded": partial(permute_case, (67, 12, 3), 256, 15),
+    "mixture_of_experts": mixture_case,
+    "mixture_of_experts_with_capacity": partial(mixture_case, capacity_factor=0.8),
     "layer": partial(layer_case, 400, False),
     # Their statistics need a barrier of the grid: BatchNorm's kernels, and the gates' kernel.
     "training_layer_batch_norm": partial(layer_case, 400, True),

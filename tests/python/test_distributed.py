@@ -112,11 +112,15 @@ def train_in_parallel(rank: int, kind: str, device: str, options: dict, port: in
     os._exit(0)
 
 
-def spawn(function, *args) -> None:
+def spawn_port() -> int:
+    """One that nobody listens at."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(function, args=(*args, port), nprocs=WORLD_SIZE)
+        return free.getsockname()[1]
+
+
+def spawn(function, *args) -> None:
+    mp.spawn(function, args=(*args, spawn_port()), nprocs=WORLD_SIZE)
 
 
 @pytest.mark.parametrize("options", [{}, LOSSES], ids=["plain", "router_losses"])

@@ -22,6 +22,7 @@ _OPTIONAL = {
     "plot_expert_load": "matplotlib",
     "BitsAndBytesConfig": "bitsandbytes",
     "trl": "trl",
+    "torchao": "torchao",
 }
 _NAMED_FILE = re.compile(r"`((?:csrc|omni_moe|benchmarks|examples|tests)/[\w./]+\.\w+)`")
 

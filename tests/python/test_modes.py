@@ -30,6 +30,7 @@ def cases(device, dtype=torch.float32):
     grad_topk = torch.randn(67, 7).to(device, dtype)
     experts, indices, grad_expert = expert_inputs(ExpertShape(67, 100, 40, 7), device, dtype)
     mlp, grad_mlp = mlp_inputs((67,), 100, 52, device, dtype)
+    maps = omni_moe.ops.omni_expert_rows(indices, 40)
     return {
         "omni_router": (lambda x, y: ops.omni_router(x, y, 19)[0], logits, grad_scores),
         "omni_softmax_router": (
@@ -53,6 +54,16 @@ def cases(device, dtype=torch.float32):
             )[0],
             topk_logits,
             grad_topk,
+        ),
+        "omni_permute": (
+            lambda x: omni_moe.ops.omni_permute(x, *maps, 469),
+            topk_logits,
+            torch.randn(469, 60).to(device, dtype),
+        ),
+        "omni_unpermute": (
+            lambda x, w: omni_moe.ops.omni_unpermute(x, *maps, w),
+            [torch.randn(469, 60).to(device, dtype), torch.rand(67, 7).to(device, dtype)],
+            torch.randn(67, 60).to(device, dtype),
         ),
         "omni_expert": (
             lambda *args: omni_moe.ops.omni_expert(*args, indices),
@@ -81,6 +92,8 @@ on_cases = pytest.mark.parametrize(
         "omni_softmax_router-norm",
         "omni_topk_router",
         "omni_topk_router-groups",
+        "omni_permute",
+        "omni_unpermute",
         "omni_expert",
         "flash_expert",
         "omni_mlp",

@@ -73,4 +73,4 @@ def test_commands_in_the_table_exist(command):
 def test_the_table_is_read():
     assert "omni_moe.OmniMoE" in IN_PACKAGE
     assert any(name.startswith("omni_moe.ops.flash_expert(") for name in IN_PACKAGE)
-    assert "python -m benchmarks --op layer" in COMMANDS
+    assert "python -m benchmarks --op moe" in COMMANDS

@@ -75,6 +75,92 @@ def expert_slots_samples(device):
     return [(ids, 8, 1), (strided(ids), 8, 2, torch.rand(T, K, device=device)), (ids[:0], 8, 0)]
 
 
+def expert_rows_samples(device):
+    ids = torch.randint(-1, 8, (T, K), device=device, dtype=torch.int32)
+    slots = ops.omni_expert_slots(ids, 8, 2)
+    return [
+        (ids, 8),
+        (strided(ids.long()), 8, strided(slots)),
+        (ids, 8, slots, 2),
+        (ids, 8, None, 3),
+        (ids[:0], 8, None, 0),
+    ]
+
+
+def permutation_maps(device):
+    """Row ids and ends: without gaps, and with three rows for each expert."""
+    ids = torch.randint(-1, 8, (T, K), device=device, dtype=torch.int32)
+    return ops.omni_expert_rows(ids, 8), ops.omni_expert_rows(ids, 8, None, 3)
+
+
+def permute_samples(device):
+    tokens, (dense, padded) = torch.randn(T, 10, device=device), permutation_maps(device)
+    return [
+        (*with_grad(tokens), *dense, T * K),
+        (*with_grad(strided(tokens)), *map(strided, padded), 24, True),
+        (tokens.bfloat16(), *padded, 24, True),
+        (*with_grad(tokens[:0]), dense[0][:0], torch.zeros_like(dense[1]), 16),
+    ]
+
+
+def unpermute_samples(device):
+    dense, padded = permutation_maps(device)
+    rows, weights = torch.randn(24, 10, device=device), torch.rand(T, K, device=device)
+    return [
+        (*with_grad(rows), *dense, *with_grad(weights)),
+        (*with_grad(rows), *dense),
+        (rows, *dense, *with_grad(weights)),
+        (*with_grad(strided(rows)), *map(strided, padded), strided(weights), True),
+        (*with_grad(rows.bfloat16()), *padded, *with_grad(weights), True),
+        (*with_grad(rows), dense[0][:0], torch.zeros_like(dense[1]), weights[:0]),
+    ]
+
+
+def unpermute_backward_samples(device):
+    dense, padded = permutation_maps(device)
+    grad, rows = torch.randn(T, 10, device=device), torch.randn(24, 10, device=device)
+    weights = torch.rand(T, K, device=device)
+    masks = ([True] * 2, [False] * 2, [True, False], [False, True])
+    samples = [(grad, rows, *padded, weights, True, mask) for mask in masks]
+    return [*samples, (strided(grad), strided(rows), *dense, strided(weights), False, masks[0])]
+
+
+def grouped_linear_samples(device):
+    rows, weight = torch.randn(12, 10, device=device), torch.randn(4, 6, 10, device=device)
+    ends = torch.tensor([3, 3, 10, 12], dtype=torch.int32, device=device)
+    half = rows.new_zeros(12, 16).bfloat16(), weight.new_ones(4, 8, 16).bfloat16()
+    return [
+        (*with_grad(rows, weight), ends),
+        (*with_grad(strided(rows), weight.transpose(1, 2).contiguous().transpose(1, 2)), ends),
+        (rows, *with_grad(weight), strided(ends)),
+        (*with_grad(*half), ends),
+        (*with_grad(rows[:0], weight), torch.zeros_like(ends)),
+    ]
+
+
+def grouped_linear_backward_samples(device):
+    shapes = ((12, 6), (12, 10), (4, 6, 10))
+    tensors = [torch.randn(shape, device=device) for shape in shapes]
+    ends = torch.tensor([3, 3, 10, 12], dtype=torch.int32, device=device)
+    masks = ([True] * 2, [False] * 2, [True, False])
+    return [(*tensors, ends, mask) for mask in masks]
+
+
+def gated_activation_samples(device):
+    rows = torch.randn(T, 10, device=device)
+    return [
+        (*with_grad(rows), "silu"),
+        (*with_grad(strided(rows)), "gelu"),
+        (rows.bfloat16(), "relu"),
+        (*with_grad(rows[:0]), "silu"),
+    ]
+
+
+def gated_activation_backward_samples(device):
+    grad, rows = torch.randn(T, 5, device=device), torch.randn(T, 10, device=device)
+    return [(grad, rows, "silu"), (strided(grad), strided(rows), "gelu_tanh")]
+
+
 def expert_samples(device):
     inputs, indices, _ = expert_inputs(ExpertShape(T, 10, 7, K), device, torch.float32)
     hidden, up, down, routing = inputs
@@ -205,6 +291,14 @@ SAMPLES = {
     "omni_topk_router": topk_router_samples,
     "_omni_topk_router_backward": topk_router_backward_samples,
     "omni_expert_slots": expert_slots_samples,
+    "omni_expert_rows": expert_rows_samples,
+    "omni_permute": permute_samples,
+    "omni_unpermute": unpermute_samples,
+    "_omni_unpermute_backward": unpermute_backward_samples,
+    "_omni_grouped_linear": grouped_linear_samples,
+    "_omni_grouped_linear_backward": grouped_linear_backward_samples,
+    "_omni_gated_activation": gated_activation_samples,
+    "_omni_gated_activation_backward": gated_activation_backward_samples,
     "omni_expert": expert_samples,
     "_omni_expert_backward": expert_backward_samples,
     "omni_mlp": mlp_samples,

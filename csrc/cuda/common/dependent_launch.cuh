@@ -24,6 +24,11 @@
 //   scan_block_counts             early     first          -
 //   expert_slots_count            early     first          -
 //   expert_slots_place            early     first          -
+//   expert_rows_count             early     first          -
+//   expert_rows_place             early     first          -
+//   permute                       early     first          -
+//   unpermute                     early     first          -
+//   unpermute_backward            early     first          -
 //   expert_l2_tiled_dots          early     after wait     - (beside_previous, below: ids, rows,
 //                                                            partial dots)
 //   expert_l2_tiled_coefficients  early     first          -

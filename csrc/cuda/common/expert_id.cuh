@@ -24,6 +24,14 @@ __device__ __forceinline__ void check_expert_id(int64_t id, int64_t num_experts)
   }
 }
 
+// An int32 id: in [0, E), or -1 for none.
+__device__ __forceinline__ int32_t load_id_or_none(const int32_t* ids, int64_t i,
+                                                   int64_t num_experts) {
+  const int32_t id = ids[i];
+  check_expert_id(int64_t{id} + 1, num_experts + 1);
+  return id;
+}
+
 // indices[i] of either type, unchecked: for loads that are issued long before they are needed.
 __device__ __forceinline__ int64_t load_index(const void* indices, IndexType index_type,
                                               int64_t i) {

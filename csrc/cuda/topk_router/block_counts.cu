@@ -15,8 +15,8 @@ namespace {
 constexpr int kParts = 32;  // warps of a block, each of which takes a part of the rows
 constexpr int kThreads = kParts * kWarpSize;
 
-// A block has 32 columns. kIsScan: each count becomes the sum of those above it; else the totals
-// are written.
+// A block has 32 columns. The totals are written, unless null; kIsScan: each count becomes the sum
+// of those above it.
 template <bool kIsScan>
 __global__ void __launch_bounds__(kThreads)
     scan_block_counts_kernel(int32_t* block_counts, int64_t num_blocks, int64_t num_experts,
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kThreads)
       count = above;
       above += own;
     }
+    if (part == kParts - 1 && totals != nullptr) totals[expert] = above;
   } else if (part == 0) {
     int64_t total = 0;
 #pragma unroll
@@ -74,9 +75,9 @@ cudaError_t sum_block_counts(int32_t* block_counts, int64_t num_blocks, int64_t 
 }
 
 cudaError_t scan_block_counts(int32_t* block_counts, int64_t num_blocks, int64_t num_experts,
-                              const DeviceInfo& device, cudaStream_t stream) {
+                              int64_t* totals, const DeviceInfo& device, cudaStream_t stream) {
   return launch_early(scan_block_counts_kernel<true>, blocks_for(num_experts), kThreads, device,
-                      stream, block_counts, num_blocks, num_experts, nullptr);
+                      stream, block_counts, num_blocks, num_experts, totals);
 }
 
 }  // namespace omni_moe::cuda

@@ -13,8 +13,8 @@ namespace omni_moe::cuda {
 cudaError_t sum_block_counts(int32_t* block_counts, int64_t num_blocks, int64_t num_experts,
                              int64_t* totals, const DeviceInfo& device, cudaStream_t stream);
 
-// Replaces each count by the sum of those above it.
+// Replaces each count by the sum of those above it; writes the totals too, unless that is null.
 cudaError_t scan_block_counts(int32_t* block_counts, int64_t num_blocks, int64_t num_experts,
-                              const DeviceInfo& device, cudaStream_t stream);
+                              int64_t* totals, const DeviceInfo& device, cudaStream_t stream);
 
 }  // namespace omni_moe::cuda

@@ -93,7 +93,7 @@ cudaError_t expert_slots(const ExpertSlotsParams& params, const ExpertSlotsPlan&
       [&] {
         if (!needs_scan) return cudaSuccess;
         return scan_block_counts(static_cast<int32_t*>(params.workspace), plan.num_blocks,
-                                 params.num_experts, plan.device, stream);
+                                 params.num_experts, /*totals=*/nullptr, plan.device, stream);
       },
       [&] {
         return launch_early(expert_slots_place_kernel, options, plan.device, stream, params,

@@ -66,14 +66,6 @@ __device__ __forceinline__ float weight_scale(const TopKRouterShape& shape, floa
   return scale / (sum + epsilon);
 }
 
-// An id as the caller gave it: in [0, E), or -1 for none.
-__device__ __forceinline__ int32_t load_id_or_none(const int32_t* ids, int64_t i,
-                                                   int64_t num_experts) {
-  const int32_t id = ids[i];
-  check_expert_id(int64_t{id} + 1, num_experts + 1);
-  return id;
-}
-
 // ---- The two best of a group --------------------------------------------------------------------
 
 struct TopTwo {

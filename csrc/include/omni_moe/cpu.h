@@ -8,6 +8,7 @@
 #include "omni_moe/executor.h"
 #include "omni_moe/expert.h"
 #include "omni_moe/mlp.h"
+#include "omni_moe/permute.h"
 #include "omni_moe/router.h"
 #include "omni_moe/schedule.h"
 #include "omni_moe/topk_router.h"
@@ -28,6 +29,9 @@ struct KernelTable {
   void (*batch_norm_backward)(const BatchNormBackwardParams&, const Executor&);
   void (*topk_router_forward)(const TopKRouterForwardParams&, const Executor&);
   void (*topk_router_backward)(const TopKRouterBackwardParams&, const Executor&);
+  void (*permute)(const PermuteParams&, const Executor&);
+  void (*unpermute)(const UnpermuteParams&, const Executor&);
+  void (*unpermute_backward)(const UnpermuteBackwardParams&, const Executor&);
 };
 
 // The sets this processor can run, best last.
@@ -48,6 +52,10 @@ void batch_norm_backward(const BatchNormBackwardParams& params, const Executor& 
 void topk_router_forward(const TopKRouterForwardParams& params, const Executor& executor);
 void topk_router_backward(const TopKRouterBackwardParams& params, const Executor& executor);
 void expert_slots(const ExpertSlotsParams& params, const Executor& executor);
+void expert_rows(const ExpertRowsParams& params, const Executor& executor);
+void permute(const PermuteParams& params, const Executor& executor);
+void unpermute(const UnpermuteParams& params, const Executor& executor);
+void unpermute_backward(const UnpermuteBackwardParams& params, const Executor& executor);
 
 // Bytes of ExpertBackwardParams::workspace (aligned to 64); depends on shapes alone.
 size_t expert_backward_workspace_size(const ExpertBackwardParams& params);

@@ -41,6 +41,18 @@ inline TopKRouterBackwardPlan plan_topk_router_backward(const TopKRouterBackward
 inline ExpertSlotsPlan plan_expert_slots(const ExpertSlotsParams& params) {
   return plan_expert_slots(params, current_device());
 }
+inline ExpertRowsPlan plan_expert_rows(const ExpertRowsParams& params) {
+  return plan_expert_rows(params, current_device());
+}
+inline PermutePlan plan_permute(const PermuteParams& params) {
+  return plan_permute(params, current_device());
+}
+inline PermutePlan plan_unpermute(const UnpermuteParams& params) {
+  return plan_unpermute(params, current_device());
+}
+inline PermutePlan plan_unpermute_backward(const UnpermuteBackwardParams& params) {
+  return plan_unpermute_backward(params, current_device());
+}
 inline ExpertForwardPlan plan_expert_forward(const ExpertForwardParams& params) {
   return plan_expert_forward(params, current_device());
 }
@@ -74,6 +86,12 @@ cudaError_t topk_router_backward(const TopKRouterBackwardParams& params,
                                  const TopKRouterBackwardPlan& plan, cudaStream_t stream);
 cudaError_t expert_slots(const ExpertSlotsParams& params, const ExpertSlotsPlan& plan,
                          cudaStream_t stream);
+cudaError_t expert_rows(const ExpertRowsParams& params, const ExpertRowsPlan& plan,
+                        cudaStream_t stream);
+cudaError_t permute(const PermuteParams& params, const PermutePlan& plan, cudaStream_t stream);
+cudaError_t unpermute(const UnpermuteParams& params, const PermutePlan& plan, cudaStream_t stream);
+cudaError_t unpermute_backward(const UnpermuteBackwardParams& params, const PermutePlan& plan,
+                               cudaStream_t stream);
 // H > 0; of the backward T K < 2^31, since pairs are numbered in 32 bits.
 cudaError_t expert_forward(const ExpertForwardParams& params, const ExpertForwardPlan& plan,
                            cudaStream_t stream);

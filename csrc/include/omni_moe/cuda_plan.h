@@ -11,6 +11,7 @@
 #include "omni_moe/batch_norm.h"
 #include "omni_moe/expert.h"
 #include "omni_moe/mlp.h"
+#include "omni_moe/permute.h"
 #include "omni_moe/router.h"
 #include "omni_moe/router_logits.h"
 #include "omni_moe/topk_router.h"
@@ -136,6 +137,29 @@ TopKRouterForwardPlan plan_topk_router_forward(const TopKRouterForwardParams& pa
 TopKRouterBackwardPlan plan_topk_router_backward(const TopKRouterBackwardParams& params,
                                                  const DeviceInfo& device);
 ExpertSlotsPlan plan_expert_slots(const ExpertSlotsParams& params, const DeviceInfo& device);
+
+// ---- Permutation --------------------------------------------------------------------------------
+
+struct ExpertRowsPlan {
+  DeviceInfo device;
+  int pairs_per_block;
+  int64_t num_blocks;
+  size_t workspace_bytes;  // counts by block, and of all
+};
+
+struct PermutePlan {
+  DeviceInfo device;
+  bool uses_vectors;    // 16 bytes a load, else one element
+  int threads_per_row;  // of a block; a power of two
+  int64_t num_blocks;
+  size_t workspace_bytes;
+};
+
+ExpertRowsPlan plan_expert_rows(const ExpertRowsParams& params, const DeviceInfo& device);
+PermutePlan plan_permute(const PermuteParams& params, const DeviceInfo& device);
+PermutePlan plan_unpermute(const UnpermuteParams& params, const DeviceInfo& device);
+PermutePlan plan_unpermute_backward(const UnpermuteBackwardParams& params,
+                                    const DeviceInfo& device);
 
 // ---- Experts ------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """OmniMoE in Hugging Face Transformers 5.x.
 
 Importing this package registers `OmniMoeConfig`, `OmniMoeModel` and `OmniMoeForCausalLM` and the
-models changed by `replace_mlp` with the Auto classes, and "omni_moe" as an experts implementation.
+models changed by `replace_mlp` with the Auto classes, and the experts implementations "omni_moe"
+(atomic experts) and "omni_moe_grouped" (experts that are MLPs).
 """
 
 try:
@@ -22,6 +23,7 @@ from omni_moe.integrations.transformers.callbacks import ExpertLoadCallback, plo
 from omni_moe.integrations.transformers.configuration import PRESETS, OmniMoeConfig
 from omni_moe.integrations.transformers.doge import OmniDogeCDMoE, replace_doge_moe
 from omni_moe.integrations.transformers.experts import omni_moe_experts_forward
+from omni_moe.integrations.transformers.grouped_experts import omni_moe_grouped_experts_forward
 from omni_moe.integrations.transformers.layers import num_active_parameters, omni_moe_layers
 from omni_moe.integrations.transformers.modeling import OmniMoeForCausalLM, OmniMoeModel
 from omni_moe.integrations.transformers.replace import replace_mlp
@@ -35,6 +37,7 @@ __all__ = [
     "OmniMoeModel",
     "num_active_parameters",
     "omni_moe_experts_forward",
+    "omni_moe_grouped_experts_forward",
     "omni_moe_layers",
     "plot_expert_load",
     "replace_doge_moe",
