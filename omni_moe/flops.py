@@ -42,6 +42,22 @@ def _router_logits_backward(
     return sum(output_mask) * _router_logits(hidden_states, gate_x, gate_y)
 
 
+def _router_logits_per_token_backward(
+    grad_router_logits_x: Shape,
+    grad_router_logits_y: Shape,
+    hidden_states: Shape,
+    gate_x: Shape,
+    gate_y: Shape,
+    router_logits_x: Shape,
+    router_logits_y: Shape,
+    inv_std: Shape,
+    norm: str,
+    output_mask: Sequence[bool],
+    **kwargs: Any,
+) -> int:
+    return sum(output_mask) * _router_logits(hidden_states, gate_x, gate_y)
+
+
 def _products_of_pairs(hidden_states: Shape, indices: Shape) -> int:
     """One product of length H for each of the T * K pairs of a token and an expert."""
     return 2 * math.prod(indices) * hidden_states[-1]
@@ -126,6 +142,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "omni_router_logits": _router_logits,
     "_omni_router_logits_eval": _router_logits,
     "_omni_router_logits_backward": _router_logits_backward,
+    "omni_router_logits_per_token": _router_logits,
+    "_omni_router_logits_per_token_backward": _router_logits_per_token_backward,
     "omni_expert": _expert,
     "_omni_expert_backward": _expert_backward,
     "omni_mlp": _mlp,

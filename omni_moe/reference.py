@@ -342,6 +342,37 @@ def omni_router_logits(
     return normed[0], normed[1]
 
 
+def omni_router_logits_per_token(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    norm: str = "layer_norm",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm or RMSNorm without affine parameters of each token's logits of two gates.
+
+    Args:
+        hidden_states: (T, H).
+        gate_x: (R, H).
+        gate_y: (C, H).
+        norm: layer_norm or rms_norm.
+        eps: added to the variance, or to the mean square.
+
+    Returns:
+        router_logits_x: (T, R) in the dtype of `hidden_states`.
+        router_logits_y: (T, C).
+    """
+    assert norm in ("layer_norm", "rms_norm"), norm
+    normed = []
+    for gate in (gate_x, gate_y):
+        logits = F.linear(_wide(hidden_states), _wide(gate))
+        if norm == "layer_norm":
+            logits = logits - logits.mean(-1, keepdim=True)
+        scale = (logits.square().mean(-1, keepdim=True) + eps).sqrt()
+        normed.append((logits / scale).to(hidden_states.dtype))
+    return normed[0], normed[1]
+
+
 def omni_moe(module: "OmniMoE", hidden_states: Tensor) -> Tensor:
     """Forward of an `OmniMoE` layer by the functions above, with the layer's own parameters.
 

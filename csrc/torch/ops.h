@@ -73,6 +73,19 @@ inline constexpr Op<"_omni_router_logits_backward",
                         const Tensor& inv_std, bool training, Mask<2> output_mask)>
     omni_router_logits_backward;
 
+inline constexpr Op<"omni_router_logits_per_token",
+                    std::tuple<Tensor, Tensor, Tensor>(const Tensor& hidden_states,
+                                                       const Tensor& gate_x, const Tensor& gate_y,
+                                                       std::string_view norm, double eps)>
+    omni_router_logits_per_token;
+inline constexpr Op<"_omni_router_logits_per_token_backward",
+                    std::tuple<Tensor, Tensor>(
+                        const Tensor& grad_router_logits_x, const Tensor& grad_router_logits_y,
+                        const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+                        const Tensor& router_logits_x, const Tensor& router_logits_y,
+                        const Tensor& inv_std, std::string_view norm, Mask<2> output_mask)>
+    omni_router_logits_per_token_backward;
+
 inline constexpr Op<"omni_expert",
                     std::tuple<Tensor, Tensor>(
                         const Tensor& hidden_states, const Tensor& up_weights,

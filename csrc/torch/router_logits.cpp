@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "named_range.h"
 #include "ops.h"
+#include "router_gates.h"
 
 // ---- Schemas -----------------------------------------------------------------------------------
 
@@ -52,21 +53,6 @@ struct Buffers {
   static constexpr size_t kPerAxis = 3, kCount = 6;
   static bool is_counter(size_t i) { return i % kPerAxis == 2; }
 };
-
-// hidden_states (T, H), gate_x (R, H), gate_y (C, H).
-void check_gates(const char* op, const Tensor& hidden_states, const Tensor& gate_x,
-                 const Tensor& gate_y) {
-  const Argument hidden{op, "hidden_states", hidden_states};
-  check_rank(hidden, 2);
-  check_floating(hidden);
-  for (const Argument& gate : {Argument{op, "gate_x", gate_x}, Argument{op, "gate_y", gate_y}}) {
-    check_rank(gate, 2);
-    check_like(gate, hidden);
-    TORCH_CHECK_VALUE(gate.tensor.sym_size(0) >= 1, op, ": expected ", gate.name,
-                      " to have rows, but got shape ", gate.tensor.sym_sizes());
-    check_size(gate, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
-  }
-}
 
 void check_buffers(const Argument& hidden, const Tensor& gate_x, const Tensor& gate_y,
                    at::TensorList buffers) {
@@ -139,28 +125,14 @@ std::tuple<Tensor, Tensor> backward_outputs(const Tensor& grad_router_logits_x,
                                             const Tensor& router_logits_y, const Tensor& inv_std,
                                             bool /*training*/, Mask<2> output_mask) {
   const char* op = omni_router_logits_backward.name;
-  const Argument hidden{op, "hidden_states", hidden_states};
-  check_gates(op, hidden_states, gate_x, gate_y);
-  const c10::SymInt num_rows = gate_x.sym_size(0), num_cols = gate_y.sym_size(0);
-  for (const Argument& argument : {Argument{op, "router_logits_x", router_logits_x},
-                                   Argument{op, "grad_router_logits_x", grad_router_logits_x},
-                                   Argument{op, "router_logits_y", router_logits_y},
-                                   Argument{op, "grad_router_logits_y", grad_router_logits_y}}) {
-    const bool is_x =
-        &argument.tensor == &router_logits_x || &argument.tensor == &grad_router_logits_x;
-    check_rank(argument, 2);
-    check_like(argument, hidden);
-    check_size(argument, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
-    check_size(argument, 1, is_x ? num_rows : num_cols,
-               is_x ? "number of rows of gate_x" : "number of rows of gate_y");
-  }
+  check_logits_of_gates(op, grad_router_logits_x, grad_router_logits_y, hidden_states, gate_x,
+                        gate_y, router_logits_x, router_logits_y);
   const Argument scale{op, "inv_std", inv_std};
   check_rank(scale, 1);
-  check_like(scale, hidden, /*same_dtype=*/false);
+  check_like(scale, {op, "hidden_states", hidden_states}, /*same_dtype=*/false);
   check_dtype(scale, accumulation_dtype(hidden_states.scalar_type()));
-  check_size(scale, 0, num_rows + num_cols, "width of both axes");
-  return {empty_if(output_mask[0], hidden_states.sym_sizes(), hidden_states.options()),
-          empty_if(output_mask[1], {num_rows + num_cols, gate_x.sym_size(1)}, gate_x.options())};
+  check_size(scale, 0, gate_x.sym_size(0) + gate_y.sym_size(0), "width of both axes");
+  return gate_gradients(hidden_states, gate_x, gate_y, output_mask);
 }
 
 // ---- Kernels -----------------------------------------------------------------------------------
@@ -231,7 +203,7 @@ void fill_normed(const Tensor& hidden_states, const Tensor& gate_x, const Tensor
     params.hidden_size = hidden_states.size(1);
     if (try_launch(params, x.device())) return;
   }
-  const Tensor logits = at::mm(hidden_states, at::cat({gate_x, gate_y}).t());
+  const Tensor logits = gate_products(hidden_states, gate_x, gate_y);
   norm.logits = logits.const_data_ptr();
   norm.logits_stride = logits.stride(0);
   launch(norm, x.device());
@@ -293,8 +265,8 @@ std::tuple<Tensor, Tensor> backward_kernel(const Tensor& grad_router_logits_x,
                                  .dtype = to_dtype(x),
                                  .training = training},
          x.device());
-  if (output_mask[0]) at::mm_out(grad_hidden, grad_logits, at::cat({gate_x, gate_y}));
-  if (output_mask[1]) at::mm_out(grad_gates, grad_logits.t(), hidden_states);
+  fill_gate_gradients(grad_logits, hidden_states, gate_x, gate_y, output_mask, grad_hidden,
+                      grad_gates);
   return {grad_hidden, grad_gates};
 }
 
@@ -323,16 +295,11 @@ struct OmniRouterLogitsBackward : Function<OmniRouterLogitsBackward<op, kTrainin
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &gate_x = saved[1], &gate_y = saved[2];
-    const bool want_x = ctx->needs_input_grad(1), want_y = ctx->needs_input_grad(2);
-    const Mask<2> mask = {ctx->needs_input_grad(0), want_x || want_y};
-    auto [grad_hidden, grad_gates] =
+    const auto gradients =
         omni_router_logits_backward(grads[0], grads[1], saved[0], gate_x, gate_y, saved[3],
-                                    saved[4], saved[5], kTraining, mask);
+                                    saved[4], saved[5], kTraining, wanted_gate_gradients(ctx));
     variable_list input_grads(ctx->saved_data["num_inputs"].toInt());
-    input_grads[0] = if_wanted(mask[0], grad_hidden);
-    const auto num_rows = gate_x.sym_size(0);
-    if (want_x) input_grads[1] = grad_gates.narrow_symint(0, 0, num_rows);
-    if (want_y) input_grads[2] = grad_gates.narrow_symint(0, num_rows, gate_y.sym_size(0));
+    return_gate_gradients(ctx, gradients, gate_x, gate_y, input_grads);
     return input_grads;
   }
 };

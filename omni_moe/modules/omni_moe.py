@@ -19,14 +19,22 @@ from omni_moe.modules.plain import (
     call_norm,
     floating_dtype,
     plain_batch_norm_buffers,
+    plain_token_norm,
     plain_weight,
 )
 from omni_moe.modules.recomputing import is_recomputing
-from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
+from omni_moe.ops import (
+    omni_expert,
+    omni_expert_mlp,
+    omni_router_logits,
+    omni_router_logits_per_token,
+    omni_softmax_router,
+)
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
 
 _HALVES = (torch.float16, torch.bfloat16)
+_NORM_EPS = 1e-5  # BatchNorm's and LayerNorm's default; RMSNorm's depends on the dtype
 _WITHOUT_GRADIENTS = (
     "router_loss: expected layers that ran with gradients enabled, got one that ran under "
     "no_grad in training mode; with activation checkpointing use use_reentrant=False"
@@ -63,9 +71,10 @@ class OmniMoE(nn.Module):
 
     Parameters: `gate_proj`, `up_proj` (H -> I), `down_proj` (I -> H), `router_gate_x` (H -> R) and
     `router_gate_y` (H -> C), all without bias; `up_embed` and `down_embed`, (E, H) each.
-    `router_norm_x` and `router_norm_y` are BatchNorm1d without affine parameters (or Identity) and
-    keep PyTorch's behaviour: batch statistics in training, running ones in eval; a layer passed
-    through `nn.SyncBatchNorm.convert_sync_batchnorm` works.
+    `router_norm_x` and `router_norm_y` are BatchNorm1d without affine parameters and keep PyTorch's
+    behaviour: batch statistics in training, running ones in eval; a layer passed through
+    `nn.SyncBatchNorm.convert_sync_batchnorm` works. With another `router_norm` they are LayerNorm
+    or RMSNorm without affine parameters, or Identity.
 
     Args:
         config: sizes and options, see `OmniMoEConfig`.
@@ -124,9 +133,13 @@ class OmniMoE(nn.Module):
             norm = {"affine": False, "device": device, "dtype": stats_dtype}
             self.router_norm_x = nn.BatchNorm1d(num_rows, **norm)
             self.router_norm_y = nn.BatchNorm1d(num_cols, **norm)
-        else:
+        elif config.router_norm == "none":
             self.router_norm_x = nn.Identity()
             self.router_norm_y = nn.Identity()
+        else:
+            kind = nn.LayerNorm if config.router_norm == "layer_norm" else nn.RMSNorm
+            self.router_norm_x = kind(num_rows, eps=_NORM_EPS, elementwise_affine=False)
+            self.router_norm_y = kind(num_cols, eps=_NORM_EPS, elementwise_affine=False)
 
         self.up_embed = nn.Embedding(config.num_experts, hidden_size, **factory)
         self.down_embed = nn.Embedding(config.num_experts, hidden_size, **factory)
@@ -183,18 +196,24 @@ class OmniMoE(nn.Module):
         gate_dtype = floating_dtype(gate_x) if weight_x is None else weight_x.dtype
         if gate_dtype == torch.float32 and tokens.dtype in _HALVES and not _is_autocast(tokens):
             tokens = tokens.float()
-        buffers = plain_batch_norm_buffers(norm_x, norm_y)
-        is_plain = weight_x is not None and weight_y is not None and buffers is not None
-        if is_plain and weight_x.dtype == weight_y.dtype:
-            return omni_router_logits(
-                tokens,
-                gate_x=weight_x,
-                gate_y=weight_y,
-                batch_norm_buffers=buffers,
-                training=norm_x.training,
-                momentum=norm_x.momentum,
-                eps=norm_x.eps,
-            )
+        if weight_x is not None and weight_y is not None and weight_x.dtype == weight_y.dtype:
+            buffers = plain_batch_norm_buffers(norm_x, norm_y)
+            if buffers is not None:
+                return omni_router_logits(
+                    tokens,
+                    gate_x=weight_x,
+                    gate_y=weight_y,
+                    batch_norm_buffers=buffers,
+                    training=norm_x.training,
+                    momentum=norm_x.momentum,
+                    eps=norm_x.eps,
+                )
+            token_norm = plain_token_norm(norm_x, norm_y, len(weight_x), len(weight_y))
+            if token_norm is not None:
+                name, eps = token_norm
+                return omni_router_logits_per_token(
+                    tokens, gate_x=weight_x, gate_y=weight_y, norm=name, eps=eps
+                )
         with _named_range("omni_moe.router"):
             return call_norm(norm_x, gate_x(tokens)), call_norm(norm_y, gate_y(tokens))
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from omni_moe.integrations.accelerate import forward_behind_placing_hook
 
+_TOKEN_NORMS = {nn.LayerNorm: "layer_norm", nn.RMSNorm: "rms_norm"}
+
 
 def plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
     """The weight of a plain module without bias, or None if the module has to be called.
@@ -69,6 +71,30 @@ def plain_batch_norm_buffers(norm_x: nn.Module, norm_y: nn.Module) -> list[Tenso
         and buffers[0].dtype == buffers[3].dtype
     )
     return buffers if agree else None
+
+
+def plain_token_norm(
+    norm_x: nn.Module, norm_y: nn.Module, num_rows: int, num_cols: int
+) -> tuple[str, float] | None:
+    """What two plain `nn.LayerNorm` or `nn.RMSNorm` compute, or None if these have to be called.
+
+    One operator runs both. So they must be two of a kind, of R and C logits, without affine
+    parameters, and agree in eps.
+
+    Returns:
+        The norm's name among the options of the config, and its eps.
+    """
+    kind = type(norm_x)
+    name = _TOKEN_NORMS.get(kind)
+    if name is None or not (_is_unchanged(norm_x, kind) and _is_unchanged(norm_y, kind)):
+        return None
+    for norm, width in ((norm_x, num_rows), (norm_y, num_cols)):
+        own = norm._parameters
+        if own.get("weight", norm) is not None or own.get("bias") is not None:
+            return None
+        if norm.normalized_shape != (width,) or norm.eps is None:  # None: that of the dtype
+            return None
+    return (name, norm_x.eps) if norm_x.eps == norm_y.eps else None
 
 
 def _has_options(embedding: dict[str, object]) -> bool:

@@ -410,3 +410,39 @@ def omni_router_logits(
         hidden_states, gate_x, gate_y, mean_x, var_x, mean_y, var_y, eps
     )
     return logits_x, logits_y
+
+
+def omni_router_logits_per_token(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    norm: str = "layer_norm",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Both gates of the router and the norm of each token's logits on their own.
+
+    Two `F.layer_norm(hidden_states @ gate.T, ...)` or `F.rms_norm` without affine parameters: the R
+    logits of a token are normalised by their own mean and variance, and so are its C. No token sees
+    another, and training computes what evaluation does. Runs in the autocast dtype. Statistics are
+    taken in fp32 (fp64 for fp64) and outputs rounded once, as are the products before, to the dtype
+    of `hidden_states`; results are bitwise the same on every run.
+
+    Args:
+        hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
+        gate_x: (R, H), same dtype.
+        gate_y: (C, H), same dtype.
+        norm: layer_norm, `(x - mean) / sqrt(var + eps)`, or rms_norm, `x / sqrt(mean(x^2) + eps)`.
+        eps: added to the variance or the mean square.
+
+    Returns:
+        router_logits_x: (T, R) in the dtype of `hidden_states`, contiguous; differentiable.
+        router_logits_y: (T, C), the same.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, the norm is unknown, or `eps` is not
+            positive.
+    """
+    logits_x, logits_y, _ = torch.ops.omni_moe.omni_router_logits_per_token.default(
+        hidden_states, gate_x, gate_y, norm, eps
+    )
+    return logits_x, logits_y

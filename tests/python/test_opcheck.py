@@ -197,6 +197,25 @@ def router_logits_backward_samples(device):
     ]
 
 
+def router_logits_per_token_samples(device):
+    inputs = [torch.randn(size, 8, device=device) for size in (T, 16, 6)]
+    return [
+        (*with_grad(*inputs), "layer_norm", 1e-3),
+        (*inputs, "rms_norm"),
+        (inputs[0], *with_grad(*inputs[1:])),
+        (*with_grad(*map(strided, inputs)), "rms_norm"),
+        (*(tensor.bfloat16() for tensor in inputs),),
+        (inputs[0][:0], *inputs[1:], "layer_norm"),
+    ]
+
+
+def router_logits_per_token_backward_samples(device):
+    shapes = ((T, 4), (T, 6), (T, 8), (4, 8), (6, 8), (T, 4), (T, 6), (T, 2))
+    saved = [torch.randn(shape, device=device) for shape in shapes]
+    samples = [(*saved, "layer_norm", mask) for mask in ([True] * 2, [False] * 2, [True, False])]
+    return [*samples, (*map(strided, saved), "rms_norm", [False, True])]
+
+
 SAMPLES = {
     "omni_router": router_samples,
     "_omni_router_backward": router_backward_samples,
@@ -214,6 +233,8 @@ SAMPLES = {
     "omni_router_logits": router_logits_samples,
     "_omni_router_logits_eval": router_logits_eval_samples,
     "_omni_router_logits_backward": router_logits_backward_samples,
+    "omni_router_logits_per_token": router_logits_per_token_samples,
+    "_omni_router_logits_per_token_backward": router_logits_per_token_backward_samples,
 }
 TESTS = (
     "test_schema",

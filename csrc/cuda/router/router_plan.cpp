@@ -191,6 +191,25 @@ BatchNormBackwardPlan plan_batch_norm_backward(const BatchNormBackwardParams& pa
   return plan;
 }
 
+TokenNormForwardPlan plan_token_norm_forward(const TokenNormForwardParams& params) {
+  TokenNormForwardPlan plan{};
+  if (element_size(params.dtype) == 0) return plan;
+  plan.uses_vectors = allows_vectors(static_cast<int>(16 / element_size(params.dtype)),
+                                     params.num_rows, params.num_cols, params.logits_stride,
+                                     {params.logits, params.normed_x, params.normed_y});
+  return plan;
+}
+
+TokenNormBackwardPlan plan_token_norm_backward(const TokenNormBackwardParams& params) {
+  TokenNormBackwardPlan plan{};
+  if (element_size(params.dtype) == 0) return plan;
+  plan.uses_vectors = allows_vectors(
+      static_cast<int>(16 / element_size(params.dtype)), params.num_rows, params.num_cols,
+      params.num_rows + params.num_cols,
+      {params.grad_x, params.grad_y, params.normed_x, params.normed_y, params.grad_logits});
+  return plan;
+}
+
 std::optional<RouterLogitsForwardPlan> plan_router_logits_forward(
     const RouterLogitsForwardParams& params, const DeviceInfo& device) {
   using Tuning = RouterLogitsTuning;
