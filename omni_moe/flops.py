@@ -37,6 +37,7 @@ def _router_logits_backward(
     inv_std: Shape,
     training: bool,
     output_mask: Sequence[bool],
+    *args: Any,
     **kwargs: Any,
 ) -> int:
     return sum(output_mask) * _router_logits(hidden_states, gate_x, gate_y)

@@ -18,6 +18,7 @@ from helpers import (
 from router_logits_helpers import make_inputs
 from torch.utils.checkpoint import checkpoint
 
+import omni_moe
 from omni_moe import reference
 from omni_moe.ops import omni_router_logits_per_token
 
@@ -410,3 +411,30 @@ def test_bad_shapes_in_backward(device, change, message):
     tensors = [torch.zeros(shape, device=device) for shape in shapes.values()]
     with pytest.raises(ValueError, match=re.escape(message)):
         ops._omni_router_logits_per_token_backward(*tensors, "layer_norm", [True, True])
+
+
+# ---- plan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_cols", "dtype", "uses_vectors"),
+    [
+        (64, 320, torch.bfloat16, True),
+        (64, 12, torch.bfloat16, False),
+        (64, 12, torch.float32, True),
+        (7, 8, torch.float32, False),
+    ],
+)
+def test_plan(num_rows, num_cols, dtype, uses_vectors):
+    """16 bytes a load where rows of both axes start at multiples of it."""
+    gpu = omni_moe.GpuProperties(num_sms=132, l2_bytes=50 << 20, shared_bytes_per_block=227 << 10)
+    plans = omni_moe.plan(
+        "omni_router_logits_per_token",
+        num_tokens=37,
+        num_rows=num_rows,
+        num_cols=num_cols,
+        dtype=dtype,
+        gpu=gpu,
+    )
+    want = {"uses_vectors": uses_vectors, "workspace_bytes": 0}
+    assert plans == {"token_norm_forward": want, "token_norm_backward": want}

@@ -56,13 +56,14 @@ void plan_block_kernel(const RouterForwardParams& params, RouterForwardPlan* pla
   plan->workspace_bytes = plan->list_bytes * static_cast<size_t>(plan->num_blocks);
 }
 
+// Two numbers of each column of a block, and behind those of all blocks how many tokens each has.
 size_t batch_norm_workspace_bytes(int64_t num_rows, int64_t num_cols, int num_sms) {
   using Tuning = BatchNormTuning;
   // A panel has at most as many parts as the grid has blocks for it.
   const int64_t partials = std::max<int64_t>(ceil_div<int64_t>(num_rows, Tuning::kPanelColumns) +
                                                  ceil_div<int64_t>(num_cols, Tuning::kPanelColumns),
                                              int64_t{Tuning::kBlocksPerSm} * num_sms);
-  return round_up<size_t>(partials * Tuning::kPanelColumns * 2 * sizeof(float), kAlignment);
+  return round_up<size_t>(partials * (Tuning::kPanelColumns * 2 + 1) * sizeof(float), kAlignment);
 }
 
 // Vectors lie within one axis and are aligned in every operand.
