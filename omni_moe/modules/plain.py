@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_moe.integrations.accelerate import forward_behind_placing_hook
+from omni_moe.modules.masked_norm import batch_of_counted
 
 _TOKEN_NORMS = {nn.LayerNorm: "layer_norm", nn.RMSNorm: "rms_norm"}
 
@@ -107,20 +108,31 @@ def _has_options(embedding: dict[str, object]) -> bool:
     )
 
 
-def call_norm(norm: nn.Module, logits: Tensor) -> Tensor:
+def call_norm(norm: nn.Module, logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """Calls the norm of one axis, whatever the dtype of its running statistics.
-
-    PyTorch's BatchNorm takes them in fp32 beside halves, else only in the dtype of the logits. But
-    who casts the parameters of a model and not its buffers, as PEFT does before training quantised
-    weights, leaves statistics in bf16 beside logits in fp32. They then take part as copies in the
-    wider dtype, and an update goes back.
 
     Args:
         norm: any module, wrapped or with hooks too.
         logits: (T, N).
+        token_mask: (T,) bool, False for tokens that BatchNorm leaves out of its batch.
 
     Returns:
         `norm(logits)`.
+
+    Raises:
+        ValueError: there is a mask, and a BatchNorm in training with a `forward` of its own.
+    """
+    with batch_of_counted(norm, token_mask):
+        return _call_in_wide_dtype(norm, logits)
+
+
+def _call_in_wide_dtype(norm: nn.Module, logits: Tensor) -> Tensor:
+    """`norm(logits)` with statistics that PyTorch's BatchNorm takes.
+
+    It takes them in fp32 beside halves, else only in the dtype of the logits. But who casts the
+    parameters of a model and not its buffers, as PEFT does before training quantised weights,
+    leaves statistics in bf16 beside logits in fp32. They then take part as copies in the wider
+    dtype, and an update goes back.
     """
     wide_dtype = torch.promote_types(logits.dtype, torch.float32)
     narrow = {

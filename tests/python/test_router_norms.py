@@ -11,6 +11,7 @@ from torch import nn
 
 from omni_moe import OmniMoE, OmniMoEConfig, reference
 from omni_moe.modules import omni_moe as layer_module
+from omni_moe.modules.recording import recording
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 on_norms = pytest.mark.parametrize("norm", NORMS)
@@ -235,7 +236,7 @@ def test_halves(norm, gates_in_fp32):
         layer.router_gate_x.float(), layer.router_gate_y.float()
     x = torch.randn(37, H, dtype=torch.bfloat16)
     dtypes = []
-    with layer_module.recording([layer], [dtypes]):
+    with recording([layer], [dtypes]):
         assert layer(x).dtype == torch.bfloat16
     assert dtypes[0].logits_x.dtype == (torch.float32 if gates_in_fp32 else torch.bfloat16)
 

@@ -20,7 +20,7 @@ from omni_moe.integrations.transformers import (  # noqa: E402
     plot_expert_load,
     replace_mlp,
 )
-from omni_moe.modules.omni_moe import recorded_router_outputs  # noqa: E402
+from omni_moe.modules.recording import recorded_router_outputs  # noqa: E402
 
 
 class Recorder(TrainerCallback):
