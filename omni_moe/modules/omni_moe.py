@@ -206,8 +206,8 @@ class OmniMoE(nn.Module):
         mask = self._model_mask
         if mask is None and is_recomputing():
             mask = self._last_model_mask
-        elif self._last_model_mask is not mask:
-            self._last_model_mask = mask
+        elif self._last_model_mask is not mask and not torch.compiler.is_compiling():
+            self._last_model_mask = mask  # compiled code repeats what it has traced
         if mask is None or hidden_states.dim() != 3:
             return None
         num_sequences, num_tokens = leading

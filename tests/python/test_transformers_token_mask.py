@@ -197,6 +197,22 @@ def test_checkpointing_by_others():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("make", [omni_model, replaced_model])
+def test_compiled(make, checkpointing):
+    """In one graph, and with gradient checkpointing in it."""
+    torch._dynamo.reset()
+    model = make().double().train()
+    batch = padded(random_ids(2, 7), 0, 4)
+    want = gradients_of_two_forwards(copy.deepcopy(model), [batch])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = gradients_of_two_forwards(compiled, [batch])
+    torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
+
+
 # ---- generation ----------------------------------------------------------------------------------
 
 

@@ -50,9 +50,10 @@ def _in_repeated_forwards(
     """What gradient checkpointing repeats of this forward, it repeats with the mask.
 
     Other forwards may come before the backward pass, so the mask is part of what is repeated.
+    Compiled code needs none of this: it repeats what it has traced.
     """
     checkpointing = []
-    if model.training and torch.is_grad_enabled():
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         checkpointing = [
             (module, getattr(module, _CHECKPOINT))
             for module in model.modules()
