@@ -72,7 +72,7 @@ def load_balancing_loss(
         if token_mask is None:
             shares = counts / max(indices.numel(), 1)
             return (shares * prob_sums).sum() * (num_experts / max(num_tokens, 1))
-        num_counting = token_mask.sum().clamp(min=1)
+        num_counting = token_mask.sum().clamp(min=1).to(prob_sums.dtype)
         shares = counts / (num_counting * max(indices.shape[1], 1))
         return (shares * prob_sums).sum() * (num_experts / num_counting)
 
