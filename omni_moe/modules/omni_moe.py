@@ -216,7 +216,9 @@ class OmniMoE(nn.Module):
             return None
         return mask[:, mask.shape[1] - num_tokens :].flatten().to(hidden_states.device)
 
-    def _router_logits(self, tokens: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _router_logits(
+        self, tokens: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(T, R) and (T, C): the logits of the grid's rows and columns."""
         if self.training and self.config.router_jitter_noise > 0:
             tokens = jittered(tokens, self.config.router_jitter_noise)

@@ -41,7 +41,7 @@ def check_logged(entry, index, layers_outputs):
     num_experts = EXPERTS["num_experts"]
     counts = torch.zeros(num_experts, dtype=torch.int64)
     entropies = []
-    for x, y, indices, _ in layers_outputs:
+    for x, y, indices, *_ in layers_outputs:
         counts += torch.bincount(indices.flatten(), minlength=num_experts)
         scores = (x.double().unsqueeze(2) + y.double().unsqueeze(1)).flatten(1)
         entropies.append(torch.special.entr(scores.softmax(1)).sum(1))

@@ -49,7 +49,7 @@ def layer_losses(model, ids):
         model(ids)
     return [
         (load_balancing_loss(x, y, indices), router_z_loss(x, y))
-        for ((x, y, indices, _),) in recorded
+        for ((x, y, indices, *_),) in recorded
     ]
 
 
