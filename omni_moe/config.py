@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from omni_moe.activations import ACTIVATION_FUNCTIONS
 
 ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
-ROUTER_NORMS = ("batch_norm", "none")
+ROUTER_NORMS = ("batch_norm", "layer_norm", "rms_norm", "none")
 
 # Expert ids are int32.
 MAX_EXPERTS = 2**31 - 1
@@ -28,13 +28,15 @@ class OmniMoEConfig:
         norm_topk_prob: divide a token's K routing weights by their sum (Eq. 2 of the paper).
             False keeps the softmax probabilities over all E experts, as the published code does.
         expert_grid: (R, C) with R * C = E. By default the most nearly square exact factorisation.
-        router_norm: "batch_norm" (BatchNorm1d without affine parameters on both logit vectors, as
-            in the published code) or "none".
+        router_norm: of both logit vectors, without affine parameters. "batch_norm": BatchNorm1d,
+            over the tokens, as in the published code. "layer_norm" and "rms_norm": over each
+            token's own R and C logits, so that tokens do not see each other and training computes
+            what evaluation does. "none".
         initializer_range: standard deviation of the normal distribution of all initial weights.
         track_expert_load: count in each forward how often each expert is chosen, for
             `OmniMoE.expert_load()`.
         router_aux_loss_coef: weight of `load_balancing_loss` in `OmniMoE.aux_loss`; 0 leaves it
-            out. BatchNorm balances the experts without it; a router without norm needs it.
+            out. BatchNorm balances the experts without it; other routers need it.
         router_z_loss_coef: weight of `router_z_loss` there.
         router_jitter_noise: eps in [0, 1); in training the router, not the experts, sees its input
             multiplied elementwise by random numbers of uniform(1 - eps, 1 + eps).

@@ -37,6 +37,23 @@ def _router_logits_backward(
     inv_std: Shape,
     training: bool,
     output_mask: Sequence[bool],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return sum(output_mask) * _router_logits(hidden_states, gate_x, gate_y)
+
+
+def _router_logits_per_token_backward(
+    grad_router_logits_x: Shape,
+    grad_router_logits_y: Shape,
+    hidden_states: Shape,
+    gate_x: Shape,
+    gate_y: Shape,
+    router_logits_x: Shape,
+    router_logits_y: Shape,
+    inv_std: Shape,
+    norm: str,
+    output_mask: Sequence[bool],
     **kwargs: Any,
 ) -> int:
     return sum(output_mask) * _router_logits(hidden_states, gate_x, gate_y)
@@ -174,6 +191,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "omni_router_logits": _router_logits,
     "_omni_router_logits_eval": _router_logits,
     "_omni_router_logits_backward": _router_logits_backward,
+    "omni_router_logits_per_token": _router_logits,
+    "_omni_router_logits_per_token_backward": _router_logits_per_token_backward,
     "omni_expert": _expert,
     "_omni_expert_backward": _expert_backward,
     "omni_mlp": _mlp,

@@ -26,7 +26,10 @@ __all__ = [
 
 
 def load_balancing_loss(
-    router_logits_x: Tensor, router_logits_y: Tensor, indices: Tensor
+    router_logits_x: Tensor,
+    router_logits_y: Tensor,
+    indices: Tensor,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """`E * sum_e f_e P_e`: 1 for an even load, up to E when all choose the same expert.
 
@@ -39,34 +42,44 @@ def load_balancing_loss(
         router_logits_x: (T, R) logits of the grid's rows, as given to the router; floating point.
         router_logits_y: (T, C) logits of its columns.
         indices: (T, K) chosen experts, int32 or int64 in [0, R * C).
+        token_mask: (T,) bool, False for tokens that do not count, whatever their logits and ids.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 logits), differentiable with respect to the logits; 0 for
-        T = 0 or K = 0. The same bits on every run.
+        A scalar, fp32 (fp64 for fp64 logits), differentiable with respect to the logits; 0 where no
+        token counts, or K = 0. The same bits on every run.
 
     Raises:
-        ValueError: shapes disagree, or the indices are no integers.
+        ValueError: shapes disagree, or dtypes are wrong.
         IndexError: an index is outside [0, E) (CPU; a device-side assert on CUDA).
     """
-    _check_logits(router_logits_x, router_logits_y)
+    _check_logits(router_logits_x, router_logits_y, token_mask)
     num_tokens = router_logits_x.shape[0]
     if indices.dim() != 2 or indices.shape[0] != num_tokens:
         raise ValueError(
             f"indices: expected shape (T, K) with T = {num_tokens}, got {tuple(indices.shape)}"
         )
     with _without_autocast(router_logits_x):
-        probs_x = _wide(router_logits_x, router_logits_y).softmax(-1)
-        probs_y = _wide(router_logits_y, router_logits_x).softmax(-1)
+        x, y = _counting_pair(router_logits_x, router_logits_y, token_mask)
+        probs_x, probs_y = x.softmax(-1), y.softmax(-1)
+        if token_mask is not None:
+            probs_x = probs_x.masked_fill(~token_mask.unsqueeze(-1), 0)
         prob_sums = probs_x.T @ probs_y  # (R, C)
         num_experts = prob_sums.numel()
         # int32 can hold T * K choices of one expert, and compiled code has an atomic for it.
         counts = torch.zeros(num_experts, dtype=torch.int32, device=indices.device)
-        add_expert_counts(counts, indices)
-        shares = counts.view_as(prob_sums).to(prob_sums.dtype) / max(indices.numel(), 1)
-        return (shares * prob_sums).sum() * (num_experts / max(num_tokens, 1))
+        add_expert_counts(counts, indices, token_mask)
+        counts = counts.view_as(prob_sums).to(prob_sums.dtype)
+        if token_mask is None:
+            shares = counts / max(indices.numel(), 1)
+            return (shares * prob_sums).sum() * (num_experts / max(num_tokens, 1))
+        num_counting = token_mask.sum().clamp(min=1).to(prob_sums.dtype)
+        shares = counts / (num_counting * max(indices.shape[1], 1))
+        return (shares * prob_sums).sum() * (num_experts / num_counting)
 
 
-def router_z_loss(router_logits_x: Tensor, router_logits_y: Tensor) -> Tensor:
+def router_z_loss(
+    router_logits_x: Tensor, router_logits_y: Tensor, token_mask: Tensor | None = None
+) -> Tensor:
     """Mean over the tokens of the squared logsumexp of all E scores `x[row] + y[col]`.
 
     Keeps the logits small: Eq. 5 of ST-MoE (arXiv 2202.08906), in which the logsumexp over the grid
@@ -75,18 +88,21 @@ def router_z_loss(router_logits_x: Tensor, router_logits_y: Tensor) -> Tensor:
     Args:
         router_logits_x: (T, R) logits of the grid's rows; floating point.
         router_logits_y: (T, C) logits of its columns.
+        token_mask: (T,) bool, False for tokens that do not count.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 logits), differentiable; 0 for T = 0.
+        A scalar, fp32 (fp64 for fp64 logits), differentiable; 0 where no token counts.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or dtypes are wrong.
     """
-    _check_logits(router_logits_x, router_logits_y)
+    _check_logits(router_logits_x, router_logits_y, token_mask)
     with _without_autocast(router_logits_x):
-        log_sums = _wide(router_logits_x, router_logits_y).logsumexp(-1)
-        log_sums = log_sums + _wide(router_logits_y, router_logits_x).logsumexp(-1)
-        return log_sums.square().sum() / max(router_logits_x.shape[0], 1)
+        x, y = _counting_pair(router_logits_x, router_logits_y, token_mask)
+        squares = (x.logsumexp(-1) + y.logsumexp(-1)).square()
+        if token_mask is None:
+            return squares.sum() / max(router_logits_x.shape[0], 1)
+        return squares.masked_fill(~token_mask, 0).sum() / token_mask.sum().clamp(min=1)
 
 
 def topk_load_balancing_loss(
@@ -230,13 +246,22 @@ def _check_topk(logits: Tensor, token_mask: Tensor | None, rank: int) -> None:
             f"router_logits: expected floating point of {max(rank, 1)} dimensions, got "
             f"{logits.dtype} of shape {tuple(logits.shape)}"
         )
-    if token_mask is None:
+    _check_mask(token_mask, logits.shape[:-1])
+
+
+def _check_mask(token_mask: Tensor | None, shape: torch.Size) -> None:
+    if token_mask is None or (token_mask.shape == shape and token_mask.dtype == torch.bool):
         return
-    if token_mask.shape != logits.shape[:-1] or token_mask.dtype != torch.bool:
-        raise ValueError(
-            f"token_mask: expected bool of shape {tuple(logits.shape[:-1])}, got "
-            f"{token_mask.dtype} of shape {tuple(token_mask.shape)}"
-        )
+    raise ValueError(
+        f"token_mask: expected bool of shape {tuple(shape)}, got {token_mask.dtype} of shape "
+        f"{tuple(token_mask.shape)}"
+    )
+
+
+def _counting_pair(x: Tensor, y: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in fp32, or fp64 if either is; 0 for tokens that do not count."""
+    wide_x, wide_y = _wide(x, y), _wide(y, x)
+    return _counting_logits(wide_x, token_mask), _counting_logits(wide_y, token_mask)
 
 
 def _counting_logits(logits: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -272,11 +297,16 @@ def _token_shares(logits: Tensor, scoring_func: str, token_mask: Tensor | None) 
 
 
 @torch.no_grad()
-def add_expert_counts(counts: Tensor, indices: Tensor) -> None:
+def add_expert_counts(counts: Tensor, indices: Tensor, token_mask: Tensor | None = None) -> None:
     """Adds to `counts` (E,), int32 or int64, how often each expert stands in `indices`.
 
     Adds with integer atomics, whose order does not change the result. Does not wait for the device
-    and allocates a single element.
+    and allocates a single element, or with a mask some of the size of `indices`.
+
+    Args:
+        counts: (E,), changed in place.
+        indices: (T, K), or of any shape without a mask.
+        token_mask: (T,) bool, False for tokens whose ids do not count, whatever they are.
 
     Raises:
         ValueError: the indices are no integers.
@@ -284,11 +314,15 @@ def add_expert_counts(counts: Tensor, indices: Tensor) -> None:
     """
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices: expected int32 or int64, got {indices.dtype}")
-    ones = counts.new_ones(1).expand(indices.numel())
+    if token_mask is None:
+        ones = counts.new_ones(1).expand(indices.numel())
+    else:
+        counted = token_mask.unsqueeze(-1).expand_as(indices)
+        indices, ones = indices.where(counted, 0), counted.flatten().to(counts.dtype)
     counts.index_add_(0, indices.flatten(), ones)
 
 
-def _check_logits(x: Tensor, y: Tensor) -> None:
+def _check_logits(x: Tensor, y: Tensor, token_mask: Tensor | None) -> None:
     for name, logits in (("x", x), ("y", y)):
         if logits.dim() != 2 or not logits.is_floating_point():
             raise ValueError(
@@ -300,6 +334,7 @@ def _check_logits(x: Tensor, y: Tensor) -> None:
             f"router_logits_y: expected as many rows as router_logits_x, {x.shape[0]}, "
             f"got {y.shape[0]}"
         )
+    _check_mask(token_mask, x.shape[:1])
 
 
 def _without_autocast(logits: Tensor) -> contextlib.AbstractContextManager:

@@ -10,6 +10,7 @@ from omni_moe import _C
 _SIZES = {
     "omni_router": ("num_tokens", "num_rows", "num_cols", "num_experts_per_token"),
     "omni_router_logits": ("num_tokens", "hidden_size", "num_rows", "num_cols"),
+    "omni_router_logits_per_token": ("num_tokens", "num_rows", "num_cols"),
     "omni_topk_router": ("num_tokens", "num_experts", "num_experts_per_token"),
     "omni_permute": ("num_tokens", "hidden_size", "num_experts", "num_experts_per_token"),
     "omni_expert": ("num_tokens", "hidden_size", "num_experts", "num_experts_per_token"),
@@ -20,6 +21,7 @@ _OPTIONAL_SIZES = {"omni_expert": ("num_cols",)}
 _PLANS = {
     "omni_router": _C.plan_router,
     "omni_router_logits": _C.plan_router_logits,
+    "omni_router_logits_per_token": _C.plan_router_logits_per_token,
     "omni_topk_router": _C.plan_topk_router,
     "omni_permute": _C.plan_permute,
     "omni_expert": _C.plan_expert,
@@ -72,10 +74,10 @@ def plan(
 
     Args:
         op: ``omni_router`` (``omni_softmax_router`` runs the same kernels), ``omni_router_logits``,
-            ``omni_topk_router`` (without groups, and with ``omni_expert_slots`` of its pairs),
-            ``omni_permute`` (without a capacity, and with ``omni_expert_rows`` and
-            ``omni_unpermute``), ``omni_expert`` or ``omni_mlp``; ``omni_expert_mlp`` runs the
-            kernels of the last two.
+            ``omni_router_logits_per_token``, ``omni_topk_router`` (without groups, and with
+            ``omni_expert_slots`` of its pairs), ``omni_permute`` (without a capacity, and with
+            ``omni_expert_rows`` and ``omni_unpermute``), ``omni_expert`` or ``omni_mlp``;
+            ``omni_expert_mlp`` runs the kernels of the last two.
         dtype: of the operands; fp32, fp16 or bf16.
         gpu: the device; by default the current CUDA device.
         sizes: ``num_tokens`` and, as the op has them, ``hidden_size``, ``num_rows``, ``num_cols``,

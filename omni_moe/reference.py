@@ -69,6 +69,7 @@ def omni_softmax_router(
     router_logits_y: Tensor,
     num_experts_per_token: int,
     norm_topk_prob: bool = False,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`omni_router` with weights `exp(log_softmax(x)[row] + log_softmax(y)[col])`.
 
@@ -77,13 +78,18 @@ def omni_softmax_router(
         router_logits_y: (T, C).
         num_experts_per_token: K, 0 <= K <= R * C.
         norm_topk_prob: divide the K weights of a token by their sum.
+        token_mask: (T,) bool, False for tokens that choose nothing.
 
     Returns:
-        routing_weights: (T, K) in the dtype of the logits.
-        indices: (T, K) int32, chosen on the sums of the logits. Where a log_softmax is NaN the
-            token's weights are NaN and its ids 0 ... K-1.
+        routing_weights: (T, K) in the dtype of the logits; 0 for masked tokens.
+        indices: (T, K) int32, chosen on the sums of the logits; -1 for masked tokens. Where a
+            log_softmax is NaN the token's weights are NaN and its ids 0 ... K-1.
     """
     logits_x, logits_y = _wide(router_logits_x), _wide(router_logits_y)
+    if token_mask is not None:  # what masked tokens hold, NaN too, must reach no gradient
+        logits_x, logits_y = (
+            logits.masked_fill(~token_mask.unsqueeze(-1), 0) for logits in (logits_x, logits_y)
+        )
     log_probs_x, log_probs_y = logits_x.log_softmax(-1), logits_y.log_softmax(-1)
 
     indices = _best_pairs(logits_x, logits_y, num_experts_per_token)
@@ -94,6 +100,9 @@ def omni_softmax_router(
     weights = _pair_sums(log_probs_x, log_probs_y, indices).exp()
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
+    if token_mask is not None:
+        weights = weights.masked_fill(~token_mask.unsqueeze(-1), 0)
+        indices = torch.where(token_mask.unsqueeze(-1), indices, -1)
     return weights.to(router_logits_x.dtype), indices.int()
 
 
@@ -413,6 +422,7 @@ def omni_router_logits(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm without affine parameters of the logits of two gates.
 
@@ -425,11 +435,19 @@ def omni_router_logits(
         training: use the batch's mean and variance, not the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
+        token_mask: (T,) bool; in training, False for tokens that are not part of the batch.
 
     Returns:
-        router_logits_x: (T, R) in the dtype of `hidden_states`.
+        router_logits_x: (T, R) in the dtype of `hidden_states`; 0 for tokens not in the batch.
         router_logits_y: (T, C).
     """
+    if training and token_mask is not None:
+        options = (batch_norm_buffers, training, momentum, eps)
+        of_batch = omni_router_logits(hidden_states[token_mask], gate_x, gate_y, *options)
+        return tuple(
+            logits.new_zeros(len(token_mask), logits.shape[1]).index_put((token_mask,), logits)
+            for logits in of_batch
+        )
     buffers = list(batch_norm_buffers) or [None] * 6
     normed = []
     for gate, (running_mean, running_var, num_batches_tracked) in (
@@ -441,13 +459,44 @@ def omni_router_logits(
             mean, var = logits.mean(0), logits.var(0, correction=0)
             if num_batches_tracked is not None:
                 num_batches_tracked += 1
-            if running_mean is not None and len(logits) > 0:
+            if running_mean is not None and len(logits) > 1:
                 unbiased = logits.detach().var(0)
                 running_mean.copy_((1 - momentum) * running_mean + momentum * mean.detach())
                 running_var.copy_((1 - momentum) * running_var + momentum * unbiased)
         else:
             mean, var = running_mean.to(logits.dtype), running_var.to(logits.dtype)
         normed.append(((logits - mean) / (var + eps).sqrt()).to(hidden_states.dtype))
+    return normed[0], normed[1]
+
+
+def omni_router_logits_per_token(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    norm: str = "layer_norm",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm or RMSNorm without affine parameters of each token's logits of two gates.
+
+    Args:
+        hidden_states: (T, H).
+        gate_x: (R, H).
+        gate_y: (C, H).
+        norm: layer_norm or rms_norm.
+        eps: added to the variance, or to the mean square.
+
+    Returns:
+        router_logits_x: (T, R) in the dtype of `hidden_states`.
+        router_logits_y: (T, C).
+    """
+    assert norm in ("layer_norm", "rms_norm"), norm
+    normed = []
+    for gate in (gate_x, gate_y):
+        logits = F.linear(_wide(hidden_states), _wide(gate))
+        if norm == "layer_norm":
+            logits = logits - logits.mean(-1, keepdim=True)
+        scale = (logits.square().mean(-1, keepdim=True) + eps).sqrt()
+        normed.append((logits / scale).to(hidden_states.dtype))
     return normed[0], normed[1]
 
 

@@ -1,11 +1,13 @@
 // BatchNorm of the router's logits on the CPU.
 //
-// The tokens are cut into parts by T alone, so that the result does not depend on the threads. Each
-// part has its own statistics, merged in order of the parts; then each part is normalised. The
-// variance is merged as Σ (x - mean)² with Chan's formula, never as E[x²] - E[x]². Two reads of the
-// logits, one write; backward: two reads of the gradient and of the normalised logits, one write.
+// The tokens of the batch are cut into parts by their number alone, so that the result depends
+// neither on the threads nor on tokens that a mask leaves out. Each part has its own statistics,
+// merged in order of the parts; then each part is normalised. The variance is merged as Σ (x -
+// mean)² with Chan's formula, never as E[x²] - E[x]². Two reads of the logits, one write; backward:
+// two reads of the gradient and of the normalised logits, one write.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "omni_moe/cpu.h"
@@ -45,13 +47,38 @@ struct PartSums {
   Acc* second(int64_t part) { return first(part) + width; }
 };
 
-// One axis of the grid within rows that hold both.
+// The tokens of the batch: all, or those that a mask counts in.
+struct Batch {
+  int64_t num_tokens;
+  std::vector<int64_t> tokens;  // empty: all
+  bool is_masked;
+
+  Batch(int64_t all_tokens, const bool* token_mask)
+      : num_tokens(all_tokens), is_masked(token_mask != nullptr) {
+    if (!is_masked) return;
+    for (int64_t t = 0; t < all_tokens; ++t) {
+      if (token_mask[t]) tokens.push_back(t);
+    }
+    num_tokens = static_cast<int64_t>(tokens.size());
+  }
+};
+
+// One axis of the grid within rows that hold both or it alone, those of a batch's tokens.
 template <typename T>
 struct AxisRows {
-  T* data;  // of the first row
+  T* data;  // of the first row of all tokens
   int64_t stride;
-  T* row(int64_t t) const { return data + t * stride; }
+  const int64_t* tokens;  // or null: all
+
+  AxisRows(T* data, int64_t stride, const Batch& batch)
+      : data(data), stride(stride), tokens(batch.is_masked ? batch.tokens.data() : nullptr) {}
+  T* row(int64_t t) const { return data + (tokens == nullptr ? t : tokens[t]) * stride; }
 };
+
+template <typename T>
+void fill_zero(void* elements, int64_t count) {
+  if (count > 0) std::memset(elements, 0, count * sizeof(T));
+}
 
 // ---- Forward ------------------------------------------------------------------------------------
 
@@ -123,10 +150,10 @@ void batch_statistics(const BatchNormForwardParams& p, const Parts& parts, AxisR
           }
         }
       });
-  const auto n = std::max<int64_t>(p.num_tokens, 1);
+  const auto n = std::max<int64_t>(parts.num_tokens, 1);
   for (int64_t i = 0; i < num_columns; ++i) {
     inv_std[i] = 1 / std::sqrt(m2[i] / Acc(n) + Acc(p.eps));
-    if (p.num_tokens > 0) {
+    if (n > 1) {
       update_running<Stat>(buffers, i, Acc(p.momentum), mean[i], m2[i] / Acc(n - 1));
     }
   }
@@ -145,11 +172,13 @@ void running_statistics(const BatchNormForwardParams& p, int64_t num_columns,
 }
 
 template <typename T, typename Stat>
-void forward_axis(const BatchNormForwardParams& p, AxisRows<const T> rows, int64_t num_columns,
-                  const BatchNormBuffers& buffers, T* normed, acc_t<T>* inv_std_out,
-                  const Executor& executor) {
+void forward_axis(const BatchNormForwardParams& p, const Batch& batch, AxisRows<const T> rows,
+                  int64_t num_columns, const BatchNormBuffers& buffers, void* normed_out,
+                  acc_t<T>* inv_std_out, const Executor& executor) {
   using Acc = acc_t<T>;
-  const Parts parts(p.num_tokens);
+  const Parts parts(batch.num_tokens);
+  const AxisRows<T> normed(static_cast<T*>(normed_out), num_columns, batch);
+  if (batch.is_masked) fill_zero<T>(normed_out, p.num_tokens * num_columns);
   std::vector<Acc> mean(whole_vectors<Acc>(num_columns)), inv_std(mean.size());
   if (p.training) {
     batch_statistics<T, Stat>(p, parts, rows, num_columns, buffers, mean.data(), inv_std.data(),
@@ -161,7 +190,7 @@ void forward_axis(const BatchNormForwardParams& p, AxisRows<const T> rows, int64
     for (int64_t t = parts.begin(begin); t < parts.end(end - 1); ++t) {
       for_each_vector<Acc>(num_columns, [&](int64_t i, int64_t lanes) {
         const auto centred = load_lanes(rows.row(t) + i, lanes) - load(mean.data() + i);
-        store_lanes(normed + t * num_columns + i, centred * load(inv_std.data() + i), lanes);
+        store_lanes(normed.row(t) + i, centred * load(inv_std.data() + i), lanes);
       });
     }
   });
@@ -191,12 +220,13 @@ void part_gradient_sums(AxisRows<const T> grads, AxisRows<const T> normed, int64
 }
 
 template <typename T>
-void backward_axis(const BatchNormBackwardParams& p, const T* grad, const T* normed,
-                   const acc_t<T>* inv_std, int64_t num_columns, AxisRows<T> grad_logits,
-                   const Executor& executor) {
+void backward_axis(const BatchNormBackwardParams& p, const Batch& batch, const void* grad,
+                   const void* normed, const acc_t<T>* inv_std, int64_t num_columns,
+                   AxisRows<T> grad_logits, const Executor& executor) {
   using Acc = acc_t<T>;
-  const Parts parts(p.num_tokens);
-  const AxisRows<const T> grads{grad, num_columns}, norms{normed, num_columns};
+  const Parts parts(batch.num_tokens);
+  const AxisRows<const T> grads(static_cast<const T*>(grad), num_columns, batch);
+  const AxisRows<const T> norms(static_cast<const T*>(normed), num_columns, batch);
   // mean(g) and mean(g n); zeros outside training.
   const int64_t width = whole_vectors<Acc>(num_columns);
   std::vector<Acc> mean_grad(width), mean_product(width);
@@ -215,8 +245,8 @@ void backward_axis(const BatchNormBackwardParams& p, const T* grad, const T* nor
       }
     }
     for (int64_t i = 0; i < width; ++i) {
-      mean_grad[i] /= Acc(p.num_tokens);
-      mean_product[i] /= Acc(p.num_tokens);
+      mean_grad[i] /= Acc(batch.num_tokens);
+      mean_product[i] /= Acc(batch.num_tokens);
     }
   }
   executor.parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
@@ -242,13 +272,13 @@ void batch_norm_forward(const BatchNormForwardParams& params, const Executor& ex
     using Acc = acc_t<T>;
     const T* logits = static_cast<const T*>(p.logits);
     Acc* inv_std = static_cast<Acc*>(p.inv_std);
+    const Batch batch(p.num_tokens, p.training ? p.token_mask : nullptr);
     const auto both_axes = [&](auto stat) {
       using Stat = typename decltype(stat)::type;
-      forward_axis<T, Stat>(p, {logits, p.logits_stride}, p.num_rows, p.x,
-                            static_cast<T*>(p.normed_x), inv_std, executor);
-      forward_axis<T, Stat>(p, {logits + p.num_rows, p.logits_stride}, p.num_cols, p.y,
-                            static_cast<T*>(p.normed_y), inv_std ? inv_std + p.num_rows : nullptr,
-                            executor);
+      forward_axis<T, Stat>(p, batch, {logits, p.logits_stride, batch}, p.num_rows, p.x, p.normed_x,
+                            inv_std, executor);
+      forward_axis<T, Stat>(p, batch, {logits + p.num_rows, p.logits_stride, batch}, p.num_cols,
+                            p.y, p.normed_y, inv_std ? inv_std + p.num_rows : nullptr, executor);
     };
     if (p.stats_dtype == p.dtype) {
       both_axes(Type<T>{});
@@ -267,11 +297,12 @@ void batch_norm_backward(const BatchNormBackwardParams& params, const Executor& 
     const auto* inv_std = static_cast<const acc_t<T>*>(p.inv_std);
     const int64_t stride = p.num_rows + p.num_cols;
     T* grad_logits = static_cast<T*>(p.grad_logits);
-    backward_axis<T>(p, static_cast<const T*>(p.grad_x), static_cast<const T*>(p.normed_x), inv_std,
-                     p.num_rows, {grad_logits, stride}, executor);
-    backward_axis<T>(p, static_cast<const T*>(p.grad_y), static_cast<const T*>(p.normed_y),
-                     inv_std + p.num_rows, p.num_cols, {grad_logits + p.num_rows, stride},
-                     executor);
+    const Batch batch(p.num_tokens, p.training ? p.token_mask : nullptr);
+    if (batch.is_masked) fill_zero<T>(grad_logits, p.num_tokens * stride);
+    backward_axis<T>(p, batch, p.grad_x, p.normed_x, inv_std, p.num_rows,
+                     {grad_logits, stride, batch}, executor);
+    backward_axis<T>(p, batch, p.grad_y, p.normed_y, inv_std + p.num_rows, p.num_cols,
+                     {grad_logits + p.num_rows, stride, batch}, executor);
   });
 }
 

@@ -24,17 +24,18 @@ const std::vector<KernelTable>& kernel_tables() {
         {"baseline", baseline::router_forward, baseline::router_backward, baseline::expert_forward,
          baseline::expert_backward, baseline::gated_activation_forward,
          baseline::gated_activation_backward, baseline::batch_norm_forward,
-         baseline::batch_norm_backward, baseline::topk_router_forward,
-         baseline::topk_router_backward, baseline::permute, baseline::unpermute,
-         baseline::unpermute_backward}};
+         baseline::batch_norm_backward, baseline::token_norm_forward, baseline::token_norm_backward,
+         baseline::topk_router_forward, baseline::topk_router_backward, baseline::permute,
+         baseline::unpermute, baseline::unpermute_backward}};
 #if defined(OMNI_MOE_CPU_X86)
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (has_avx2) {
       supported.push_back(
           {"avx2", avx2::router_forward, avx2::router_backward, avx2::expert_forward,
            avx2::expert_backward, avx2::gated_activation_forward, avx2::gated_activation_backward,
-           avx2::batch_norm_forward, avx2::batch_norm_backward, avx2::topk_router_forward,
-           avx2::topk_router_backward, avx2::permute, avx2::unpermute, avx2::unpermute_backward});
+           avx2::batch_norm_forward, avx2::batch_norm_backward, avx2::token_norm_forward,
+           avx2::token_norm_backward, avx2::topk_router_forward, avx2::topk_router_backward,
+           avx2::permute, avx2::unpermute, avx2::unpermute_backward});
     }
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
@@ -42,6 +43,7 @@ const std::vector<KernelTable>& kernel_tables() {
                            avx512::expert_forward, avx512::expert_backward,
                            avx512::gated_activation_forward, avx512::gated_activation_backward,
                            avx512::batch_norm_forward, avx512::batch_norm_backward,
+                           avx512::token_norm_forward, avx512::token_norm_backward,
                            avx512::topk_router_forward, avx512::topk_router_backward,
                            avx512::permute, avx512::unpermute, avx512::unpermute_backward});
     }
@@ -81,6 +83,12 @@ void batch_norm_forward(const BatchNormForwardParams& params, const Executor& ex
 }
 void batch_norm_backward(const BatchNormBackwardParams& params, const Executor& executor) {
   kernels().batch_norm_backward(params, executor);
+}
+void token_norm_forward(const TokenNormForwardParams& params, const Executor& executor) {
+  kernels().token_norm_forward(params, executor);
+}
+void token_norm_backward(const TokenNormBackwardParams& params, const Executor& executor) {
+  kernels().token_norm_backward(params, executor);
 }
 void topk_router_forward(const TopKRouterForwardParams& params, const Executor& executor) {
   kernels().topk_router_forward(params, executor);

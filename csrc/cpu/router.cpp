@@ -366,6 +366,11 @@ void router_forward_tokens(const RouterForwardParams& p, int64_t begin, int64_t 
   for (int64_t t = begin; t < end; ++t) {
     T* weights = static_cast<T*>(p.weights) + t * k;
     int32_t* indices = p.indices + t * k;
+    if (p.token_mask != nullptr && !p.token_mask[t]) {
+      for (int64_t i = 0; i < k; ++i) store_scalar(weights + i, Acc(0));
+      std::fill_n(indices, k, -1);
+      continue;
+    }
     router.load_sorted(static_cast<const T*>(p.logits_x) + t * p.num_rows,
                        static_cast<const T*>(p.logits_y) + t * p.num_cols);
     Acc total = 0;

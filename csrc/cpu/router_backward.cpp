@@ -5,6 +5,7 @@
 // kSoftmaxTopK: with w the softmax over the K chosen sums, grad_x[row] = Σ w (grad - Σ grad w) in
 // that row; the log-sum-exps cancel.
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -103,8 +104,16 @@ void router_backward_tokens(const RouterBackwardParams& p, int64_t begin, int64_
   AxisGradient<Acc> x(p.num_rows), y(p.num_cols);
   PairGradients<Acc> pairs(k);
   for (int64_t t = begin; t < end; ++t) {
+    T* grad_x = static_cast<T*>(p.grad_logits_x) + t * p.num_rows;
+    T* grad_y = static_cast<T*>(p.grad_logits_y) + t * p.num_cols;
+    const int32_t* ids = p.indices + t * k;
+    if (std::any_of(ids, ids + k, [](int32_t id) { return id < 0; })) {
+      std::memset(grad_x, 0, p.num_rows * sizeof(T));
+      std::memset(grad_y, 0, p.num_cols * sizeof(T));
+      continue;
+    }
     for (int64_t i = 0; i < k; ++i) {
-      const int32_t id = p.indices[t * k + i];
+      const int32_t id = ids[i];
       pairs.rows[i] = static_cast<int32_t>(id / p.num_cols);
       pairs.cols[i] = static_cast<int32_t>(id % p.num_cols);
     }
@@ -134,8 +143,8 @@ void router_backward_tokens(const RouterBackwardParams& p, int64_t begin, int64_
       x.grad[pairs.rows[i]] += pairs.grad_sums[i];
       y.grad[pairs.cols[i]] += pairs.grad_sums[i];
     }
-    narrow(x.grad.data(), static_cast<T*>(p.grad_logits_x) + t * p.num_rows, p.num_rows);
-    narrow(y.grad.data(), static_cast<T*>(p.grad_logits_y) + t * p.num_cols, p.num_cols);
+    narrow(x.grad.data(), grad_x, p.num_rows);
+    narrow(y.grad.data(), grad_y, p.num_cols);
   }
 }
 

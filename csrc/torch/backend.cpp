@@ -50,6 +50,11 @@ template <>
 constexpr CpuKernel<BatchNormBackwardParams> kCpu<BatchNormBackwardParams>{
     cpu::batch_norm_backward};
 template <>
+constexpr CpuKernel<TokenNormForwardParams> kCpu<TokenNormForwardParams>{cpu::token_norm_forward};
+template <>
+constexpr CpuKernel<TokenNormBackwardParams> kCpu<TokenNormBackwardParams>{
+    cpu::token_norm_backward};
+template <>
 constexpr CpuKernel<TopKRouterForwardParams> kCpu<TopKRouterForwardParams>{
     cpu::topk_router_forward};
 template <>
@@ -93,6 +98,12 @@ constexpr CudaKernel<BatchNormForwardParams, cuda::BatchNormForwardPlan>
 template <>
 constexpr CudaKernel<BatchNormBackwardParams, cuda::BatchNormBackwardPlan>
     kCuda<BatchNormBackwardParams>{cuda::plan_batch_norm_backward, cuda::batch_norm_backward};
+template <>
+constexpr CudaKernel<TokenNormForwardParams, cuda::TokenNormForwardPlan>
+    kCuda<TokenNormForwardParams>{cuda::plan_token_norm_forward, cuda::token_norm_forward};
+template <>
+constexpr CudaKernel<TokenNormBackwardParams, cuda::TokenNormBackwardPlan>
+    kCuda<TokenNormBackwardParams>{cuda::plan_token_norm_backward, cuda::token_norm_backward};
 template <>
 constexpr CudaKernel<TopKRouterForwardParams, cuda::TopKRouterForwardPlan>
     kCuda<TopKRouterForwardParams>{cuda::plan_topk_router_forward, cuda::topk_router_forward};
@@ -224,6 +235,8 @@ template void launch(GatedActivationForwardParams, at::Device);
 template void launch(GatedActivationBackwardParams, at::Device);
 template void launch(BatchNormForwardParams, at::Device);
 template void launch(BatchNormBackwardParams, at::Device);
+template void launch(TokenNormForwardParams, at::Device);
+template void launch(TokenNormBackwardParams, at::Device);
 template void launch(TopKRouterForwardParams, at::Device);
 template void launch(TopKRouterBackwardParams, at::Device);
 template void launch(ExpertSlotsParams, at::Device);

@@ -50,6 +50,13 @@ void check_like(const Argument& argument, const Argument& first, bool same_dtype
                     " (", first.tensor.scalar_type(), "), but got ", argument.tensor.scalar_type());
 }
 
+void check_token_mask(const Argument& mask, const Argument& first) {
+  check_rank(mask, 1);
+  check_like(mask, first, /*same_dtype=*/false);
+  check_dtype(mask, at::kBool);
+  check_size(mask, 0, first.tensor.sym_size(0), std::string("number of tokens of ") + first.name);
+}
+
 void check_dtype(const Argument& argument, at::ScalarType dtype) {
   const char* name = dtype == at::kInt ? "int32" : dtype == at::kLong ? "int64" : toString(dtype);
   TORCH_CHECK_VALUE(argument.tensor.scalar_type() == dtype, argument.op, ": expected ",

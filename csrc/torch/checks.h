@@ -33,6 +33,9 @@ void check_floating(const Argument& argument);
 void check_integer(const Argument& argument);
 void check_dtype(const Argument& argument, at::ScalarType dtype);
 
+// (T) bool on the device of `first`, whose rows are the tokens.
+void check_token_mask(const Argument& mask, const Argument& first);
+
 // Same dtype (where `same_dtype`) and device as `first`.
 void check_like(const Argument& argument, const Argument& first, bool same_dtype = true);
 

@@ -91,6 +91,10 @@ py::dict numbers_of(const BatchNormPlan& plan) {
                   "num_rounds"_a = plan.grid.num_rounds, "num_parts"_a = plan.grid.num_parts);
 }
 
+py::dict numbers_of(const TokenNormPlan& plan) {
+  return py::dict("uses_vectors"_a = plan.uses_vectors);
+}
+
 py::dict numbers_of(const TokenPassPlan& plan) {
   switch (plan.strategy) {
     case TokenPassStrategy::kTwoPhase:
@@ -183,6 +187,23 @@ py::dict plan_router_logits(int64_t num_tokens, int64_t hidden_size, int64_t num
   return py::dict("router_logits_forward"_a = facts_of(plan_router_logits_forward(forward, device)),
                   "batch_norm_forward"_a = facts_of(plan_batch_norm_forward(forward, device)),
                   "batch_norm_backward"_a = facts_of(plan_batch_norm_backward(backward, device)));
+}
+
+// The same on every device.
+py::dict plan_router_logits_per_token(int64_t num_tokens, int64_t num_rows, int64_t num_cols,
+                                      const std::string& dtype, const py::dict& /*gpu*/) {
+  const auto sized = [&](auto params) {
+    params.num_tokens = num_tokens;
+    params.num_rows = num_rows;
+    params.num_cols = num_cols;
+    params.dtype = dtype_of(dtype);
+    return params;
+  };
+  auto forward = sized(TokenNormForwardParams{});
+  forward.logits_stride = num_rows + num_cols;
+  const auto backward = sized(TokenNormBackwardParams{});
+  return py::dict("token_norm_forward"_a = facts_of(plan_token_norm_forward(forward)),
+                  "token_norm_backward"_a = facts_of(plan_token_norm_backward(backward)));
 }
 
 py::dict plan_topk_router(int64_t num_tokens, int64_t num_experts, int64_t num_experts_per_token,
@@ -282,6 +303,7 @@ void add_plans(py::module_& m) {
       k("num_experts_per_token");
   define("plan_router", plan_router, tokens, rows, cols, k);
   define("plan_router_logits", plan_router_logits, tokens, hidden, rows, cols);
+  define("plan_router_logits_per_token", plan_router_logits_per_token, tokens, rows, cols);
   define("plan_topk_router", plan_topk_router, tokens, py::arg("num_experts"), k);
   define("plan_permute", plan_permutation, tokens, hidden, py::arg("num_experts"), k);
   define("plan_expert", plan_expert, tokens, hidden, py::arg("num_experts"), k,

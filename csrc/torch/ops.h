@@ -28,7 +28,8 @@ inline constexpr Op<"_omni_router_backward",
 inline constexpr Op<"omni_softmax_router",
                     std::tuple<Tensor, Tensor>(
                         const Tensor& router_logits_x, const Tensor& router_logits_y,
-                        c10::SymInt num_experts_per_token, bool norm_topk_prob)>
+                        c10::SymInt num_experts_per_token, bool norm_topk_prob,
+                        const OptionalTensor& token_mask)>
     omni_softmax_router;
 inline constexpr Op<"_omni_softmax_router_backward",
                     std::tuple<Tensor, Tensor>(
@@ -93,7 +94,8 @@ inline constexpr Op<"_omni_gated_activation_backward",
 inline constexpr Op<"omni_router_logits",
                     std::tuple<Tensor, Tensor, Tensor>(
                         const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
-                        at::TensorList batch_norm_buffers, double momentum, double eps)>
+                        at::TensorList batch_norm_buffers, double momentum, double eps,
+                        const OptionalTensor& token_mask)>
     omni_router_logits;
 inline constexpr Op<"_omni_router_logits_eval",
                     std::tuple<Tensor, Tensor, Tensor>(
@@ -106,8 +108,22 @@ inline constexpr Op<"_omni_router_logits_backward",
                         const Tensor& grad_router_logits_x, const Tensor& grad_router_logits_y,
                         const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
                         const Tensor& router_logits_x, const Tensor& router_logits_y,
-                        const Tensor& inv_std, bool training, Mask<2> output_mask)>
+                        const Tensor& inv_std, bool training, Mask<2> output_mask,
+                        const OptionalTensor& token_mask)>
     omni_router_logits_backward;
+
+inline constexpr Op<"omni_router_logits_per_token",
+                    std::tuple<Tensor, Tensor, Tensor>(const Tensor& hidden_states,
+                                                       const Tensor& gate_x, const Tensor& gate_y,
+                                                       std::string_view norm, double eps)>
+    omni_router_logits_per_token;
+inline constexpr Op<"_omni_router_logits_per_token_backward",
+                    std::tuple<Tensor, Tensor>(
+                        const Tensor& grad_router_logits_x, const Tensor& grad_router_logits_y,
+                        const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
+                        const Tensor& router_logits_x, const Tensor& router_logits_y,
+                        const Tensor& inv_std, std::string_view norm, Mask<2> output_mask)>
+    omni_router_logits_per_token_backward;
 
 inline constexpr Op<"omni_expert",
                     std::tuple<Tensor, Tensor>(

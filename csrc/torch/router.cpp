@@ -19,10 +19,11 @@ TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
       "_omni_router_backward(Tensor grad_scores, Tensor indices, SymInt num_rows, "
       "SymInt num_cols) -> (Tensor grad_router_logits_x, Tensor grad_router_logits_y)");
 
-  // The same behind log_softmax and exp: what the layer uses.
+  // The same behind log_softmax and exp: what the layer uses. Mask (T) bool; masked tokens get the
+  // ids -1 and the weights 0, and so does their gradient.
   m.def(
       "omni_softmax_router(Tensor router_logits_x, Tensor router_logits_y, "
-      "SymInt num_experts_per_token, bool norm_topk_prob=False) "
+      "SymInt num_experts_per_token, bool norm_topk_prob=False, Tensor? token_mask=None) "
       "-> (Tensor routing_weights, Tensor indices)");
   m.def(
       "_omni_softmax_router_backward(Tensor grad_routing_weights, Tensor router_logits_x, "
@@ -86,8 +87,14 @@ Pair router_outputs(const Tensor& router_logits_x, const Tensor& router_logits_y
 }
 
 Pair softmax_router_outputs(const Tensor& router_logits_x, const Tensor& router_logits_y,
-                            c10::SymInt num_experts_per_token, bool /*norm_topk_prob*/) {
-  return choice(omni_softmax_router.name, router_logits_x, router_logits_y, num_experts_per_token);
+                            c10::SymInt num_experts_per_token, bool /*norm_topk_prob*/,
+                            const OptionalTensor& token_mask) {
+  const char* op = omni_softmax_router.name;
+  auto outputs = choice(op, router_logits_x, router_logits_y, num_experts_per_token);
+  if (token_mask) {
+    check_token_mask({op, "token_mask", *token_mask}, {op, "router_logits_x", router_logits_x});
+  }
+  return outputs;
 }
 
 Pair router_backward_outputs(const Tensor& grad_scores, const Tensor& indices, c10::SymInt num_rows,
@@ -114,9 +121,10 @@ Pair softmax_router_backward_outputs(const Tensor& grad_routing_weights,
 // ---- Kernels -----------------------------------------------------------------------------------
 
 Pair route(Pair outputs, const Tensor& router_logits_x, const Tensor& router_logits_y,
-           RouterScore score) {
+           RouterScore score, const OptionalTensor& token_mask = std::nullopt) {
   const NamedRange range(kRouterRange);
   const Tensor x = router_logits_x.contiguous(), y = router_logits_y.contiguous();
+  const Tensor mask = token_mask ? token_mask->contiguous() : Tensor();
   auto& [weights, indices] = outputs;
   launch(RouterForwardParams{.logits_x = x.const_data_ptr(),
                              .logits_y = y.const_data_ptr(),
@@ -127,7 +135,8 @@ Pair route(Pair outputs, const Tensor& router_logits_x, const Tensor& router_log
                              .num_cols = y.size(1),
                              .num_experts_per_token = indices.size(1),
                              .dtype = to_dtype(x),
-                             .score = score},
+                             .score = score,
+                             .token_mask = token_mask ? mask.const_data_ptr<bool>() : nullptr},
          x.device());
   return outputs;
 }
@@ -139,10 +148,11 @@ Pair router_kernel(const Tensor& router_logits_x, const Tensor& router_logits_y,
 }
 
 Pair softmax_router_kernel(const Tensor& router_logits_x, const Tensor& router_logits_y,
-                           c10::SymInt num_experts_per_token, bool norm_topk_prob) {
+                           c10::SymInt num_experts_per_token, bool norm_topk_prob,
+                           const OptionalTensor& token_mask) {
   return route(softmax_router_outputs(router_logits_x, router_logits_y,
-                                      std::move(num_experts_per_token), norm_topk_prob),
-               router_logits_x, router_logits_y, score_of(norm_topk_prob));
+                                      std::move(num_experts_per_token), norm_topk_prob, token_mask),
+               router_logits_x, router_logits_y, score_of(norm_topk_prob), token_mask);
 }
 
 Pair router_backward_kernel(const Tensor& grad_scores, const Tensor& indices, c10::SymInt num_rows,
@@ -175,7 +185,7 @@ Pair softmax_router_backward_kernel(const Tensor& grad_routing_weights,
   auto& [grad_x, grad_y] = outputs;
   const Tensor grad = grad_routing_weights.contiguous(), ids = indices.contiguous();
   const Tensor x = router_logits_x.contiguous(), y = router_logits_y.contiguous();
-  check_indices(omni_softmax_router_backward.name, ids, x.size(1) * y.size(1));
+  check_indices(omni_softmax_router_backward.name, ids, x.size(1) * y.size(1), /*lowest=*/-1);
   launch(RouterBackwardParams{.grad_weights = grad.const_data_ptr(),
                               .logits_x = x.const_data_ptr(),
                               .logits_y = y.const_data_ptr(),
@@ -220,10 +230,10 @@ struct OmniRouterBackward : Function<OmniRouterBackward> {
 struct OmniSoftmaxRouterBackward : Function<OmniSoftmaxRouterBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& router_logits_x,
                                const Tensor& router_logits_y, const c10::SymInt& k,
-                               bool norm_topk_prob) {
+                               bool norm_topk_prob, const OptionalTensor& token_mask) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [weights, indices] =
-        omni_softmax_router(router_logits_x, router_logits_y, k, norm_topk_prob);
+        omni_softmax_router(router_logits_x, router_logits_y, k, norm_topk_prob, token_mask);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({router_logits_x, router_logits_y, indices});
     ctx->saved_data["norm_topk_prob"] = norm_topk_prob;
@@ -231,7 +241,7 @@ struct OmniSoftmaxRouterBackward : Function<OmniSoftmaxRouterBackward> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list input_grads(4);
+    variable_list input_grads(5);
     if (!grads[0].defined()) return input_grads;
     const auto saved = ctx->get_saved_variables();
     std::tie(input_grads[0], input_grads[1]) = omni_softmax_router_backward(

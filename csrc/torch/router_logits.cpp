@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "named_range.h"
 #include "ops.h"
+#include "router_gates.h"
 
 // ---- Schemas -----------------------------------------------------------------------------------
 
@@ -16,11 +17,13 @@ TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
   // hidden (T, H), gates (R, H) and (C, H) -> (T, R), (T, C), and 1 / sqrt(var + eps) (R + C) in
   // the accumulation type, for the backward. Normalises by the statistics of the batch. The buffers
   // are none, or six: running_mean_x, running_var_x, num_batches_tracked_x, and the same of y,
-  // which are updated.
+  // which are updated. The batch is of the tokens that the mask (T) bool counts in; the logits of
+  // the others are 0, and so are their gradients.
   m.def(
       "omni_router_logits(Tensor hidden_states, Tensor gate_x, Tensor gate_y, "
-      "Tensor(a!)[] batch_norm_buffers, float momentum=0.1, float eps=1e-05) "
-      "-> (Tensor router_logits_x, Tensor router_logits_y, Tensor inv_std)");
+      "Tensor(a!)[] batch_norm_buffers, float momentum=0.1, float eps=1e-05, "
+      "Tensor? token_mask=None) -> (Tensor router_logits_x, Tensor router_logits_y, Tensor "
+      "inv_std)");
   // Normalises by the running statistics, and writes to nothing but its outputs. No list here:
   // torch.vmap has no fallback for ops that take one.
   m.def(
@@ -32,8 +35,8 @@ TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
   m.def(
       "_omni_router_logits_backward(Tensor grad_router_logits_x, Tensor grad_router_logits_y, "
       "Tensor hidden_states, Tensor gate_x, Tensor gate_y, Tensor router_logits_x, "
-      "Tensor router_logits_y, Tensor inv_std, bool training, bool[2] output_mask) "
-      "-> (Tensor grad_hidden_states, Tensor grad_gates)");
+      "Tensor router_logits_y, Tensor inv_std, bool training, bool[2] output_mask, "
+      "Tensor? token_mask=None) -> (Tensor grad_hidden_states, Tensor grad_gates)");
 }
 
 namespace omni_moe::torch_api {
@@ -52,21 +55,6 @@ struct Buffers {
   static constexpr size_t kPerAxis = 3, kCount = 6;
   static bool is_counter(size_t i) { return i % kPerAxis == 2; }
 };
-
-// hidden_states (T, H), gate_x (R, H), gate_y (C, H).
-void check_gates(const char* op, const Tensor& hidden_states, const Tensor& gate_x,
-                 const Tensor& gate_y) {
-  const Argument hidden{op, "hidden_states", hidden_states};
-  check_rank(hidden, 2);
-  check_floating(hidden);
-  for (const Argument& gate : {Argument{op, "gate_x", gate_x}, Argument{op, "gate_y", gate_y}}) {
-    check_rank(gate, 2);
-    check_like(gate, hidden);
-    TORCH_CHECK_VALUE(gate.tensor.sym_size(0) >= 1, op, ": expected ", gate.name,
-                      " to have rows, but got shape ", gate.tensor.sym_sizes());
-    check_size(gate, 1, hidden_states.sym_size(1), "hidden_size of hidden_states");
-  }
-}
 
 void check_buffers(const Argument& hidden, const Tensor& gate_x, const Tensor& gate_y,
                    at::TensorList buffers) {
@@ -112,9 +100,14 @@ Normed normed_outputs(const char* op, const Tensor& hidden_states, const Tensor&
 }
 
 Normed training_outputs(const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
-                        at::TensorList batch_norm_buffers, double /*momentum*/, double eps) {
+                        at::TensorList batch_norm_buffers, double /*momentum*/, double eps,
+                        const OptionalTensor& token_mask) {
   const char* op = omni_router_logits.name;
   auto outputs = normed_outputs(op, hidden_states, gate_x, gate_y, batch_norm_buffers, eps);
+  if (token_mask) {
+    check_token_mask({op, "token_mask", *token_mask}, {op, "hidden_states", hidden_states});
+    return outputs;  // how many it counts in is not known here
+  }
   // PyTorch's own words, which a BatchNorm module raises.
   TORCH_CHECK_VALUE(hidden_states.sym_size(0) != 1, op,
                     ": Expected more than 1 value per channel when training, but got hidden_states "
@@ -137,30 +130,20 @@ std::tuple<Tensor, Tensor> backward_outputs(const Tensor& grad_router_logits_x,
                                             const Tensor& hidden_states, const Tensor& gate_x,
                                             const Tensor& gate_y, const Tensor& router_logits_x,
                                             const Tensor& router_logits_y, const Tensor& inv_std,
-                                            bool /*training*/, Mask<2> output_mask) {
+                                            bool /*training*/, Mask<2> output_mask,
+                                            const OptionalTensor& token_mask) {
   const char* op = omni_router_logits_backward.name;
-  const Argument hidden{op, "hidden_states", hidden_states};
-  check_gates(op, hidden_states, gate_x, gate_y);
-  const c10::SymInt num_rows = gate_x.sym_size(0), num_cols = gate_y.sym_size(0);
-  for (const Argument& argument : {Argument{op, "router_logits_x", router_logits_x},
-                                   Argument{op, "grad_router_logits_x", grad_router_logits_x},
-                                   Argument{op, "router_logits_y", router_logits_y},
-                                   Argument{op, "grad_router_logits_y", grad_router_logits_y}}) {
-    const bool is_x =
-        &argument.tensor == &router_logits_x || &argument.tensor == &grad_router_logits_x;
-    check_rank(argument, 2);
-    check_like(argument, hidden);
-    check_size(argument, 0, hidden_states.sym_size(0), "number of tokens of hidden_states");
-    check_size(argument, 1, is_x ? num_rows : num_cols,
-               is_x ? "number of rows of gate_x" : "number of rows of gate_y");
-  }
+  check_logits_of_gates(op, grad_router_logits_x, grad_router_logits_y, hidden_states, gate_x,
+                        gate_y, router_logits_x, router_logits_y);
   const Argument scale{op, "inv_std", inv_std};
   check_rank(scale, 1);
-  check_like(scale, hidden, /*same_dtype=*/false);
+  check_like(scale, {op, "hidden_states", hidden_states}, /*same_dtype=*/false);
   check_dtype(scale, accumulation_dtype(hidden_states.scalar_type()));
-  check_size(scale, 0, num_rows + num_cols, "width of both axes");
-  return {empty_if(output_mask[0], hidden_states.sym_sizes(), hidden_states.options()),
-          empty_if(output_mask[1], {num_rows + num_cols, gate_x.sym_size(1)}, gate_x.options())};
+  check_size(scale, 0, gate_x.sym_size(0) + gate_y.sym_size(0), "width of both axes");
+  if (token_mask) {
+    check_token_mask({op, "token_mask", *token_mask}, {op, "hidden_states", hidden_states});
+  }
+  return gate_gradients(hidden_states, gate_x, gate_y, output_mask);
 }
 
 // ---- Kernels -----------------------------------------------------------------------------------
@@ -201,11 +184,12 @@ BatchNormBuffers pointers_to(at::TensorList buffers, bool training) {
 
 void fill_normed(const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
                  at::TensorList buffers, bool training, double momentum, double eps,
-                 const Normed& outputs) {
+                 const OptionalTensor& token_mask, const Normed& outputs) {
   const NamedRange range(kRouterRange);
   const auto guard = without_autocast();
   const auto& [x, y, inv_std] = outputs;
   const bool has_buffers = !buffers.empty();
+  const Tensor mask = token_mask ? token_mask->contiguous() : Tensor();
   BatchNormForwardParams norm{
       .normed_x = x.mutable_data_ptr(),
       .normed_y = y.mutable_data_ptr(),
@@ -221,9 +205,12 @@ void fill_normed(const Tensor& hidden_states, const Tensor& gate_x, const Tensor
       .stats_dtype = to_dtype(has_buffers ? buffers[0] : x),
       .training = training,
       .momentum = momentum,
-      .eps = eps};
+      .eps = eps,
+      .token_mask = token_mask ? mask.const_data_ptr<bool>() : nullptr};
 
-  if (hidden_states.is_contiguous() && gate_x.is_contiguous() && gate_y.is_contiguous()) {
+  // The one kernel knows no masks.
+  if (!token_mask && hidden_states.is_contiguous() && gate_x.is_contiguous() &&
+      gate_y.is_contiguous()) {
     RouterLogitsForwardParams params{norm};
     params.hidden_states = hidden_states.const_data_ptr();
     params.gate_x = gate_x.const_data_ptr();
@@ -231,21 +218,23 @@ void fill_normed(const Tensor& hidden_states, const Tensor& gate_x, const Tensor
     params.hidden_size = hidden_states.size(1);
     if (try_launch(params, x.device())) return;
   }
-  const Tensor logits = at::mm(hidden_states, at::cat({gate_x, gate_y}).t());
+  const Tensor logits = gate_products(hidden_states, gate_x, gate_y);
   norm.logits = logits.const_data_ptr();
   norm.logits_stride = logits.stride(0);
   launch(norm, x.device());
 }
 
 Normed training_kernel(const Tensor& hidden_states, const Tensor& gate_x, const Tensor& gate_y,
-                       at::TensorList batch_norm_buffers, double momentum, double eps) {
-  const auto outputs =
-      training_outputs(hidden_states, gate_x, gate_y, batch_norm_buffers, momentum, eps);
+                       at::TensorList batch_norm_buffers, double momentum, double eps,
+                       const OptionalTensor& token_mask) {
+  const auto outputs = training_outputs(hidden_states, gate_x, gate_y, batch_norm_buffers, momentum,
+                                        eps, token_mask);
   prepare_updates(omni_router_logits.name, batch_norm_buffers);
   // The updates below must not be counted a second time.
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto statistics = statistics_for_kernels(batch_norm_buffers, hidden_states.scalar_type());
-  fill_normed(hidden_states, gate_x, gate_y, statistics, /*training=*/true, momentum, eps, outputs);
+  fill_normed(hidden_states, gate_x, gate_y, statistics, /*training=*/true, momentum, eps,
+              token_mask, outputs);
   for (size_t i = 0; i < statistics.size(); ++i) {
     if (!statistics[i].is_same(batch_norm_buffers[i])) batch_norm_buffers[i].copy_(statistics[i]);
   }
@@ -262,7 +251,7 @@ Normed eval_kernel(const Tensor& hidden_states, const Tensor& gate_x, const Tens
                               running_mean_y.contiguous(), running_var_y.contiguous(), Tensor()},
                              hidden_states.scalar_type());
   fill_normed(hidden_states, gate_x, gate_y, statistics, /*training=*/false, /*momentum=*/0, eps,
-              outputs);
+              /*token_mask=*/std::nullopt, outputs);
   return outputs;
 }
 
@@ -271,12 +260,14 @@ std::tuple<Tensor, Tensor> backward_kernel(const Tensor& grad_router_logits_x,
                                            const Tensor& hidden_states, const Tensor& gate_x,
                                            const Tensor& gate_y, const Tensor& router_logits_x,
                                            const Tensor& router_logits_y, const Tensor& inv_std,
-                                           bool training, Mask<2> output_mask) {
+                                           bool training, Mask<2> output_mask,
+                                           const OptionalTensor& token_mask) {
   const NamedRange range(kRouterRange);
   const auto guard = without_autocast();
-  auto [grad_hidden, grad_gates] =
-      backward_outputs(grad_router_logits_x, grad_router_logits_y, hidden_states, gate_x, gate_y,
-                       router_logits_x, router_logits_y, inv_std, training, output_mask);
+  auto [grad_hidden, grad_gates] = backward_outputs(
+      grad_router_logits_x, grad_router_logits_y, hidden_states, gate_x, gate_y, router_logits_x,
+      router_logits_y, inv_std, training, output_mask, token_mask);
+  const Tensor mask = token_mask ? token_mask->contiguous() : Tensor();
   const Tensor grad_x = grad_router_logits_x.contiguous(),
                grad_y = grad_router_logits_y.contiguous(), x = router_logits_x.contiguous(),
                y = router_logits_y.contiguous(), scale = inv_std.contiguous();
@@ -291,10 +282,11 @@ std::tuple<Tensor, Tensor> backward_kernel(const Tensor& grad_router_logits_x,
                                  .num_rows = x.size(1),
                                  .num_cols = y.size(1),
                                  .dtype = to_dtype(x),
-                                 .training = training},
+                                 .training = training,
+                                 .token_mask = token_mask ? mask.const_data_ptr<bool>() : nullptr},
          x.device());
-  if (output_mask[0]) at::mm_out(grad_hidden, grad_logits, at::cat({gate_x, gate_y}));
-  if (output_mask[1]) at::mm_out(grad_gates, grad_logits.t(), hidden_states);
+  fill_gate_gradients(grad_logits, hidden_states, gate_x, gate_y, output_mask, grad_hidden,
+                      grad_gates);
   return {grad_hidden, grad_gates};
 }
 
@@ -307,6 +299,14 @@ size_t num_inputs(const Other& /*one argument*/) {
 }
 size_t num_inputs(at::TensorList list) { return list.size(); }
 
+// The mask among the arguments behind the gates: the last one, in training.
+template <typename... Rest>
+OptionalTensor mask_among(const Rest&... rest) {
+  const auto last = std::get<sizeof...(Rest) - 1>(std::tie(rest...));
+  if constexpr (std::is_same_v<std::decay_t<decltype(last)>, OptionalTensor>) return last;
+  return std::nullopt;
+}
+
 // Of the op in training and in evaluation, whose inputs with a gradient are the same three.
 template <const auto& op, bool kTraining>
 struct OmniRouterLogitsBackward : Function<OmniRouterLogitsBackward<op, kTraining>> {
@@ -315,24 +315,20 @@ struct OmniRouterLogitsBackward : Function<OmniRouterLogitsBackward<op, kTrainin
                                const Tensor& gate_x, const Tensor& gate_y, const Rest&... rest) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [x, y, inv_std] = op(hidden_states, gate_x, gate_y, rest...);
-    ctx->save_for_backward({hidden_states, gate_x, gate_y, x, y, inv_std});
+    const OptionalTensor mask = mask_among(rest...);
+    ctx->save_for_backward({hidden_states, gate_x, gate_y, x, y, inv_std, mask.value_or(Tensor())});
     ctx->saved_data["num_inputs"] = static_cast<int64_t>(3 + (num_inputs(rest) + ...));
     return {x, y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto &gate_x = saved[1], &gate_y = saved[2];
-    const bool want_x = ctx->needs_input_grad(1), want_y = ctx->needs_input_grad(2);
-    const Mask<2> mask = {ctx->needs_input_grad(0), want_x || want_y};
-    auto [grad_hidden, grad_gates] =
-        omni_router_logits_backward(grads[0], grads[1], saved[0], gate_x, gate_y, saved[3],
-                                    saved[4], saved[5], kTraining, mask);
+    const auto &gate_x = saved[1], &gate_y = saved[2], &mask = saved[6];
+    const auto gradients = omni_router_logits_backward(
+        grads[0], grads[1], saved[0], gate_x, gate_y, saved[3], saved[4], saved[5], kTraining,
+        wanted_gate_gradients(ctx), mask.defined() ? OptionalTensor(mask) : std::nullopt);
     variable_list input_grads(ctx->saved_data["num_inputs"].toInt());
-    input_grads[0] = if_wanted(mask[0], grad_hidden);
-    const auto num_rows = gate_x.sym_size(0);
-    if (want_x) input_grads[1] = grad_gates.narrow_symint(0, 0, num_rows);
-    if (want_y) input_grads[2] = grad_gates.narrow_symint(0, num_rows, gate_y.sym_size(0));
+    return_gate_gradients(ctx, gradients, gate_x, gate_y, input_grads);
     return input_grads;
   }
 };

@@ -97,13 +97,7 @@ Triple topk_router_outputs(const Tensor& router_logits, c10::SymInt num_experts_
     check_dtype(bias, accumulation_dtype(router_logits.scalar_type()));
     check_size(bias, 0, num_experts, "number of experts of router_logits");
   }
-  if (token_mask) {
-    const Argument mask{op, "token_mask", *token_mask};
-    check_rank(mask, 1);
-    check_like(mask, logits, /*same_dtype=*/false);
-    check_dtype(mask, at::kBool);
-    check_size(mask, 0, num_tokens, "number of tokens of router_logits");
-  }
+  if (token_mask) check_token_mask({op, "token_mask", *token_mask}, logits);
   if (replay_indices) {
     const Argument ids{op, "replay_indices", *replay_indices};
     check_ids(ids, logits);

@@ -19,18 +19,23 @@ from omni_moe.modules.plain import (
     call_norm,
     floating_dtype,
     plain_batch_norm_buffers,
+    plain_token_norm,
     plain_weight,
 )
 from omni_moe.modules.recomputing import is_recomputing
-from omni_moe.ops import omni_expert, omni_expert_mlp, omni_router_logits, omni_softmax_router
+from omni_moe.modules.recording import WITHOUT_GRADIENTS, RouterOutputs
+from omni_moe.ops import (
+    omni_expert,
+    omni_expert_mlp,
+    omni_router_logits,
+    omni_router_logits_per_token,
+    omni_softmax_router,
+)
 
 __all__ = ["ExpertLoad", "OmniMoE", "OmniMoEConfig", "router_loss"]
 
 _HALVES = (torch.float16, torch.bfloat16)
-_WITHOUT_GRADIENTS = (
-    "router_loss: expected layers that ran with gradients enabled, got one that ran under "
-    "no_grad in training mode; with activation checkpointing use use_reentrant=False"
-)
+_NORM_EPS = 1e-5  # BatchNorm's and LayerNorm's default; RMSNorm's depends on the dtype
 
 
 class ExpertLoad(NamedTuple):
@@ -49,23 +54,15 @@ class ExpertLoad(NamedTuple):
         return cls(usage.item(), unevenness.item(), counts)
 
 
-class RouterOutputs(NamedTuple):
-    """What the router of one layer made of the tokens of one forward."""
-
-    logits_x: Tensor  # (T, R)
-    logits_y: Tensor  # (T, C)
-    indices: Tensor  # (T, K)
-    had_grad_enabled: bool
-
-
 class OmniMoE(nn.Module):
     """Router, atomic experts and shared MLP; replaces the MLP of a transformer block.
 
     Parameters: `gate_proj`, `up_proj` (H -> I), `down_proj` (I -> H), `router_gate_x` (H -> R) and
     `router_gate_y` (H -> C), all without bias; `up_embed` and `down_embed`, (E, H) each.
-    `router_norm_x` and `router_norm_y` are BatchNorm1d without affine parameters (or Identity) and
-    keep PyTorch's behaviour: batch statistics in training, running ones in eval; a layer passed
-    through `nn.SyncBatchNorm.convert_sync_batchnorm` works.
+    `router_norm_x` and `router_norm_y` are BatchNorm1d without affine parameters and keep PyTorch's
+    behaviour: batch statistics in training, running ones in eval; a layer passed through
+    `nn.SyncBatchNorm.convert_sync_batchnorm` works. With another `router_norm` they are LayerNorm
+    or RMSNorm without affine parameters, or Identity.
 
     Args:
         config: sizes and options, see `OmniMoEConfig`.
@@ -75,11 +72,18 @@ class OmniMoE(nn.Module):
 
     Shape:
         Input (B, S, H) or (T, H), output the same shape and dtype (under autocast its dtype); T = 0
-        gives an empty output.
+        gives an empty output. `token_mask` (B, S) or (T,) bool, False for tokens that do not count,
+        as padding.
 
     Raises:
-        ValueError: in forward, the input has another shape; or BatchNorm is in training mode and
-            there is a single token, which has no variance (PyTorch's own error).
+        ValueError: in forward, input or mask have another shape, the mask another dtype; BatchNorm
+            is in training mode and there is a single token, which has no variance (PyTorch's own
+            error, not with a mask); or there is a mask, and a BatchNorm in training mode whose
+            `forward` is not PyTorch's.
+
+    Tokens that a mask leaves out get the shared MLP's output alone: no experts, so no gradient to
+    tables or gates, no part in the batch of a BatchNorm, in losses or load. Hidden states of theirs
+    must be finite.
 
     With `config.track_expert_load` each forward adds its choices to a counter on the device,
     without synchronising; `expert_load()` reads it. A forward that activation checkpointing
@@ -99,6 +103,10 @@ class OmniMoE(nn.Module):
     _recorders: tuple[Any, ...] = ()
     # The last forward was in training mode, but without gradients, so that it left no `aux_loss`.
     _aux_loss_is_missing: bool = False
+    # Which tokens of the model around the layer count, see `counting_tokens`, now and in the last
+    # forward: one that activation checkpointing repeats may find itself outside of the model's.
+    _model_mask: Tensor | None = None
+    _last_model_mask: Tensor | None = None
 
     def __init__(
         self,
@@ -124,9 +132,13 @@ class OmniMoE(nn.Module):
             norm = {"affine": False, "device": device, "dtype": stats_dtype}
             self.router_norm_x = nn.BatchNorm1d(num_rows, **norm)
             self.router_norm_y = nn.BatchNorm1d(num_cols, **norm)
-        else:
+        elif config.router_norm == "none":
             self.router_norm_x = nn.Identity()
             self.router_norm_y = nn.Identity()
+        else:
+            kind = nn.LayerNorm if config.router_norm == "layer_norm" else nn.RMSNorm
+            self.router_norm_x = kind(num_rows, eps=_NORM_EPS, elementwise_affine=False)
+            self.router_norm_y = kind(num_cols, eps=_NORM_EPS, elementwise_affine=False)
 
         self.up_embed = nn.Embedding(config.num_experts, hidden_size, **factory)
         self.down_embed = nn.Embedding(config.num_experts, hidden_size, **factory)
@@ -143,7 +155,7 @@ class OmniMoE(nn.Module):
                 module.reset_running_stats()
         self.reset_expert_load()
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         config = self.config
         if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != config.hidden_size:
             raise ValueError(
@@ -153,25 +165,60 @@ class OmniMoE(nn.Module):
         is_batch = hidden_states.dim() == 3
         tokens = hidden_states.flatten(0, 1) if is_batch else hidden_states
 
-        logits_x, logits_y = self._router_logits(tokens)
+        mask = self._flat_mask(hidden_states, token_mask)
+
+        logits_x, logits_y = self._router_logits(tokens, mask)
         routing_weights, indices = omni_softmax_router(
-            logits_x, logits_y, config.num_experts_per_token, config.norm_topk_prob
+            logits_x, logits_y, config.num_experts_per_token, config.norm_topk_prob, mask
         )
         if logits_x.dtype != tokens.dtype and not _is_autocast(tokens):
             routing_weights = routing_weights.to(tokens.dtype)
         if self._recorders and not is_recomputing():
-            recorded = RouterOutputs(logits_x, logits_y, indices, torch.is_grad_enabled())
+            has_grad = torch.is_grad_enabled()
+            recorded = RouterOutputs(logits_x, logits_y, indices, has_grad, mask)
             for recorder in self._recorders:
                 recorder.append(recorded)
         if config.has_router_loss:
-            self._router_losses(logits_x, logits_y, indices)
+            self._router_losses(logits_x, logits_y, indices, mask)
         if config.track_expert_load and not is_recomputing():
-            self._count(indices)
+            self._count(indices, mask)
+        if mask is not None:
+            # Experts with the weight 0, spread over several so that no row has all the pairs.
+            some = torch.arange(indices.shape[1], dtype=indices.dtype, device=indices.device)
+            indices = indices.where(mask.unsqueeze(-1), some)
 
         outputs = self._experts_and_mlp(tokens, routing_weights, indices)
         return outputs.view_as(hidden_states) if is_batch else outputs
 
-    def _router_logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _flat_mask(self, hidden_states: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """(T,) bool: the mask that is given, or that of the model around the layer."""
+        leading = hidden_states.shape[:-1]
+        if token_mask is not None:
+            if token_mask.dtype != torch.bool or (
+                token_mask.shape != leading and token_mask.shape != (leading.numel(),)
+            ):
+                raise ValueError(
+                    f"token_mask: expected bool of shape {tuple(leading)} or "
+                    f"{(leading.numel(),)}, got {token_mask.dtype} of shape "
+                    f"{tuple(token_mask.shape)}"
+                )
+            return token_mask.flatten()
+        mask = self._model_mask
+        if mask is None and is_recomputing():
+            mask = self._last_model_mask
+        elif self._last_model_mask is not mask and not torch.compiler.is_compiling():
+            self._last_model_mask = mask  # compiled code repeats what it has traced
+        if mask is None or hidden_states.dim() != 3:
+            return None
+        num_sequences, num_tokens = leading
+        # Longer than the input where a cache has the tokens before it.
+        if mask.shape[0] != num_sequences or mask.shape[1] < num_tokens:
+            return None
+        return mask[:, mask.shape[1] - num_tokens :].flatten().to(hidden_states.device)
+
+    def _router_logits(
+        self, tokens: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(T, R) and (T, C): the logits of the grid's rows and columns."""
         if self.training and self.config.router_jitter_noise > 0:
             tokens = jittered(tokens, self.config.router_jitter_noise)
@@ -183,22 +230,32 @@ class OmniMoE(nn.Module):
         gate_dtype = floating_dtype(gate_x) if weight_x is None else weight_x.dtype
         if gate_dtype == torch.float32 and tokens.dtype in _HALVES and not _is_autocast(tokens):
             tokens = tokens.float()
-        buffers = plain_batch_norm_buffers(norm_x, norm_y)
-        is_plain = weight_x is not None and weight_y is not None and buffers is not None
-        if is_plain and weight_x.dtype == weight_y.dtype:
-            return omni_router_logits(
-                tokens,
-                gate_x=weight_x,
-                gate_y=weight_y,
-                batch_norm_buffers=buffers,
-                training=norm_x.training,
-                momentum=norm_x.momentum,
-                eps=norm_x.eps,
-            )
+        if weight_x is not None and weight_y is not None and weight_x.dtype == weight_y.dtype:
+            buffers = plain_batch_norm_buffers(norm_x, norm_y)
+            if buffers is not None:
+                return omni_router_logits(
+                    tokens,
+                    gate_x=weight_x,
+                    gate_y=weight_y,
+                    batch_norm_buffers=buffers,
+                    training=norm_x.training,
+                    momentum=norm_x.momentum,
+                    eps=norm_x.eps,
+                    token_mask=token_mask,
+                )
+            token_norm = plain_token_norm(norm_x, norm_y, len(weight_x), len(weight_y))
+            if token_norm is not None:
+                name, eps = token_norm
+                return omni_router_logits_per_token(
+                    tokens, gate_x=weight_x, gate_y=weight_y, norm=name, eps=eps
+                )
         with _named_range("omni_moe.router"):
-            return call_norm(norm_x, gate_x(tokens)), call_norm(norm_y, gate_y(tokens))
+            logits_x = call_norm(norm_x, gate_x(tokens), token_mask)
+            return logits_x, call_norm(norm_y, gate_y(tokens), token_mask)
 
-    def _router_losses(self, logits_x: Tensor, logits_y: Tensor, indices: Tensor) -> None:
+    def _router_losses(
+        self, logits_x: Tensor, logits_y: Tensor, indices: Tensor, token_mask: Tensor | None
+    ) -> None:
         """Sets `aux_loss`."""
         config = self.config
         recomputing = is_recomputing()
@@ -208,7 +265,7 @@ class OmniMoE(nn.Module):
             self.aux_loss = None
         if not (self.training and has_grad):
             return
-        loss = weighted_router_loss(config, logits_x, logits_y, indices)
+        loss = weighted_router_loss(config, logits_x, logits_y, indices, token_mask)
         # The loss of a recomputed forward would keep its graph, and with it the activations.
         if not recomputing:
             self.aux_loss = loss
@@ -281,7 +338,7 @@ class OmniMoE(nn.Module):
         elif self.config.track_expert_load and not self.up_embed.weight.is_meta:
             self.expert_counts = self._zero_counts(self.up_embed.weight.device)
 
-    def _count(self, indices: Tensor) -> None:
+    def _count(self, indices: Tensor, token_mask: Tensor | None) -> None:
         # A layer built on the meta device may get its parameters one by one, by assignment.
         if self.expert_counts is None or self.expert_counts.device != indices.device:
             if indices.is_meta:
@@ -289,7 +346,7 @@ class OmniMoE(nn.Module):
             zeros = self._zero_counts(indices.device)
             counts = self.expert_counts
             self.expert_counts = zeros if counts is None else zeros.copy_(counts)
-        add_expert_counts(self.expert_counts, indices)
+        add_expert_counts(self.expert_counts, indices, token_mask)
 
     def _zero_counts(self, device: torch.device | str) -> Tensor:
         # A tensor of inference mode could not be written to outside it.
@@ -314,6 +371,8 @@ class OmniMoE(nn.Module):
             "aux_loss": None,
             "_aux_loss_is_missing": False,
             "_recorders": (),
+            "_model_mask": None,
+            "_last_model_mask": None,
         }
 
     def extra_repr(self) -> str:
@@ -338,58 +397,40 @@ def _named_range(name: str) -> contextlib.AbstractContextManager[object]:
 
 
 def weighted_router_loss(
-    config: OmniMoEConfig, logits_x: Tensor, logits_y: Tensor, indices: Tensor
+    config: OmniMoEConfig,
+    logits_x: Tensor,
+    logits_y: Tensor,
+    indices: Tensor,
+    token_mask: Tensor | None = None,
 ) -> Tensor | None:
     """The sum of the losses that the config asks for, in its weights; None if there are none."""
     losses = []
     if config.router_aux_loss_coef > 0:
-        balance = load_balancing_loss(logits_x, logits_y, indices)
+        balance = load_balancing_loss(logits_x, logits_y, indices, token_mask)
         losses.append(config.router_aux_loss_coef * balance)
     if config.router_z_loss_coef > 0:
-        losses.append(config.router_z_loss_coef * router_z_loss(logits_x, logits_y))
+        z_loss = router_z_loss(logits_x, logits_y, token_mask)
+        losses.append(config.router_z_loss_coef * z_loss)
     return sum(losses) if losses else None
 
 
 @contextlib.contextmanager
-def recording(layers: Iterable[OmniMoE], recorders: Iterable[Any]) -> Iterator[None]:
-    """Inside the block every forward of a layer appends its `RouterOutputs` to a recorder.
-
-    Forwards that activation checkpointing repeats are left out.
+def counting_tokens(layers: Iterable[OmniMoE], token_mask: Tensor) -> Iterator[None]:
+    """Inside the block forwards of the layers without a mask of their own take this one.
 
     Args:
         layers: any.
-        recorders: one for each layer, a list or what has an `append` as lists have it.
+        token_mask: (B, S') bool, of which the last S columns are those of an input (B, S, H);
+            inputs that it does not fit are without mask.
     """
-    pairs = list(zip(layers, recorders, strict=True))
-    for layer, recorder in pairs:
-        layer._recorders = (*layer._recorders, recorder)
+    before = [(layer, layer._model_mask) for layer in layers]
+    for layer, _ in before:
+        layer._model_mask = token_mask
     try:
         yield
     finally:
-        for layer, recorder in pairs:
-            layer._recorders = tuple(one for one in layer._recorders if one is not recorder)
-
-
-@contextlib.contextmanager
-def recorded_router_outputs(layers: list[OmniMoE]) -> Iterator[list[list[RouterOutputs]]]:
-    """For each layer the list of what its router made in the forwards inside the block.
-
-    Raises:
-        RuntimeError: at the end, if gradients are enabled, but a layer in training mode ran without
-            them, as reentrant activation checkpointing does: no loss would have an effect.
-    """
-    recorded = [[] for _ in layers]
-    with recording(layers, recorded):
-        yield recorded
-    if torch.is_grad_enabled():
-        for layer, outputs in zip(layers, recorded, strict=True):
-            if layer.training and not all(one.had_grad_enabled for one in outputs):
-                raise RuntimeError(_WITHOUT_GRADIENTS)
-
-
-def is_recorded(layers: list[OmniMoE]) -> bool:
-    """Whether code further out is inside `recorded_router_outputs`."""
-    return any(isinstance(one, list) for layer in layers for one in layer._recorders)
+        for layer, mask in before:
+            layer._model_mask = mask
 
 
 def router_loss(model: nn.Module) -> Tensor:
@@ -410,7 +451,7 @@ def router_loss(model: nn.Module) -> Tensor:
     """
     layers = [module for module in model.modules() if isinstance(module, OmniMoE)]
     if torch.is_grad_enabled() and any(layer._aux_loss_is_missing for layer in layers):
-        raise RuntimeError(_WITHOUT_GRADIENTS)
+        raise RuntimeError(WITHOUT_GRADIENTS)
     losses = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
     if not losses:
         parameter = next(model.parameters(), None)

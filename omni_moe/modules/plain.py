@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from omni_moe.integrations.accelerate import forward_behind_placing_hook
+from omni_moe.modules.masked_norm import batch_of_counted
+
+_TOKEN_NORMS = {nn.LayerNorm: "layer_norm", nn.RMSNorm: "rms_norm"}
 
 
 def plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
@@ -71,6 +74,30 @@ def plain_batch_norm_buffers(norm_x: nn.Module, norm_y: nn.Module) -> list[Tenso
     return buffers if agree else None
 
 
+def plain_token_norm(
+    norm_x: nn.Module, norm_y: nn.Module, num_rows: int, num_cols: int
+) -> tuple[str, float] | None:
+    """What two plain `nn.LayerNorm` or `nn.RMSNorm` compute, or None if these have to be called.
+
+    One operator runs both. So they must be two of a kind, of R and C logits, without affine
+    parameters, and agree in eps.
+
+    Returns:
+        The norm's name among the options of the config, and its eps.
+    """
+    kind = type(norm_x)
+    name = _TOKEN_NORMS.get(kind)
+    if name is None or not (_is_unchanged(norm_x, kind) and _is_unchanged(norm_y, kind)):
+        return None
+    for norm, width in ((norm_x, num_rows), (norm_y, num_cols)):
+        own = norm._parameters
+        if own.get("weight", norm) is not None or own.get("bias") is not None:
+            return None
+        if norm.normalized_shape != (width,) or norm.eps is None:  # None: that of the dtype
+            return None
+    return (name, norm_x.eps) if norm_x.eps == norm_y.eps else None
+
+
 def _has_options(embedding: dict[str, object]) -> bool:
     """Whether calling an embedding with these attributes does more than read rows."""
     return (
@@ -81,20 +108,31 @@ def _has_options(embedding: dict[str, object]) -> bool:
     )
 
 
-def call_norm(norm: nn.Module, logits: Tensor) -> Tensor:
+def call_norm(norm: nn.Module, logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """Calls the norm of one axis, whatever the dtype of its running statistics.
-
-    PyTorch's BatchNorm takes them in fp32 beside halves, else only in the dtype of the logits. But
-    who casts the parameters of a model and not its buffers, as PEFT does before training quantised
-    weights, leaves statistics in bf16 beside logits in fp32. They then take part as copies in the
-    wider dtype, and an update goes back.
 
     Args:
         norm: any module, wrapped or with hooks too.
         logits: (T, N).
+        token_mask: (T,) bool, False for tokens that BatchNorm leaves out of its batch.
 
     Returns:
         `norm(logits)`.
+
+    Raises:
+        ValueError: there is a mask, and a BatchNorm in training with a `forward` of its own.
+    """
+    with batch_of_counted(norm, token_mask):
+        return _call_in_wide_dtype(norm, logits)
+
+
+def _call_in_wide_dtype(norm: nn.Module, logits: Tensor) -> Tensor:
+    """`norm(logits)` with statistics that PyTorch's BatchNorm takes.
+
+    It takes them in fp32 beside halves, else only in the dtype of the logits. But who casts the
+    parameters of a model and not its buffers, as PEFT does before training quantised weights,
+    leaves statistics in bf16 beside logits in fp32. They then take part as copies in the wider
+    dtype, and an update goes back.
     """
     wide_dtype = torch.promote_types(logits.dtype, torch.float32)
     narrow = {

@@ -59,6 +59,7 @@ def omni_softmax_router(
     router_logits_y: Tensor,
     num_experts_per_token: int,
     norm_topk_prob: bool = False,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The K most probable experts and their routing weights, from the two logit vectors.
 
@@ -73,6 +74,8 @@ def omni_softmax_router(
         router_logits_y: (T, C) logits of its columns, same dtype.
         num_experts_per_token: K, 0 <= K <= R * C.
         norm_topk_prob: make the weights of each token sum to 1.
+        token_mask: (T,) bool, False for tokens that choose nothing: their ids are -1, their weights
+            and gradients 0.
 
     Returns:
         routing_weights: (T, K) in the dtype of the logits, descending; differentiable.
@@ -82,7 +85,7 @@ def omni_softmax_router(
         ValueError: ranks, row counts, dtypes or devices disagree, or K is out of range.
     """
     return torch.ops.omni_moe.omni_softmax_router.default(
-        router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob
+        router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob, token_mask
     )
 
 
@@ -367,6 +370,7 @@ def omni_router_logits(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both gates of the router and the BatchNorm of their logits.
 
@@ -374,7 +378,10 @@ def omni_router_logits(
     GPUs for batches that fit there at once (4096 tokens by 768 logits on an H200), where the
     products are not rounded before they are normalised. Runs in the autocast dtype. Statistics are
     taken in fp32 (fp64 for fp64) and outputs rounded once; results are bitwise the same on every
-    run. With T = 0 outputs are empty and only the counters change.
+    run. With T = 0 outputs are empty and only the counters change. With a mask the batch is of the
+    tokens that count: the others have no part in means and variances, their logits are 0 and have
+    no gradient. A single one that counts has no variance: its logits are 0, too, and only the
+    counters change (an error would have to wait for the device). The one kernel knows no masks.
 
     Args:
         hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
@@ -388,6 +395,8 @@ def omni_router_logits(
             must be contiguous then); else normalise by the running ones, and write nothing.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
+        token_mask: (T,) bool, False for tokens that do not count. Without effect unless `training`:
+            running statistics normalise each token by itself.
 
     Returns:
         router_logits_x: (T, R) in the dtype of `hidden_states`, contiguous; differentiable.
@@ -395,11 +404,11 @@ def omni_router_logits(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, `eps` is not positive, there is one token in
-            training (it has no variance), or there are no buffers outside training.
+            training without a mask (it has no variance), or there are no buffers outside training.
     """
     if training:
         logits_x, logits_y, _ = torch.ops.omni_moe.omni_router_logits.default(
-            hidden_states, gate_x, gate_y, batch_norm_buffers, momentum, eps
+            hidden_states, gate_x, gate_y, batch_norm_buffers, momentum, eps, token_mask
         )
         return logits_x, logits_y
     if len(batch_norm_buffers) != 6:
@@ -410,5 +419,41 @@ def omni_router_logits(
     mean_x, var_x, _, mean_y, var_y, _ = batch_norm_buffers
     logits_x, logits_y, _ = torch.ops.omni_moe._omni_router_logits_eval.default(
         hidden_states, gate_x, gate_y, mean_x, var_x, mean_y, var_y, eps
+    )
+    return logits_x, logits_y
+
+
+def omni_router_logits_per_token(
+    hidden_states: Tensor,
+    gate_x: Tensor,
+    gate_y: Tensor,
+    norm: str = "layer_norm",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Both gates of the router and the norm of each token's logits on their own.
+
+    Two `F.layer_norm(hidden_states @ gate.T, ...)` or `F.rms_norm` without affine parameters: the R
+    logits of a token are normalised by their own mean and variance, and so are its C. No token sees
+    another, and training computes what evaluation does. Runs in the autocast dtype. Statistics are
+    taken in fp32 (fp64 for fp64) and outputs rounded once, as are the products before, to the dtype
+    of `hidden_states`; results are bitwise the same on every run.
+
+    Args:
+        hidden_states: (T, H); fp32, fp16, bf16 (fp64 on CPU).
+        gate_x: (R, H), same dtype.
+        gate_y: (C, H), same dtype.
+        norm: layer_norm, `(x - mean) / sqrt(var + eps)`, or rms_norm, `x / sqrt(mean(x^2) + eps)`.
+        eps: added to the variance or the mean square.
+
+    Returns:
+        router_logits_x: (T, R) in the dtype of `hidden_states`, contiguous; differentiable.
+        router_logits_y: (T, C), the same.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, the norm is unknown, or `eps` is not
+            positive.
+    """
+    logits_x, logits_y, _ = torch.ops.omni_moe.omni_router_logits_per_token.default(
+        hidden_states, gate_x, gate_y, norm, eps
     )
     return logits_x, logits_y

@@ -126,11 +126,12 @@ TEST_F(Ops, SoftmaxRouter) {
   const Tensor x = at::randn({37, 7}, kDouble), y = at::randn({37, 11}, kDouble);
   for (const int64_t k : {1, 16, 77}) {
     for (const bool norm_topk_prob : {false, true}) {
-      const Tensor chosen = std::get<1>(omni_softmax_router(x, y, k, norm_topk_prob)).to(at::kLong);
+      const Tensor chosen =
+          std::get<1>(omni_softmax_router(x, y, k, norm_topk_prob, std::nullopt)).to(at::kLong);
       EXPECT_TRUE(at::equal(chosen, std::get<1>(omni_router(x, y, k)).to(at::kLong)));
       expect_same(
           [k = k, norm_topk_prob](const TensorList& t) {
-            return std::get<0>(omni_softmax_router(t[0], t[1], k, norm_topk_prob));
+            return std::get<0>(omni_softmax_router(t[0], t[1], k, norm_topk_prob, std::nullopt));
           },
           [&](const TensorList& t) {
             const Tensor sums =
@@ -193,7 +194,7 @@ TEST_F(Ops, OnlyTheWantedGradientsAreComputed) {
 TEST_F(Ops, MetaTensorsHaveShapesOnly) {
   const auto meta = at::TensorOptions().dtype(at::kHalf).device(at::kMeta);
   const auto [weights, indices] =
-      omni_softmax_router(at::empty({5, 4}, meta), at::empty({5, 6}, meta), 7, true);
+      omni_softmax_router(at::empty({5, 4}, meta), at::empty({5, 6}, meta), 7, true, std::nullopt);
   EXPECT_EQ(weights.sizes(), at::IntArrayRef({5, 7}));
   EXPECT_EQ(weights.scalar_type(), at::kHalf);
   EXPECT_EQ(indices.scalar_type(), at::kInt);

@@ -229,6 +229,14 @@ def expected_outputs(t, k):
             (x, y, *router_logits, x, y, empty(10, dtype=torch.float32), True, [True] * 2),
             [((t, 12), half), ((10, 12), half)],
         ),
+        "omni_router_logits_per_token": (
+            (*router_logits, "rms_norm"),
+            [*normed[:2], ((t, 2), torch.float32)],
+        ),
+        "_omni_router_logits_per_token_backward": (
+            (x, y, *router_logits, x, y, empty(t, 2, dtype=torch.float32), "rms_norm", [True] * 2),
+            [((t, 12), half), ((10, 12), half)],
+        ),
     }
 
 

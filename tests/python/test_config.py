@@ -40,7 +40,7 @@ def test_defaults():
         ("num_experts_per_token", 0, "num_experts_per_token: expected an int in [1, 36], got 0"),
         ("num_experts_per_token", 37, "num_experts_per_token: expected an int in [1, 36], got 37"),
         ("norm_topk_prob", 1, "norm_topk_prob: expected True or False, got 1"),
-        ("router_norm", "layer_norm", "router_norm: expected one of batch_norm, none, got"),
+        ("router_norm", "group_norm", "router_norm: expected one of batch_norm, layer_norm"),
         ("initializer_range", 0, "initializer_range: expected a finite number > 0, got 0"),
         ("initializer_range", float("nan"), "initializer_range: expected a finite number > 0"),
         ("track_expert_load", None, "track_expert_load: expected True or False, got None"),

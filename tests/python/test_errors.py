@@ -306,7 +306,8 @@ FLOATS = [
     (op, argument.name)
     for op in ALL_OPS
     for argument in getattr(ops, op).default._schema.arguments
-    if "Tensor" in str(argument.type) and argument.name not in ("indices", "pre_activations")
+    if "Tensor" in str(argument.type)
+    and argument.name not in ("indices", "pre_activations", "token_mask")
     if op not in ("omni_topk_router", "omni_expert_slots")  # no two in one dtype
 ]
 

@@ -49,7 +49,7 @@ def run_and_count(function, x) -> tuple[int, int]:
 # ---- the layer -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("router_norm", ["batch_norm", "none"])
+@pytest.mark.parametrize("router_norm", ["batch_norm", "layer_norm", "rms_norm", "none"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @on_devices
 def test_layer(device, training, router_norm):

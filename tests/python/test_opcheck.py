@@ -27,8 +27,17 @@ def router_samples(device):
     ]
 
 
+def token_mask(device):
+    return torch.arange(T, device=device) % 3 > 0
+
+
 def softmax_router_samples(device):
-    return [(*sample, norm) for sample in router_samples(device)[:4] for norm in (False, True)]
+    samples = router_samples(device)
+    return [
+        *((*sample, norm) for sample in samples[:4] for norm in (False, True)),
+        (*samples[0], True, token_mask(device)),
+        (*samples[3], False, strided(token_mask(device))),
+    ]
 
 
 def router_backward_samples(device):
@@ -40,7 +49,12 @@ def router_backward_samples(device):
 def softmax_router_backward_samples(device):
     x, y = random_logits((T, 4, 6), device, torch.float32)
     grad, indices, *_ = router_backward_samples(device)[0]
-    return [(grad, x, y, indices, False), (strided(grad), strided(x), y, indices, True)]
+    masked = torch.where(token_mask(device).unsqueeze(-1), indices, -1)
+    return [
+        (grad, x, y, indices, False),
+        (strided(grad), strided(x), y, indices, True),
+        (grad, x, y, masked, False),
+    ]
 
 
 def topk_router_samples(device):
@@ -264,6 +278,8 @@ def router_logits_samples(device):
         (inputs[0], *with_grad(*inputs[1:]), []),
         (*with_grad(*map(strided, inputs)), buffers),
         (inputs[0][:0], *inputs[1:], buffers),
+        (*with_grad(*inputs), buffers, 0.3, 1e-3, token_mask(device)),
+        (*half, wide, 0.1, 1e-5, strided(token_mask(device))),
     ]
 
 
@@ -280,7 +296,27 @@ def router_logits_backward_samples(device):
         *samples,
         (*map(strided, saved), True, [False, True]),
         (*(tensor.half() for tensor in saved[:7]), saved[7], False, [True] * 2),
+        (*saved, True, [True] * 2, token_mask(device)),
     ]
+
+
+def router_logits_per_token_samples(device):
+    inputs = [torch.randn(size, 8, device=device) for size in (T, 16, 6)]
+    return [
+        (*with_grad(*inputs), "layer_norm", 1e-3),
+        (*inputs, "rms_norm"),
+        (inputs[0], *with_grad(*inputs[1:])),
+        (*with_grad(*map(strided, inputs)), "rms_norm"),
+        (*(tensor.bfloat16() for tensor in inputs),),
+        (inputs[0][:0], *inputs[1:], "layer_norm"),
+    ]
+
+
+def router_logits_per_token_backward_samples(device):
+    shapes = ((T, 4), (T, 6), (T, 8), (4, 8), (6, 8), (T, 4), (T, 6), (T, 2))
+    saved = [torch.randn(shape, device=device) for shape in shapes]
+    samples = [(*saved, "layer_norm", mask) for mask in ([True] * 2, [False] * 2, [True, False])]
+    return [*samples, (*map(strided, saved), "rms_norm", [False, True])]
 
 
 SAMPLES = {
@@ -308,6 +344,8 @@ SAMPLES = {
     "omni_router_logits": router_logits_samples,
     "_omni_router_logits_eval": router_logits_eval_samples,
     "_omni_router_logits_backward": router_logits_backward_samples,
+    "omni_router_logits_per_token": router_logits_per_token_samples,
+    "_omni_router_logits_per_token_backward": router_logits_per_token_backward_samples,
 }
 TESTS = (
     "test_schema",

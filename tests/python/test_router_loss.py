@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from omni_moe import OmniMoE, OmniMoEConfig, load_balancing_loss, router_loss, router_z_loss
-from omni_moe.modules.omni_moe import recorded_router_outputs
+from omni_moe.modules.recording import recorded_router_outputs
 
 H, E, K = 24, 48, 5
 LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}

@@ -20,7 +20,7 @@ from omni_moe.integrations.transformers import (  # noqa: E402
     plot_expert_load,
     replace_mlp,
 )
-from omni_moe.modules.omni_moe import recorded_router_outputs  # noqa: E402
+from omni_moe.modules.recording import recorded_router_outputs  # noqa: E402
 
 
 class Recorder(TrainerCallback):
@@ -41,7 +41,7 @@ def check_logged(entry, index, layers_outputs):
     num_experts = EXPERTS["num_experts"]
     counts = torch.zeros(num_experts, dtype=torch.int64)
     entropies = []
-    for x, y, indices, _ in layers_outputs:
+    for x, y, indices, *_ in layers_outputs:
         counts += torch.bincount(indices.flatten(), minlength=num_experts)
         scores = (x.double().unsqueeze(2) + y.double().unsqueeze(1)).flatten(1)
         entropies.append(torch.special.entr(scores.softmax(1)).sum(1))

@@ -51,7 +51,7 @@ def test_config_round_trip(tmp_path):
         ({"num_experts_per_token": 65}, r"num_experts_per_token: expected an int in \[1, 64\]"),
         ({"num_experts": 61}, "num_experts: expected a number with a factorisation"),
         ({"expert_grid": (3, 16)}, r"expert_grid: expected rows \* cols = num_experts"),
-        ({"router_norm": "layer_norm"}, "router_norm: expected one of batch_norm, none"),
+        ({"router_norm": "group_norm"}, "router_norm: expected one of batch_norm, layer_norm"),
         ({"hidden_act": "tanh"}, "activation: expected one of silu.*, got 'tanh'"),
     ],
     ids=str,

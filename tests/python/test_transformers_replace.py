@@ -195,7 +195,7 @@ def test_wrong_options():
     with pytest.raises(ValueError, match=r"num_experts_per_token: expected an int in \[1, 64\]"):
         replace_mlp(dense_model(), num_experts=64, num_experts_per_token=65)
     with pytest.raises(ValueError, match="router_norm: expected one of"):
-        replace_mlp(dense_model(), **EXPERTS, router_norm="layer_norm")
+        replace_mlp(dense_model(), **EXPERTS, router_norm="group_norm")
 
 
 def test_layers_without_a_gated_mlp():

@@ -30,7 +30,7 @@ from transformers_helpers import (  # noqa: E402
 
 from omni_moe import load_balancing_loss, router_loss, router_z_loss  # noqa: E402
 from omni_moe.integrations.transformers import omni_moe_layers, replace_mlp  # noqa: E402
-from omni_moe.modules.omni_moe import recorded_router_outputs  # noqa: E402
+from omni_moe.modules.recording import recorded_router_outputs  # noqa: E402
 
 E, K = EXPERTS["num_experts"], EXPERTS["num_experts_per_token"]
 KINDS = ["replaced", "scratch"]
@@ -49,7 +49,7 @@ def layer_losses(model, ids):
         model(ids)
     return [
         (load_balancing_loss(x, y, indices), router_z_loss(x, y))
-        for ((x, y, indices, _),) in recorded
+        for ((x, y, indices, *_),) in recorded
     ]
 
 

@@ -136,11 +136,14 @@ def test_indices_past_int32():
         call_with("omni_expert", indices=indices)
 
 
-@pytest.mark.parametrize("op", ["_omni_router_backward", "_omni_softmax_router_backward"])
-def test_router_indices_out_of_range(op):
+@pytest.mark.parametrize(
+    ("op", "lowest"), [("_omni_router_backward", 0), ("_omni_softmax_router_backward", -1)]
+)
+def test_router_indices_out_of_range(op, lowest):
+    """-1 stands for the ids of masked tokens."""
     indices = torch.zeros(T, K, dtype=torch.int32)
     indices[3, 2] = R * C
-    message = f"{op}: expected indices in [0, {R * C}), but got {R * C} at indices[3, 2]"
+    message = f"{op}: expected indices in [{lowest}, {R * C}), but got {R * C} at indices[3, 2]"
     with pytest.raises(IndexError, match=re.escape(message)):
         call_with(op, indices=indices)
 

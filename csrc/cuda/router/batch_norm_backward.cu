@@ -20,16 +20,18 @@ namespace {
 
 using namespace batch_norm;
 
-// Adds g and g n of the rows, column by column; rows past the last are zeros.
-template <class T, int kVec, int kRows>
+// Adds g and g n of the rows that count, column by column; rows past the last are zeros.
+template <bool kMasked, class T, int kVec, int kRows>
 __device__ __forceinline__ void add_rows(const Vec<T, kVec> (&grads)[kRows],
-                                         const Vec<T, kVec> (&norms)[kRows], float (&sum)[kVec],
+                                         const Vec<T, kVec> (&norms)[kRows],
+                                         const CountedRows<kMasked>& counted, float (&sum)[kVec],
                                          float (&product)[kVec]) {
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
     float g[kVec], n[kVec];
     unpack(grads[j], g);
     unpack(norms[j], n);
+    if (kMasked && !counted.has(j)) continue;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       sum[i] += g[i];
@@ -82,7 +84,7 @@ __device__ __forceinline__ void pack_gradient(const Vec<T, kVec>& grads, const V
   pack(g, packed);
 }
 
-template <class T, int kVec, bool kTraining>
+template <class T, int kVec, bool kTraining, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_backward_kernel(const BatchNormBackwardParams params, const BatchNormGrid grid) {
   constexpr int kRows = Tiling<T, kVec>::kBackwardRows;
@@ -107,22 +109,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     // 2. Σ g and Σ g n of each column.
     if constexpr (kTraining) {
       float sum[kVec] = {}, product[kVec] = {};
-      add_rows(held_grads, held_norms, sum, product);
+      const auto counted_from = [&](int first) {
+        return CountedRows<kMasked>::template of<kRows>(rows, params.token_mask, first);
+      };
+      auto counted = counted_from(0);
+      int count = counted.count;
+      add_rows(held_grads, held_norms, counted, sum, product);
 #pragma unroll 1
       for (int first = kRows; first < rows.count; first += kRows) {
         V more_grads[kRows], more_norms[kRows];
         rows.load(grads, tile.axis_width, first, more_grads);
         rows.load(norms, tile.axis_width, first, more_norms);
-        add_rows(more_grads, more_norms, sum, product);
+        counted = counted_from(first);
+        count += counted.count;
+        add_rows(more_grads, more_norms, counted, sum, product);
       }
       rows.keep_packed(held_grads);
       rows.keep_packed(held_norms);
-      const Sums block = merge_threads<SumsMerger>(rows, warp_partials, sum, product);
-      const Sums batch = merge_grid<SumsMerger>(grid, tile, tile.panel < grid.num_panels, block,
-                                                warp_partials, params.workspace);
+      if (!kMasked) count = rows.count;
+      const Sums block = merge_threads<SumsMerger>(rows, count, warp_partials, sum, product);
+      const Sums batch = merge_grid<SumsMerger, kMasked>(grid, tile, tile.panel < grid.num_panels,
+                                                         block, warp_partials, params.workspace);
       if (threadIdx.x < kPanelColumns) {
-        mean_grads[column] = batch.first / static_cast<float>(params.num_tokens);
-        mean_products[column] = batch.second / static_cast<float>(params.num_tokens);
+        const float num_tokens = kMasked ? batch.count : static_cast<float>(params.num_tokens);
+        mean_grads[column] = batch.first / num_tokens;
+        mean_products[column] = batch.second / num_tokens;
       }
       __syncthreads();
     }
@@ -136,8 +147,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         if (first + j >= rows.count) break;
-        V packed;
-        pack_gradient<kTraining>(chunk_grads[j], chunk_norms[j], scales, packed);
+        V packed{};
+        if (!kMasked || params.token_mask[rows.at(first + j)]) {
+          pack_gradient<kTraining>(chunk_grads[j], chunk_norms[j], scales, packed);
+        }
         store_vec_streaming(out + rows.at(first + j) * stride, packed);
       }
     };
@@ -163,9 +176,10 @@ cudaError_t batch_norm_backward(const BatchNormBackwardParams& params,
     using T = typename decltype(tag)::type;
     const auto with_vectors_of = [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      return launch(params.training ? batch_norm_backward_kernel<T, kVec, true>
-                                    : batch_norm_backward_kernel<T, kVec, false>,
-                    params, plan, kVec, Tiling<T, kVec>::kBackwardRows, stream);
+      const auto kernel = !params.training    ? batch_norm_backward_kernel<T, kVec, false, false>
+                          : params.token_mask ? batch_norm_backward_kernel<T, kVec, true, true>
+                                              : batch_norm_backward_kernel<T, kVec, true, false>;
+      return launch(kernel, params, plan, kVec, Tiling<T, kVec>::kBackwardRows, stream);
     };
     return plan.uses_vectors ? with_vectors_of(ValueTag<kVecWidth<T>>{})
                              : with_vectors_of(ValueTag<1>{});

@@ -206,13 +206,37 @@ struct ThreadRows {
   __device__ int64_t at(int i) const { return row + int64_t{i} * Threads::kSlots; }
 };
 
-// Merges two numbers of each of a thread's columns, taken over its rows.count rows, over all
+// Which of the rows that a thread holds, kRows from `first` on, are those of tokens that count.
+// Without a mask it is the first ones.
+template <bool kMasked>
+struct CountedRows {
+  int count;      // how many
+  unsigned bits;  // which, with a mask
+
+  template <int kRows, class Rows>
+  __device__ static __forceinline__ CountedRows of(const Rows& rows, const bool* token_mask,
+                                                   int first) {
+    const int count = min(rows.count - first, kRows);
+    if constexpr (!kMasked) return {count, 0};
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      if (j < count && token_mask[rows.at(first + j)]) bits |= 1u << j;
+    }
+    return {__popc(bits), bits};
+  }
+  __device__ __forceinline__ bool has(int j) const {
+    return kMasked ? (bits >> j & 1u) != 0 : j < count;
+  }
+};
+
+// Merges two numbers of each of a thread's columns, taken over num_rows of its rows, over all
 // threads of the block.
 template <class Merger, class T, int kVec>
-__device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows,
+__device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows, int num_rows,
                                               WarpPartials& partials, float (&first)[kVec],
                                               float (&second)[kVec]) {
-  float count = static_cast<float>(rows.count);
+  float count = static_cast<float>(num_rows);
 #pragma unroll
   for (int offset = kWarpSize / 2; offset >= Tiling<T, kVec>::kLanes; offset /= 2) {
     Merger::add_lane(offset, count, first, second);
@@ -231,7 +255,8 @@ __device__ __forceinline__ auto merge_threads(const ThreadRows<T, kVec>& rows,
 
 // Merges the blocks' partials over all parts: writes this block's to the workspace, waits for the
 // grid, and merges those of the panel's columns. Blocks without a panel (in_use false) wait too.
-template <class Merger, class Partial>
+// Only with a mask must a block say how many tokens it has: behind the partials of all blocks.
+template <class Merger, bool kMasked, class Partial>
 __device__ __forceinline__ auto merge_grid(const BatchNormGrid& grid, const Tile& tile, bool in_use,
                                            const Partial& own, WarpPartials& warp_partials,
                                            void* workspace) {
@@ -239,9 +264,14 @@ __device__ __forceinline__ auto merge_grid(const BatchNormGrid& grid, const Tile
   const int warp = threadIdx.x / kPanelColumns;
   float2* partials = static_cast<float2*>(workspace) +
                      int64_t{tile.panel} * grid.num_parts * kPanelColumns + column;
+  float* counts =
+      reinterpret_cast<float*>(static_cast<float2*>(workspace) +
+                               int64_t{grid.num_panels} * grid.num_parts * kPanelColumns) +
+      int64_t{tile.panel} * grid.num_parts;
   if (in_use && threadIdx.x < kPanelColumns) {
     const auto [count, first, second] = own;
     partials[tile.part * kPanelColumns] = make_float2(first, second);
+    if (kMasked && threadIdx.x == 0) counts[tile.part] = count;
   }
   cooperative_groups::this_grid().sync();
   let_next_kernel_start();
@@ -251,7 +281,9 @@ __device__ __forceinline__ auto merge_grid(const BatchNormGrid& grid, const Tile
   for (int i = warp; i < num_parts; i += kWarps) {
     const int64_t rest = tile.num_tokens - i * grid.tokens_per_part;
     const float2 partial = __ldcg(partials + i * kPanelColumns);  // from L2: of other blocks
-    merger.add(static_cast<float>(min(rest, grid.tokens_per_part)), partial.x, partial.y);
+    const float count =
+        kMasked ? __ldcg(counts + i) : static_cast<float>(min(rest, grid.tokens_per_part));
+    merger.add(count, partial.x, partial.y);
   }
   const auto [count, first, second] = merger.get();
   warp_partials[warp][0][column] = count;

@@ -22,19 +22,31 @@ using namespace batch_norm;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
-// Moments of the first `count` of the rows in registers, column by column; no rows give zeros.
-template <class T, int kVec, int kRows>
-__device__ __forceinline__ void chunk_moments(Vec<T, kVec> (&rows)[kRows], int count,
+// Moments of the rows in registers that count, column by column; no rows give zeros.
+template <bool kMasked, class T, int kVec, int kRows>
+__device__ __forceinline__ void chunk_moments(Vec<T, kVec> (&rows)[kRows],
+                                              const CountedRows<kMasked>& counted,
                                               float (&mean)[kVec], float (&m2)[kVec]) {
   float first[kVec], sum[kVec] = {}, values[kVec];
   unpack(rows[0], first);
+  if constexpr (kMasked) {  // relative to the first row that counts
 #pragma unroll
-  for (int j = 1; j < kRows; ++j) {
+    for (int j = kRows - 1; j >= 0; --j) {
+      unpack(rows[j], values);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        first[i] = counted.has(j) ? values[i] : j == kRows - 1 ? 0.0f : first[i];
+      }
+    }
+    ThreadRows<T, kVec>::keep_packed(rows);
+  }
+#pragma unroll
+  for (int j = kMasked ? 0 : 1; j < kRows; ++j) {
     unpack(rows[j], values);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sum[i] += j < count ? values[i] - first[i] : 0.0f;
+    for (int i = 0; i < kVec; ++i) sum[i] += counted.has(j) ? values[i] - first[i] : 0.0f;
   }
-  const float share = 1.0f / static_cast<float>(max(count, 1));
+  const float share = 1.0f / static_cast<float>(max(counted.count, 1));
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     mean[i] = first[i] + sum[i] * share;
@@ -47,28 +59,34 @@ __device__ __forceinline__ void chunk_moments(Vec<T, kVec> (&rows)[kRows], int c
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const float distance = values[i] - mean[i];
-      m2[i] += j < count ? distance * distance : 0.0f;
+      m2[i] += counted.has(j) ? distance * distance : 0.0f;
     }
   }
 }
 
-// Moments of all rows of the thread; `held` are the first of them.
-template <class T, int kVec, int kRows>
-__device__ __forceinline__ void thread_moments(const ThreadRows<T, kVec>& rows, const T* logits,
-                                               int64_t stride, Vec<T, kVec> (&held)[kRows],
-                                               float (&mean)[kVec], float (&m2)[kVec]) {
+// Moments of all rows of the thread that count, and how many these are; `held` are the first.
+template <bool kMasked, class T, int kVec, int kRows>
+__device__ __forceinline__ int thread_moments(const ThreadRows<T, kVec>& rows, const T* logits,
+                                              int64_t stride, const bool* token_mask,
+                                              Vec<T, kVec> (&held)[kRows], float (&mean)[kVec],
+                                              float (&m2)[kVec]) {
   constexpr int kMore = kRows / 2;  // kRows beside those held would spill
-  chunk_moments(held, min(rows.count, kRows), mean, m2);
+  const auto counted = CountedRows<kMasked>::template of<kRows>(rows, token_mask, 0);
+  chunk_moments(held, counted, mean, m2);
+  int total = kMasked ? counted.count : kRows;
 #pragma unroll 1
-  for (int done = kRows; done < rows.count; done += kMore) {
+  for (int first = kRows; first < rows.count; first += kMore) {
     Vec<T, kVec> more[kMore];
-    rows.load(logits, stride, done, more);
-    const int count = min(rows.count - done, kMore);
+    rows.load(logits, stride, first, more);
+    const auto chunk = CountedRows<kMasked>::template of<kMore>(rows, token_mask, first);
     float chunk_mean[kVec], chunk_m2[kVec];
-    chunk_moments(more, count, chunk_mean, chunk_m2);
+    chunk_moments(more, chunk, chunk_mean, chunk_m2);
     // Chan's formula.
-    const float share = static_cast<float>(count) / static_cast<float>(done + count);
-    const float cross = static_cast<float>(done) * share;
+    const int all = total + chunk.count;
+    const float share =
+        static_cast<float>(chunk.count) / static_cast<float>(kMasked ? max(all, 1) : all);
+    const float cross = static_cast<float>(total) * share;
+    total = all;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const float distance = chunk_mean[i] - mean[i];
@@ -76,6 +94,7 @@ __device__ __forceinline__ void thread_moments(const ThreadRows<T, kVec>& rows, 
       m2[i] += chunk_m2[i] + distance * distance * cross;
     }
   }
+  return kMasked ? total : rows.count;
 }
 
 // Mean, 1 / sqrt(var + eps) and unbiased variance of a column.
@@ -85,9 +104,9 @@ struct ColumnStatistics {
   float unbiased_var = 0.0f;
 };
 
-__device__ __forceinline__ ColumnStatistics statistics_of(const Moments& batch, int64_t num_tokens,
+__device__ __forceinline__ ColumnStatistics statistics_of(const Moments& batch, float num_tokens,
                                                           double eps) {
-  const auto n = static_cast<float>(max(num_tokens, int64_t{1}));
+  const float n = fmaxf(num_tokens, 1.0f);
   return {batch.mean, 1.0f / sqrtf(batch.m2 / n + static_cast<float>(eps)), batch.m2 / (n - 1.0f)};
 }
 
@@ -109,7 +128,7 @@ __device__ __forceinline__ void pack_normed(const Vec<T, kVec>& logits, const fl
   pack(values, packed);
 }
 
-template <class T, int kVec, bool kTraining>
+template <class T, int kVec, bool kTraining, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_forward_kernel(const BatchNormForwardParams params, const BatchNormGrid grid) {
   constexpr int kRows = Tiling<T, kVec>::kForwardRows;
@@ -132,15 +151,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
     // 2. Mean and variance of each column, those of the batch in three steps: thread, block, grid.
     ColumnStatistics statistics;
+    float num_tokens = static_cast<float>(params.num_tokens);
     if constexpr (kTraining) {
       float thread_mean[kVec], thread_m2[kVec];
-      thread_moments(rows, logits, params.logits_stride, held, thread_mean, thread_m2);
+      const int count = thread_moments<kMasked>(rows, logits, params.logits_stride,
+                                                params.token_mask, held, thread_mean, thread_m2);
       rows.keep_packed(held);
       const Moments block =
-          merge_threads<MomentsMerger>(rows, warp_partials, thread_mean, thread_m2);
-      const Moments batch = merge_grid<MomentsMerger>(grid, tile, tile.panel < grid.num_panels,
-                                                      block, warp_partials, params.workspace);
-      statistics = statistics_of(batch, params.num_tokens, params.eps);
+          merge_threads<MomentsMerger>(rows, count, warp_partials, thread_mean, thread_m2);
+      const Moments batch = merge_grid<MomentsMerger, kMasked>(
+          grid, tile, tile.panel < grid.num_panels, block, warp_partials, params.workspace);
+      if (kMasked) num_tokens = batch.count;
+      statistics = statistics_of(batch, num_tokens, params.eps);
     } else if (owns_column) {
       statistics = running_statistics_of(running, axis_column, params.eps);
     }
@@ -166,8 +188,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         if (first + j >= rows.count) break;
-        V out;
-        pack_normed(chunk[j], shift, scale, out);
+        V out{};
+        if (!kMasked || params.token_mask[rows.at(first + j)]) {
+          pack_normed(chunk[j], shift, scale, out);
+        }
         store_vec_streaming(normed + rows.at(first + j) * tile.axis_width, out);
       }
     };
@@ -180,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
 
     // 4. Update the buffers last, because nothing waits for what is read of them.
-    if (kTraining && owns_column && tile.part == 0 && params.num_tokens > 0) {
+    if (kTraining && owns_column && tile.part == 0 && num_tokens > 1.0f) {
       const auto momentum = static_cast<float>(params.momentum);
       running.update(running.buffers.running_mean, axis_column, momentum, statistics.mean);
       running.update(running.buffers.running_var, axis_column, momentum, statistics.unbiased_var);
@@ -205,9 +229,10 @@ cudaError_t batch_norm_forward(const BatchNormForwardParams& params,
     using T = typename decltype(tag)::type;
     const auto with_vectors_of = [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      return launch(params.training ? batch_norm_forward_kernel<T, kVec, true>
-                                    : batch_norm_forward_kernel<T, kVec, false>,
-                    params, plan, kVec, Tiling<T, kVec>::kForwardRows, stream);
+      const auto kernel = !params.training    ? batch_norm_forward_kernel<T, kVec, false, false>
+                          : params.token_mask ? batch_norm_forward_kernel<T, kVec, true, true>
+                                              : batch_norm_forward_kernel<T, kVec, true, false>;
+      return launch(kernel, params, plan, kVec, Tiling<T, kVec>::kForwardRows, stream);
     };
     return plan.uses_vectors ? with_vectors_of(ValueTag<kVecWidth<T>>{})
                              : with_vectors_of(ValueTag<1>{});

@@ -225,6 +225,13 @@ __device__ __forceinline__ void route_backward(const RouterBackwardParams& param
   T* grad_x = static_cast<T*>(params.grad_logits_x) + t * num_rows;
   T* grad_y = static_cast<T*>(params.grad_logits_y) + t * num_cols;
 
+  if (k > 0 && pairs.indices[0] < 0) {  // a masked token has chosen nothing
+    const T zero = from_float<T>(0.0f);
+    for (int i = thread; i < num_rows; i += group.kSize) grad_x[i] = zero;
+    for (int i = thread; i < num_cols; i += group.kSize) grad_y[i] = zero;
+    return;
+  }
+
   // 1. Softmaxes.
   for (int i = thread; i < kWarps * num_sums; i += group.kSize) sums[i] = 0.0f;
   SoftmaxOfAxis softmax_x{0.0f, 1.0f};

@@ -56,13 +56,14 @@ void plan_block_kernel(const RouterForwardParams& params, RouterForwardPlan* pla
   plan->workspace_bytes = plan->list_bytes * static_cast<size_t>(plan->num_blocks);
 }
 
+// Two numbers of each column of a block, and behind those of all blocks how many tokens each has.
 size_t batch_norm_workspace_bytes(int64_t num_rows, int64_t num_cols, int num_sms) {
   using Tuning = BatchNormTuning;
   // A panel has at most as many parts as the grid has blocks for it.
   const int64_t partials = std::max<int64_t>(ceil_div<int64_t>(num_rows, Tuning::kPanelColumns) +
                                                  ceil_div<int64_t>(num_cols, Tuning::kPanelColumns),
                                              int64_t{Tuning::kBlocksPerSm} * num_sms);
-  return round_up<size_t>(partials * Tuning::kPanelColumns * 2 * sizeof(float), kAlignment);
+  return round_up<size_t>(partials * (Tuning::kPanelColumns * 2 + 1) * sizeof(float), kAlignment);
 }
 
 // Vectors lie within one axis and are aligned in every operand.
@@ -188,6 +189,25 @@ BatchNormBackwardPlan plan_batch_norm_backward(const BatchNormBackwardParams& pa
     plan.workspace_bytes =
         batch_norm_workspace_bytes(params.num_rows, params.num_cols, device.num_sms);
   }
+  return plan;
+}
+
+TokenNormForwardPlan plan_token_norm_forward(const TokenNormForwardParams& params) {
+  TokenNormForwardPlan plan{};
+  if (element_size(params.dtype) == 0) return plan;
+  plan.uses_vectors = allows_vectors(static_cast<int>(16 / element_size(params.dtype)),
+                                     params.num_rows, params.num_cols, params.logits_stride,
+                                     {params.logits, params.normed_x, params.normed_y});
+  return plan;
+}
+
+TokenNormBackwardPlan plan_token_norm_backward(const TokenNormBackwardParams& params) {
+  TokenNormBackwardPlan plan{};
+  if (element_size(params.dtype) == 0) return plan;
+  plan.uses_vectors = allows_vectors(
+      static_cast<int>(16 / element_size(params.dtype)), params.num_rows, params.num_cols,
+      params.num_rows + params.num_cols,
+      {params.grad_x, params.grad_y, params.normed_x, params.normed_y, params.grad_logits});
   return plan;
 }
 

@@ -47,6 +47,10 @@ struct BatchNormTuning {
   static constexpr int backward_rows(int vec) { return vec == 1 ? 8 : 4; }  // of two operands each
 };
 
+struct TokenNormTuning {
+  static constexpr int kWarpsPerBlock = 8;  // a warp for each axis of a token
+};
+
 struct RouterLogitsTuning {
   static constexpr int kTileTokens = 64;
   static constexpr int kPanelCols = 64;

@@ -16,8 +16,11 @@ struct BatchNormBuffers {
 // training: mean and (biased) variance are those of the batch, and the buffers are updated:
 //   running_mean += momentum (mean - running_mean), running_var likewise with the unbiased
 //   variance, num_batches_tracked += 1.
-// T = 1 has no unbiased variance; the torch boundary refuses it. T = 0 leaves the running
-// statistics as they are. Else: mean and variance are the running ones, nothing is updated.
+// One token has no unbiased variance: it leaves the running statistics as they are, as none does,
+// and its logits are 0; the torch boundary refuses it where there is no mask. Else: mean and
+// variance are the running ones, nothing is updated.
+// In training a token that token_mask leaves out takes no part: the batch is that of the others.
+// Its logits are 0. Outside training the mask is not read.
 struct BatchNormForwardParams {
   const void* logits =
       nullptr;         // [T, R + C], rows logits_stride apart: of the grid's rows, then columns
@@ -35,11 +38,12 @@ struct BatchNormForwardParams {
   bool training;
   double momentum;
   double eps;
-  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
+  const bool* token_mask = nullptr;  // [T] false: left out; or null: none is
+  void* workspace = nullptr;         // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // With n = normed, for each column: training: grad = inv_std (g - mean(g) - n mean(g n)), means
-// over the T tokens; else grad = inv_std g.
+// over the tokens of the batch, and 0 for those left out; else grad = inv_std g.
 struct BatchNormBackwardParams {
   const void* grad_x;    // [T, R]
   const void* grad_y;    // [T, C]
@@ -52,7 +56,8 @@ struct BatchNormBackwardParams {
   int64_t num_cols;
   DType dtype;
   bool training;
-  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
+  const bool* token_mask = nullptr;  // [T], as in the forward
+  void* workspace = nullptr;         // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 }  // namespace omni_moe

@@ -11,6 +11,7 @@
 #include "omni_moe/permute.h"
 #include "omni_moe/router.h"
 #include "omni_moe/schedule.h"
+#include "omni_moe/token_norm.h"
 #include "omni_moe/topk_router.h"
 
 namespace omni_moe::cpu {
@@ -27,6 +28,8 @@ struct KernelTable {
   void (*gated_activation_backward)(const GatedActivationBackwardParams&, const Executor&);
   void (*batch_norm_forward)(const BatchNormForwardParams&, const Executor&);
   void (*batch_norm_backward)(const BatchNormBackwardParams&, const Executor&);
+  void (*token_norm_forward)(const TokenNormForwardParams&, const Executor&);
+  void (*token_norm_backward)(const TokenNormBackwardParams&, const Executor&);
   void (*topk_router_forward)(const TopKRouterForwardParams&, const Executor&);
   void (*topk_router_backward)(const TopKRouterBackwardParams&, const Executor&);
   void (*permute)(const PermuteParams&, const Executor&);
@@ -49,6 +52,8 @@ void gated_activation_backward(const GatedActivationBackwardParams& params,
                                const Executor& executor);
 void batch_norm_forward(const BatchNormForwardParams& params, const Executor& executor);
 void batch_norm_backward(const BatchNormBackwardParams& params, const Executor& executor);
+void token_norm_forward(const TokenNormForwardParams& params, const Executor& executor);
+void token_norm_backward(const TokenNormBackwardParams& params, const Executor& executor);
 void topk_router_forward(const TopKRouterForwardParams& params, const Executor& executor);
 void topk_router_backward(const TopKRouterBackwardParams& params, const Executor& executor);
 void expert_slots(const ExpertSlotsParams& params, const Executor& executor);

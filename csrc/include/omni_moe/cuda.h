@@ -79,6 +79,10 @@ cudaError_t batch_norm_forward(const BatchNormForwardParams& params,
                                const BatchNormForwardPlan& plan, cudaStream_t stream);
 cudaError_t batch_norm_backward(const BatchNormBackwardParams& params,
                                 const BatchNormBackwardPlan& plan, cudaStream_t stream);
+cudaError_t token_norm_forward(const TokenNormForwardParams& params,
+                               const TokenNormForwardPlan& plan, cudaStream_t stream);
+cudaError_t token_norm_backward(const TokenNormBackwardParams& params,
+                                const TokenNormBackwardPlan& plan, cudaStream_t stream);
 // At most 4096 experts.
 cudaError_t topk_router_forward(const TopKRouterForwardParams& params,
                                 const TopKRouterForwardPlan& plan, cudaStream_t stream);

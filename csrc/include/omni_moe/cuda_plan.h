@@ -14,6 +14,7 @@
 #include "omni_moe/permute.h"
 #include "omni_moe/router.h"
 #include "omni_moe/router_logits.h"
+#include "omni_moe/token_norm.h"
 #include "omni_moe/topk_router.h"
 
 namespace omni_moe::cuda {
@@ -80,6 +81,13 @@ struct BatchNormPlan {
 using BatchNormForwardPlan = BatchNormPlan;
 using BatchNormBackwardPlan = BatchNormPlan;
 
+struct TokenNormPlan {
+  bool uses_vectors;  // 16 bytes a load, else one element
+  size_t workspace_bytes;
+};
+using TokenNormForwardPlan = TokenNormPlan;
+using TokenNormBackwardPlan = TokenNormPlan;
+
 struct RouterLogitsForwardPlan {
   DeviceInfo device;
   int token_tiles;  // of 64 tokens, in a block
@@ -94,6 +102,10 @@ BatchNormForwardPlan plan_batch_norm_forward(const BatchNormForwardParams& param
                                              const DeviceInfo& device);
 BatchNormBackwardPlan plan_batch_norm_backward(const BatchNormBackwardParams& params,
                                                const DeviceInfo& device);
+
+// The same on every device.
+TokenNormForwardPlan plan_token_norm_forward(const TokenNormForwardParams& params);
+TokenNormBackwardPlan plan_token_norm_backward(const TokenNormBackwardParams& params);
 
 // Null where there is no kernel for these operands on the device. There is one on Hopper, in a
 // build for sm_90a, for 16-bit elements, H, R and C multiples of 8, 16-byte aligned pointers, and a

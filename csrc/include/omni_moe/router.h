@@ -17,6 +17,7 @@ enum class RouterScore : int8_t {
 // halves.
 // Where a log_softmax is NaN (a NaN or +inf logit, or all logits -inf) every weight of that token
 // is NaN and its ids are 0 … K-1.
+// A masked token has the ids -1 and the weights 0.
 struct RouterForwardParams {
   const void* logits_x;  // [T, R]
   const void* logits_y;  // [T, C]
@@ -28,16 +29,18 @@ struct RouterForwardParams {
   int64_t num_experts_per_token;  // 0 <= K <= R * C < 2^31
   DType dtype;
   RouterScore score;
-  void* workspace = nullptr;  // CUDA: plan.workspace_bytes bytes; CPU: unused
+  const bool* token_mask = nullptr;  // [T] false: masked; or null: none is
+  void* workspace = nullptr;         // CUDA: plan.workspace_bytes bytes; CPU: unused
 };
 
 // kLogit: grad_x[row] = Σ grad_weights over the chosen pairs in that row, grad_y likewise.
 // kSoftmax, kSoftmaxTopK: through the softmax, recomputed from the logits.
+// A token whose ids are -1 has chosen nothing and gets zeros, whatever its logits.
 struct RouterBackwardParams {
   const void* grad_weights;        // [T, K]
   const void* logits_x = nullptr;  // [T, R], unused (may be null) for kLogit
   const void* logits_y = nullptr;  // [T, C], unused (may be null) for kLogit
-  const int32_t* indices;          // [T, K]
+  const int32_t* indices;          // [T, K], a token's all -1 or none of them
   void* grad_logits_x;             // [T, R]
   void* grad_logits_y;             // [T, C]
   int64_t num_tokens;

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from omni_moe import OmniMoE
 from omni_moe.integrations.transformers.layers import omni_moe_layers
 from omni_moe.losses import add_expert_counts
-from omni_moe.modules.omni_moe import ExpertLoad, RouterOutputs, recording
+from omni_moe.modules.omni_moe import ExpertLoad
+from omni_moe.modules.recording import RouterOutputs, recording
 
 _METRICS = {"expert_usage": "share of experts used", "expert_unevenness": "unevenness, KL in nats"}
 
@@ -27,9 +28,10 @@ class ExpertLoadCallback(TrainerCallback):
     - `router_entropy/<layer>`, the mean over the tokens of the entropy of the routing probabilities
       of all E experts, in nats: ln E where all are as probable, 0 where one has all.
 
-    Tokens are those of all processes and all accumulation steps, padding included, and no others:
-    forwards in evaluation mode do not count, nor do those that activation checkpointing repeats.
-    Training under `torch.distributed` sums over the processes at each log.
+    Tokens are those of all processes and all accumulation steps, and no others: padding does not
+    count where the model is given an attention mask of two dimensions, nor do forwards in
+    evaluation mode and those that activation checkpointing repeats. Training under
+    `torch.distributed` sums over the processes at each log.
 
     The values stand in `trainer.state.log_history`. Use `add_to`, instead of passing the callback
     to the Trainer, to let reporters such as TensorBoard see them too.
@@ -118,11 +120,15 @@ class _Meter:
             return
         for name in ("counts", "entropy"):  # the model may have moved since the start
             setattr(self, name, getattr(self, name).to(outputs.indices.device))
-        add_expert_counts(self.counts, outputs.indices)
+        mask = outputs.token_mask
+        add_expert_counts(self.counts, outputs.indices, mask)
         # The probability of an expert is a product, so the entropies of both axes add up.
         for logits in (outputs.logits_x, outputs.logits_y):
-            self.entropy[0] += torch.special.entr(logits.float().softmax(-1)).sum()
-        self.entropy[1] += len(outputs.logits_x)
+            entropies = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+            if mask is not None:
+                entropies = entropies.masked_fill(~mask, 0)
+            self.entropy[0] += entropies.sum()
+        self.entropy[1] += len(outputs.logits_x) if mask is None else mask.sum()
 
 
 def _sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -24,12 +24,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from omni_moe import OmniMoE, load_balancing_loss, router_loss
-from omni_moe.modules.omni_moe import (
-    RouterOutputs,
-    is_recorded,
-    recorded_router_outputs,
-    weighted_router_loss,
-)
+from omni_moe.modules.omni_moe import weighted_router_loss
+from omni_moe.modules.recording import RouterOutputs, is_recorded, recorded_router_outputs
 
 # Names of Transformers' activations, by the name of the same function here. gelu_new, gelu_fast and
 # gelu_accurate are the tanh approximation, written out.
@@ -367,9 +363,9 @@ def _losses(
     """The sum of the load balancing losses, and all losses in the weights of the layers."""
     balances, totals = [], []
     for layer, outputs in zip(layers, recorded, strict=True):
-        for x, y, indices, _ in outputs:
-            balances.append(load_balancing_loss(x, y, indices))
-            totals.append(weighted_router_loss(layer.config, x, y, indices))
+        for x, y, indices, _, token_mask in outputs:
+            balances.append(load_balancing_loss(x, y, indices, token_mask))
+            totals.append(weighted_router_loss(layer.config, x, y, indices, token_mask))
     # Layers of a model may lie on several devices.
     device = balances[0].device
     balance = sum(loss.to(device) for loss in balances)

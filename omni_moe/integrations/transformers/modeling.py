@@ -24,6 +24,7 @@ from omni_moe.integrations.transformers.layers import (
     register,
     with_router_outputs,
 )
+from omni_moe.integrations.transformers.token_mask import with_token_mask
 
 
 class OmniMoeModel(ModelMixin, Qwen3Model):
@@ -34,7 +35,7 @@ class OmniMoeModel(ModelMixin, Qwen3Model):
 
     config: OmniMoeConfig
     config_class = OmniMoeConfig
-    forward = with_router_outputs(Qwen3Model.forward)
+    forward = with_token_mask(with_router_outputs(Qwen3Model.forward))
 
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
@@ -56,7 +57,7 @@ class OmniMoeForCausalLM(ModelMixin, Qwen3ForCausalLM):
 
     config: OmniMoeConfig
     config_class = OmniMoeConfig
-    forward = with_router_outputs(Qwen3ForCausalLM.forward)
+    forward = with_token_mask(with_router_outputs(Qwen3ForCausalLM.forward))
 
     def __init__(self, config: OmniMoeConfig) -> None:
         super(Qwen3ForCausalLM, self).__init__(config)  # past the one that makes a Qwen3Model
@@ -71,7 +72,7 @@ class OmniMoeForSequenceClassification(ModelMixin, Qwen3ForSequenceClassificatio
 
     config: OmniMoeConfig
     config_class = OmniMoeConfig
-    forward = with_router_outputs(Qwen3ForSequenceClassification.forward)
+    forward = with_token_mask(with_router_outputs(Qwen3ForSequenceClassification.forward))
 
 
 class OmniMoeForTokenClassification(ModelMixin, Qwen3ForTokenClassification):
@@ -79,7 +80,7 @@ class OmniMoeForTokenClassification(ModelMixin, Qwen3ForTokenClassification):
 
     config: OmniMoeConfig
     config_class = OmniMoeConfig
-    forward = with_router_outputs(Qwen3ForTokenClassification.forward)
+    forward = with_token_mask(with_router_outputs(Qwen3ForTokenClassification.forward))
 
 
 class OmniMoeForQuestionAnswering(ModelMixin, GenericForQuestionAnswering, Qwen3PreTrainedModel):
@@ -87,7 +88,7 @@ class OmniMoeForQuestionAnswering(ModelMixin, GenericForQuestionAnswering, Qwen3
 
     config: OmniMoeConfig
     config_class = OmniMoeConfig
-    forward = with_router_outputs(GenericForQuestionAnswering.forward)
+    forward = with_token_mask(with_router_outputs(GenericForQuestionAnswering.forward))
 
 
 AutoConfig.register("omni_moe", OmniMoeConfig)

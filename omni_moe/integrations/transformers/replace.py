@@ -48,7 +48,7 @@ def replace_mlp(
         layers: indices of the blocks to change; all by default.
         norm_topk_prob: divide a token's K routing weights by their sum.
         expert_grid: (R, C) with R * C = E.
-        router_norm: "batch_norm" or "none".
+        router_norm: "batch_norm", "layer_norm", "rms_norm" or "none".
         initializer_range: standard deviation of the initial router gates and `up_embed`.
         track_expert_load: count how often each expert is chosen.
         router_aux_loss_coef: weight of the load balancing loss, which becomes part of the model's

@@ -31,6 +31,7 @@ from omni_moe.integrations.transformers.layers import (
     with_router_outputs,
 )
 from omni_moe.integrations.transformers.surgery import build_layers, decoder_blocks, put_in_place
+from omni_moe.integrations.transformers.token_mask import with_token_mask
 
 MODEL_TYPE = "omni_moe_replaced"
 _PREFIX = "OmniMoe"
@@ -111,7 +112,7 @@ def replaced_model_class(
     namespace = {
         "__module__": __name__,
         "config_class": config_class,
-        "forward": with_router_outputs(base.forward),
+        "forward": with_token_mask(with_router_outputs(base.forward)),
     }
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         namespace[name] = {*(getattr(base, name) or ()), *getattr(ModelMixin, name)}
