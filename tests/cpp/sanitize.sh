@@ -43,6 +43,10 @@ topk_router=$topk_router:'CudaTopKRouter.ManyTokens:CudaTopKRouter.Slots'
 activation='CudaGatedActivation.ForwardAndBackward'
 # Vectors and single columns, one part and several, several rounds, all dtypes.
 batch_norm='CudaBatchNorm.Small:CudaBatchNorm.ManyColumns:CudaBatchNorm.NoTokens'
+# Vectors and single columns, what registers hold and more; all dtypes and both norms.
+token_norm='CudaTokenNorm.Small:CudaTokenNorm.NoTokens:CudaTokenNorm.WideAxes'
+# BatchNorm of every pattern of masks, all dtypes; the router by a warp and by a block.
+token_mask='CudaTokenMask.SmallNorms:CudaTokenMask.NormOfNoTokens:CudaTokenMask.SmallRouters'
 # Blocks of three of the four shapes, partial tiles; both dtypes, training and eval.
 router_logits='*RouterLogitsOf.*/T1_H200_*:*RouterLogitsOf.*/T37_H200_*'
 router_logits=$router_logits:'*RouterLogitsOf.*/T199_H264_*:*RouterLogitsOf.*/T37_H72_*'
@@ -58,7 +62,8 @@ for tool in "$@"; do
   for pair in "expert $expert" "expert_band_lists $band_lists" "expert_bands $bands" \
     "gated_linear $linear" "gated_linear_backward $linear_backward" "router $router" \
     "topk_router $topk_router" "gated_activation $activation" "batch_norm $batch_norm" \
-    "router_logits $router_logits" "permute $permute"; do
+    "token_norm $token_norm" "token_mask $token_mask" "router_logits $router_logits" \
+    "permute $permute"; do
     name=test_cuda_${pair%% *}
     start=$(date +%s)
     if timeout "${SECONDS_EACH:-60}" "$sanitizer" --tool "$tool" --error-exitcode 1 \
