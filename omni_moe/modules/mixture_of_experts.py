@@ -52,15 +52,15 @@ def _grouped_linear(
 
     Rows behind the last end hold anything, and so do their gradients.
     """
-    output = torch.ops.omni_moe._omni_grouped_linear.default(
-        rows, _unquantised(weight), expert_ends
-    )
+    linear = torch.ops.omni_moe._omni_grouped_linear.default
+    output = linear(rows, _unquantised(weight), expert_ends)
     if bias is None:
         return output
-    positions = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
-    experts = torch.searchsorted(expert_ends, positions, right=True)
-    # Rows behind the last end take a bias of their own, so that no expert's gets their gradient.
-    return output + F.pad(bias.to(output.dtype), (0, 0, 0, 1))[experts]
+    # As a product with ones, so that the bias has the gradient of a weight: summed by expert in
+    # fp32, without atomics, and without the rows behind the last end. The grouped GEMM wants eight
+    # columns.
+    ones = F.pad(rows.new_ones(rows.shape[0], 1), (0, 7))
+    return output + linear(ones, F.pad(bias.unsqueeze(-1), (0, 7)), expert_ends)
 
 
 def grouped_experts(
