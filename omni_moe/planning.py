@@ -73,7 +73,8 @@ def plan(
     Operands are taken to be dense and to start at multiples of 16 bytes, as PyTorch allocates them.
 
     Args:
-        op: ``omni_router`` (``omni_softmax_router`` runs the same kernels), ``omni_router_logits``,
+        op: ``omni_router`` (``omni_softmax_router`` runs the same kernels, of which
+            ``router_forward_unsorted`` is that of ``sorted=False``), ``omni_router_logits``,
             ``omni_router_logits_per_token``, ``omni_topk_router`` (without groups, and with
             ``omni_expert_slots`` of its pairs), ``omni_permute`` (without a capacity, and with
             ``omni_expert_rows`` and ``omni_unpermute``), ``omni_expert`` or ``omni_mlp``;

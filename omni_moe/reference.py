@@ -45,7 +45,10 @@ def _pair_sums(values_x: Tensor, values_y: Tensor, indices: Tensor) -> Tensor:
 
 
 def omni_router(
-    router_logits_x: Tensor, router_logits_y: Tensor, num_experts_per_token: int
+    router_logits_x: Tensor,
+    router_logits_y: Tensor,
+    num_experts_per_token: int,
+    sorted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Top-K of the full R x C grid of sums `x[row] + y[col]`; the grid need not be square.
 
@@ -53,6 +56,7 @@ def omni_router(
         router_logits_x: (T, R).
         router_logits_y: (T, C).
         num_experts_per_token: K, 0 <= K <= R * C.
+        sorted: changes nothing here: False allows any order, and this is one.
 
     Returns:
         scores: (T, K) in the dtype of the logits, descending, equal scores by ascending id.
@@ -70,6 +74,7 @@ def omni_softmax_router(
     num_experts_per_token: int,
     norm_topk_prob: bool = False,
     token_mask: Tensor | None = None,
+    sorted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`omni_router` with weights `exp(log_softmax(x)[row] + log_softmax(y)[col])`.
 
@@ -79,6 +84,7 @@ def omni_softmax_router(
         num_experts_per_token: K, 0 <= K <= R * C.
         norm_topk_prob: divide the K weights of a token by their sum.
         token_mask: (T,) bool, False for tokens that choose nothing.
+        sorted: changes nothing here: False allows any order, and this is one.
 
     Returns:
         routing_weights: (T, K) in the dtype of the logits; 0 for masked tokens.

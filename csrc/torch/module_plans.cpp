@@ -48,6 +48,10 @@ py::dict numbers_of(const RouterForwardPlan& plan) {
     return py::dict("kernel"_a = "block", "lists_in_shared"_a = plan.lists_in_shared,
                     "num_blocks"_a = plan.num_blocks);
   }
+  if (plan.kernel == RouterForwardKernel::kUnsorted) {
+    return py::dict("kernel"_a = "unsorted", "items_per_lane"_a = plan.items_per_lane,
+                    "list_bytes"_a = plan.list_bytes, "num_blocks"_a = plan.num_blocks);
+  }
   return py::dict("kernel"_a = "warp", "items_per_lane"_a = plan.items_per_lane,
                   "sort_width"_a = plan.sort_width, "num_blocks"_a = plan.num_blocks);
 }
@@ -164,7 +168,10 @@ py::dict plan_router(int64_t num_tokens, int64_t num_rows, int64_t num_cols,
   };
   const auto forward = sized(RouterForwardParams{});
   const auto backward = sized(RouterBackwardParams{});
+  auto unsorted = forward;
+  unsorted.sorted = false;
   return py::dict("router_forward"_a = facts_of(plan_router_forward(forward, device)),
+                  "router_forward_unsorted"_a = facts_of(plan_router_forward(unsorted, device)),
                   "router_backward"_a = facts_of(plan_router_backward(backward, device)));
 }
 

@@ -16,9 +16,9 @@ using OptionalTensor = std::optional<Tensor>;
 template <size_t kCount>
 using Mask = std::array<bool, kCount>;  // which gradients are wanted
 
-inline constexpr Op<"omni_router", std::tuple<Tensor, Tensor>(const Tensor& router_logits_x,
-                                                              const Tensor& router_logits_y,
-                                                              c10::SymInt num_experts_per_token)>
+inline constexpr Op<"omni_router", std::tuple<Tensor, Tensor>(
+                                       const Tensor& router_logits_x, const Tensor& router_logits_y,
+                                       c10::SymInt num_experts_per_token, bool sorted)>
     omni_router;
 inline constexpr Op<"_omni_router_backward",
                     std::tuple<Tensor, Tensor>(const Tensor& grad_scores, const Tensor& indices,
@@ -29,7 +29,7 @@ inline constexpr Op<"omni_softmax_router",
                     std::tuple<Tensor, Tensor>(
                         const Tensor& router_logits_x, const Tensor& router_logits_y,
                         c10::SymInt num_experts_per_token, bool norm_topk_prob,
-                        const OptionalTensor& token_mask)>
+                        const OptionalTensor& token_mask, bool sorted)>
     omni_softmax_router;
 inline constexpr Op<"_omni_softmax_router_backward",
                     std::tuple<Tensor, Tensor>(

@@ -11,10 +11,11 @@
 // ---- Schemas -----------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
-  // x (T, R), y (T, C) -> (T, K), (T, K) int32.
+  // x (T, R), y (T, C) -> (T, K), (T, K) int32. Unless `sorted`, a token's K experts come in an
+  // order that is free, but the same on every run.
   m.def(
-      "omni_router(Tensor router_logits_x, Tensor router_logits_y, SymInt num_experts_per_token) "
-      "-> (Tensor scores, Tensor indices)");
+      "omni_router(Tensor router_logits_x, Tensor router_logits_y, SymInt num_experts_per_token, "
+      "bool sorted=True) -> (Tensor scores, Tensor indices)");
   m.def(
       "_omni_router_backward(Tensor grad_scores, Tensor indices, SymInt num_rows, "
       "SymInt num_cols) -> (Tensor grad_router_logits_x, Tensor grad_router_logits_y)");
@@ -23,8 +24,8 @@ TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
   // ids -1 and the weights 0, and so does their gradient.
   m.def(
       "omni_softmax_router(Tensor router_logits_x, Tensor router_logits_y, "
-      "SymInt num_experts_per_token, bool norm_topk_prob=False, Tensor? token_mask=None) "
-      "-> (Tensor routing_weights, Tensor indices)");
+      "SymInt num_experts_per_token, bool norm_topk_prob=False, Tensor? token_mask=None, "
+      "bool sorted=True) -> (Tensor routing_weights, Tensor indices)");
   m.def(
       "_omni_softmax_router_backward(Tensor grad_routing_weights, Tensor router_logits_x, "
       "Tensor router_logits_y, Tensor indices, bool norm_topk_prob) "
@@ -82,13 +83,13 @@ Pair choice(const char* op, const Tensor& router_logits_x, const Tensor& router_
 }
 
 Pair router_outputs(const Tensor& router_logits_x, const Tensor& router_logits_y,
-                    c10::SymInt num_experts_per_token) {
+                    c10::SymInt num_experts_per_token, bool /*sorted*/) {
   return choice(omni_router.name, router_logits_x, router_logits_y, num_experts_per_token);
 }
 
 Pair softmax_router_outputs(const Tensor& router_logits_x, const Tensor& router_logits_y,
                             c10::SymInt num_experts_per_token, bool /*norm_topk_prob*/,
-                            const OptionalTensor& token_mask) {
+                            const OptionalTensor& token_mask, bool /*sorted*/) {
   const char* op = omni_softmax_router.name;
   auto outputs = choice(op, router_logits_x, router_logits_y, num_experts_per_token);
   if (token_mask) {
@@ -121,7 +122,7 @@ Pair softmax_router_backward_outputs(const Tensor& grad_routing_weights,
 // ---- Kernels -----------------------------------------------------------------------------------
 
 Pair route(Pair outputs, const Tensor& router_logits_x, const Tensor& router_logits_y,
-           RouterScore score, const OptionalTensor& token_mask = std::nullopt) {
+           RouterScore score, bool sorted, const OptionalTensor& token_mask = std::nullopt) {
   const NamedRange range(kRouterRange);
   const Tensor x = router_logits_x.contiguous(), y = router_logits_y.contiguous();
   const Tensor mask = token_mask ? token_mask->contiguous() : Tensor();
@@ -136,23 +137,26 @@ Pair route(Pair outputs, const Tensor& router_logits_x, const Tensor& router_log
                              .num_experts_per_token = indices.size(1),
                              .dtype = to_dtype(x),
                              .score = score,
-                             .token_mask = token_mask ? mask.const_data_ptr<bool>() : nullptr},
+                             .token_mask = token_mask ? mask.const_data_ptr<bool>() : nullptr,
+                             .sorted = sorted},
          x.device());
   return outputs;
 }
 
 Pair router_kernel(const Tensor& router_logits_x, const Tensor& router_logits_y,
-                   c10::SymInt num_experts_per_token) {
-  return route(router_outputs(router_logits_x, router_logits_y, std::move(num_experts_per_token)),
-               router_logits_x, router_logits_y, RouterScore::kLogit);
+                   c10::SymInt num_experts_per_token, bool sorted) {
+  return route(
+      router_outputs(router_logits_x, router_logits_y, std::move(num_experts_per_token), sorted),
+      router_logits_x, router_logits_y, RouterScore::kLogit, sorted);
 }
 
 Pair softmax_router_kernel(const Tensor& router_logits_x, const Tensor& router_logits_y,
                            c10::SymInt num_experts_per_token, bool norm_topk_prob,
-                           const OptionalTensor& token_mask) {
-  return route(softmax_router_outputs(router_logits_x, router_logits_y,
-                                      std::move(num_experts_per_token), norm_topk_prob, token_mask),
-               router_logits_x, router_logits_y, score_of(norm_topk_prob), token_mask);
+                           const OptionalTensor& token_mask, bool sorted) {
+  return route(
+      softmax_router_outputs(router_logits_x, router_logits_y, std::move(num_experts_per_token),
+                             norm_topk_prob, token_mask, sorted),
+      router_logits_x, router_logits_y, score_of(norm_topk_prob), sorted, token_mask);
 }
 
 Pair router_backward_kernel(const Tensor& grad_scores, const Tensor& indices, c10::SymInt num_rows,
@@ -207,9 +211,9 @@ Pair softmax_router_backward_kernel(const Tensor& grad_routing_weights,
 // Of their two outputs the ids have no gradient, and autograd shall not make zeros for it.
 struct OmniRouterBackward : Function<OmniRouterBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& router_logits_x,
-                               const Tensor& router_logits_y, const c10::SymInt& k) {
+                               const Tensor& router_logits_y, const c10::SymInt& k, bool sorted) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [scores, indices] = omni_router(router_logits_x, router_logits_y, k);
+    auto [scores, indices] = omni_router(router_logits_x, router_logits_y, k, sorted);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({indices});
     ctx->saved_data["num_rows"] = router_logits_x.sym_size(1);
@@ -218,7 +222,7 @@ struct OmniRouterBackward : Function<OmniRouterBackward> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list input_grads(3);
+    variable_list input_grads(4);
     if (!grads[0].defined()) return input_grads;
     std::tie(input_grads[0], input_grads[1]) = omni_router_backward(
         grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_rows"].toSymInt(),
@@ -230,10 +234,10 @@ struct OmniRouterBackward : Function<OmniRouterBackward> {
 struct OmniSoftmaxRouterBackward : Function<OmniSoftmaxRouterBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& router_logits_x,
                                const Tensor& router_logits_y, const c10::SymInt& k,
-                               bool norm_topk_prob, const OptionalTensor& token_mask) {
+                               bool norm_topk_prob, const OptionalTensor& token_mask, bool sorted) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [weights, indices] =
-        omni_softmax_router(router_logits_x, router_logits_y, k, norm_topk_prob, token_mask);
+    auto [weights, indices] = omni_softmax_router(router_logits_x, router_logits_y, k,
+                                                  norm_topk_prob, token_mask, sorted);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({router_logits_x, router_logits_y, indices});
     ctx->saved_data["norm_topk_prob"] = norm_topk_prob;

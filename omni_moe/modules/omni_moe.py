@@ -168,8 +168,14 @@ class OmniMoE(nn.Module):
         mask = self._flat_mask(hidden_states, token_mask)
 
         logits_x, logits_y = self._router_logits(tokens, mask)
+        # Nothing that follows depends on the order of a token's experts.
         routing_weights, indices = omni_softmax_router(
-            logits_x, logits_y, config.num_experts_per_token, config.norm_topk_prob, mask
+            logits_x,
+            logits_y,
+            config.num_experts_per_token,
+            norm_topk_prob=config.norm_topk_prob,
+            token_mask=mask,
+            sorted=False,
         )
         if logits_x.dtype != tokens.dtype and not _is_autocast(tokens):
             routing_weights = routing_weights.to(tokens.dtype)

@@ -25,7 +25,7 @@ class RouterOutputs(NamedTuple):
 
     logits_x: Tensor  # (T, R)
     logits_y: Tensor  # (T, C)
-    indices: Tensor  # (T, K); -1 for tokens that do not count
+    indices: Tensor  # (T, K), in no particular order; -1 for tokens that do not count
     had_grad_enabled: bool
     token_mask: Tensor | None  # (T,) bool, which tokens count; None: all
 

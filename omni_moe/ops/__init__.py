@@ -21,6 +21,7 @@ def omni_router(
     router_logits_y: Tensor,
     num_expert_sqrt: int,
     num_experts_per_token: int,
+    sorted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The K best experts of a square grid by `score(row, col) = x[row] + y[col]`.
 
@@ -34,9 +35,11 @@ def omni_router(
         router_logits_y: (T, C) logits of its columns, same dtype.
         num_expert_sqrt: side of the grid; must equal both R and C.
         num_experts_per_token: K, 0 <= K <= R * C.
+        sorted: as in `torch.topk`. False returns the same K experts of each token in any order, the
+            same on every run of one device, and is faster where K is large.
 
     Returns:
-        scores: (T, K) in the dtype of the logits, descending; differentiable.
+        scores: (T, K) in the dtype of the logits, descending if `sorted`; differentiable.
         indices: (T, K) int32, `id = row * C + col`.
 
     Raises:
@@ -50,7 +53,7 @@ def omni_router(
                 f"(T, {num_expert_sqrt}), got {tuple(logits.shape)}"
             )
     return torch.ops.omni_moe.omni_router.default(
-        router_logits_x, router_logits_y, num_experts_per_token
+        router_logits_x, router_logits_y, num_experts_per_token, sorted
     )
 
 
@@ -60,6 +63,7 @@ def omni_softmax_router(
     num_experts_per_token: int,
     norm_topk_prob: bool = False,
     token_mask: Tensor | None = None,
+    sorted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The K most probable experts and their routing weights, from the two logit vectors.
 
@@ -76,16 +80,18 @@ def omni_softmax_router(
         norm_topk_prob: make the weights of each token sum to 1.
         token_mask: (T,) bool, False for tokens that choose nothing: their ids are -1, their weights
             and gradients 0.
+        sorted: as in `torch.topk`. False returns the same K experts of each token in any order, the
+            same on every run of one device, and is faster where K is large.
 
     Returns:
-        routing_weights: (T, K) in the dtype of the logits, descending; differentiable.
+        routing_weights: (T, K) in the dtype of the logits, descending if `sorted`; differentiable.
         indices: (T, K) int32, `id = row * C + col`.
 
     Raises:
         ValueError: ranks, row counts, dtypes or devices disagree, or K is out of range.
     """
     return torch.ops.omni_moe.omni_softmax_router.default(
-        router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob, token_mask
+        router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob, token_mask, sorted
     )
 
 

@@ -37,6 +37,8 @@ linear_backward='*GatedLinearBackward.*/T37_H104_I136_*:*GatedLinearBackward.*/T
 # Warp and block kernels, all dtypes and special values; shared and global workspaces.
 router='CudaRouter.ForwardGrid5x7:CudaRouter.ForwardManyExpertsPerToken:CudaRouter.ForwardEmpty'
 router=$router:'CudaRouter.BackwardSpecialValues:CudaRouter.BackwardLongAxes'
+# Ties, special values and the scan of the grid; few items a lane and many, partial groups of rows.
+router_unsorted='CudaRouterUnsorted.Grid12x12:CudaRouterUnsorted.Grid65x257'
 # Warp and block kernels, all dtypes, special values, no alignment, masked tokens; slots.
 topk_router='CudaTopKRouter.TiesMaskedAndSpecialLogits:CudaTopKRouter.Unaligned'
 topk_router=$topk_router:'CudaTopKRouter.ManyTokens:CudaTopKRouter.Slots'
@@ -61,7 +63,8 @@ for tool in "$@"; do
   [ "$tool" = initcheck ] && export OMNI_MOE_TEST_INITCHECK=1
   for pair in "expert $expert" "expert_band_lists $band_lists" "expert_bands $bands" \
     "gated_linear $linear" "gated_linear_backward $linear_backward" "router $router" \
-    "topk_router $topk_router" "gated_activation $activation" "batch_norm $batch_norm" \
+    "router_unsorted $router_unsorted" "topk_router $topk_router" \
+    "gated_activation $activation" "batch_norm $batch_norm" \
     "token_norm $token_norm" "token_mask $token_mask" "router_logits $router_logits" \
     "permute $permute"; do
     name=test_cuda_${pair%% *}

@@ -105,20 +105,21 @@ TEST_F(Ops, ExpertActivations) {
 TEST_F(Ops, Router) {
   const Tensor x = at::randn({37, 7}, kDouble), y = at::randn({37, 11}, kDouble);
   for (const int64_t k : {1, 16, 77}) {
-    const auto [scores, indices] = omni_router(x, y, k);
+    const auto [scores, indices] = omni_router(x, y, k, true);
     const auto [want, order] = (x.unsqueeze(2) + y.unsqueeze(1))
                                    .flatten(1)
                                    .sort(/*stable=*/true, /*dim=*/1, /*descending=*/true);
     EXPECT_EQ(indices.scalar_type(), at::kInt);
     EXPECT_TRUE(at::equal(indices.to(at::kLong), order.narrow(1, 0, k)));
     EXPECT_TRUE(at::equal(scores, want.narrow(1, 0, k)));
-    EXPECT_FALSE(std::get<1>(omni_router(x.detach().requires_grad_(), y, k)).requires_grad());
+    EXPECT_FALSE(std::get<1>(omni_router(x.detach().requires_grad_(), y, k, true)).requires_grad());
     const auto chosen = order.narrow(1, 0, k);
-    expect_same([k = k](const TensorList& t) { return std::get<0>(omni_router(t[0], t[1], k)); },
-                [&](const TensorList& t) {
-                  return (t[0].unsqueeze(2) + t[1].unsqueeze(1)).flatten(1).gather(1, chosen);
-                },
-                {x, y});
+    expect_same(
+        [k = k](const TensorList& t) { return std::get<0>(omni_router(t[0], t[1], k, true)); },
+        [&](const TensorList& t) {
+          return (t[0].unsqueeze(2) + t[1].unsqueeze(1)).flatten(1).gather(1, chosen);
+        },
+        {x, y});
   }
 }
 
@@ -127,11 +128,13 @@ TEST_F(Ops, SoftmaxRouter) {
   for (const int64_t k : {1, 16, 77}) {
     for (const bool norm_topk_prob : {false, true}) {
       const Tensor chosen =
-          std::get<1>(omni_softmax_router(x, y, k, norm_topk_prob, std::nullopt)).to(at::kLong);
-      EXPECT_TRUE(at::equal(chosen, std::get<1>(omni_router(x, y, k)).to(at::kLong)));
+          std::get<1>(omni_softmax_router(x, y, k, norm_topk_prob, std::nullopt, true))
+              .to(at::kLong);
+      EXPECT_TRUE(at::equal(chosen, std::get<1>(omni_router(x, y, k, true)).to(at::kLong)));
       expect_same(
           [k = k, norm_topk_prob](const TensorList& t) {
-            return std::get<0>(omni_softmax_router(t[0], t[1], k, norm_topk_prob, std::nullopt));
+            return std::get<0>(
+                omni_softmax_router(t[0], t[1], k, norm_topk_prob, std::nullopt, true));
           },
           [&](const TensorList& t) {
             const Tensor sums =
@@ -193,8 +196,8 @@ TEST_F(Ops, OnlyTheWantedGradientsAreComputed) {
 
 TEST_F(Ops, MetaTensorsHaveShapesOnly) {
   const auto meta = at::TensorOptions().dtype(at::kHalf).device(at::kMeta);
-  const auto [weights, indices] =
-      omni_softmax_router(at::empty({5, 4}, meta), at::empty({5, 6}, meta), 7, true, std::nullopt);
+  const auto [weights, indices] = omni_softmax_router(
+      at::empty({5, 4}, meta), at::empty({5, 6}, meta), 7, true, std::nullopt, false);
   EXPECT_EQ(weights.sizes(), at::IntArrayRef({5, 7}));
   EXPECT_EQ(weights.scalar_type(), at::kHalf);
   EXPECT_EQ(indices.scalar_type(), at::kInt);
@@ -227,7 +230,7 @@ TEST_F(Ops, BadInput) {
       },
       "expected up_weights in the dtype of hidden_states");
   expect_error<c10::ValueError>([&] { experts(t, indices, "swish"); }, "but got 'swish'");
-  expect_error<c10::ValueError>([&] { omni_router(t[0], t[0], 401); },
+  expect_error<c10::ValueError>([&] { omni_router(t[0], t[0], 401, true); },
                                 "between 0 and the 400 experts of the grid, but got 401");
   expect_error<c10::ValueError>(
       [&] {

@@ -219,6 +219,39 @@ TEST(Plan, RouterForwardByAWarpOrABlock) {
   EXPECT_EQ(plan_router_forward(many_tokens, h200()).num_blocks, 4 * 132);
 }
 
+TEST(Plan, RouterForwardWithoutAnOrder) {
+  RouterForwardParams params = router(4096, 320, 320, 512);
+  params.sorted = false;
+  const RouterForwardPlan plan = plan_router_forward(params, h200());
+  EXPECT_EQ(plan.kernel, RouterForwardKernel::kUnsorted);
+  EXPECT_EQ(plan.items_per_lane, 16);
+  EXPECT_EQ(plan.num_blocks, 1024);
+  EXPECT_EQ(plan.workspace_bytes, 0u);
+  // Eight blocks of 4 tokens, 1 KB of the system's in each, fill the 228 KB of an SM.
+  EXPECT_EQ(plan.list_bytes, 4u * 320 * 18);
+  params.score = RouterScore::kSoftmaxTopK;
+  EXPECT_EQ(plan_router_forward(params, h200()).list_bytes, 4u * 320 * 22);
+  EXPECT_LE(8 * (plan_router_forward(params, h200()).list_bytes + 1024), size_t{228} << 10);
+  // The registers of a warp hold the columns alone.
+  params.num_rows = 1024;
+  params.num_cols = 64;
+  EXPECT_EQ(plan_router_forward(params, h200()).items_per_lane, 2);
+
+  params.num_experts_per_token = 128;
+  EXPECT_EQ(plan_router_forward(params, h200()).kernel, RouterForwardKernel::kWarp);
+  params.num_experts_per_token = 129;
+  params.num_rows = 1025;
+  EXPECT_EQ(plan_router_forward(params, h200()).kernel, RouterForwardKernel::kBlock);
+  params.num_rows = 1024;
+  params.num_tokens = 2 * 132 - 1;
+  EXPECT_EQ(plan_router_forward(params, h200()).kernel, RouterForwardKernel::kBlock);
+  params.num_tokens = 2 * 132;
+  EXPECT_EQ(plan_router_forward(params, h200()).kernel, RouterForwardKernel::kUnsorted);
+  DeviceInfo small = h200();
+  small.shared_bytes_per_block = 48 << 10;
+  EXPECT_EQ(plan_router_forward(params, small).kernel, RouterForwardKernel::kBlock);
+}
+
 TEST(Plan, RouterBackwardByAWarpOrABlock) {
   RouterBackwardParams params{};
   params.num_tokens = 37;

@@ -38,6 +38,7 @@ def arguments(op, device="cpu"):
         "num_rows": R,
         "num_cols": C,
         "norm_topk_prob": False,
+        "sorted": True,
         "num_experts": E,
         "capacity": 2,
         "scoring_func": "softmax",

@@ -29,10 +29,10 @@ BF16 = torch.bfloat16
 pytestmark = needs_gpu
 
 
-def router_case(shape, k, name, device):
+def router_case(shape, k, name, device, **options):
     logits = random_logits(shape, device, BF16)
     grad = torch.randn(shape[0], k).to(device, BF16)
-    return lambda x, y: getattr(ops, name)(x, y, k)[0], logits, grad
+    return lambda x, y: getattr(ops, name)(x, y, k, **options)[0], logits, grad
 
 
 def topk_router_case(shape, k, options, device):
@@ -119,6 +119,9 @@ CASES = {
     "router": partial(router_case, (67, 12, 20), 19, "omni_router"),
     "softmax_router": partial(router_case, (67, 30, 40), 16, "omni_softmax_router"),
     "router_forward_block": partial(router_case, (37, 64, 48), 700, "omni_softmax_router"),
+    "router_forward_unsorted": partial(
+        router_case, (401, 64, 48), 700, "omni_softmax_router", sorted=False
+    ),
     "topk_router_warp": partial(topk_router_case, (67, 60), 7, {"norm_topk_prob": True}),
     "topk_router_groups": partial(
         topk_router_case, (1024, 256), 8, {"scoring_func": "sigmoid", "n_group": 8, "topk_group": 4}

@@ -89,6 +89,9 @@ def test_router():
         gpu=H200,
     )
     assert many["router_forward"]["kernel"] == "block"
+    # Without an order of the experts, as the layer asks for them.
+    assert few["router_forward_unsorted"] == few["router_forward"]
+    assert many["router_forward_unsorted"]["kernel"] == "unsorted"
     assert few["router_backward"].keys() == many["router_backward"].keys()
 
 

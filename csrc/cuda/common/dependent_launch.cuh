@@ -18,6 +18,7 @@
 //   kernel                        launched  trigger        global memory before the wait
 //   router_logits_forward         early     after barrier  -
 //   router_forward_warp           early     first          -
+//   router_forward_unsorted       early     first          -
 //   topk_router_forward_warp      early     first          -
 //   topk_router_forward_block     early     first          -
 //   topk_router_backward          early     first          -

@@ -42,9 +42,14 @@ cudaError_t router_forward(const RouterForwardParams& params, const RouterForwar
   if (params.num_tokens == 0 || params.num_experts_per_token == 0) return cudaSuccess;
   return run_steps(
       [&] {
-        return plan.kernel == RouterForwardKernel::kWarp
-                   ? router_forward_warp(params, plan, stream)
-                   : router_forward_block(params, plan, stream);
+        switch (plan.kernel) {
+          case RouterForwardKernel::kWarp:
+            return router_forward_warp(params, plan, stream);
+          case RouterForwardKernel::kUnsorted:
+            return router_forward_unsorted(params, plan, stream);
+          default:
+            return router_forward_block(params, plan, stream);
+        }
       },
       [&] { return params.token_mask == nullptr ? cudaSuccess : mask_choice(params, stream); });
 }

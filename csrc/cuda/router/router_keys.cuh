@@ -11,28 +11,9 @@
 #include <type_traits>
 
 #include "cuda/common/vec.cuh"
+#include "cuda/router/ordered_key.h"
 
 namespace omni_moe::cuda {
-
-// ---- Keys ---------------------------------------------------------------------------------------
-
-// The key of an fp32 value is an unsigned integer: keys are in torch.topk's order, NaN greatest.
-
-inline constexpr uint32_t kKeyOfNegativeInf = 0x007fffffu;
-inline constexpr uint32_t kKeyOfInf = 0xff800000u;
-inline constexpr uint32_t kKeyOfNaN = 0xffc00000u;  // the quiet NaN; no key exceeds it
-
-__device__ __forceinline__ uint32_t ordered_key(float value) {
-  // Adding +0 turns -0 into +0, so that the two compare equal.
-  const uint32_t bits = __float_as_uint(value + 0.0f);
-  const uint32_t key =
-      bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-  return value != value ? kKeyOfNaN : key;
-}
-
-__device__ __forceinline__ float value_of_key(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
-}
 
 // ---- Entries ------------------------------------------------------------------------------------
 

@@ -26,14 +26,30 @@ size_t list_bytes(const RouterForwardParams& params, size_t packed_bytes) {
   return 2 * (axes * packed_bytes + entries * sizeof(uint64_t));
 }
 
+// Of the kernels that hold an axis of n logits in the registers of a warp.
+int items_per_lane(int64_t n) { return n <= 64 ? 2 : n <= 256 ? 8 : n <= 512 ? 16 : 32; }
+
 void plan_warp_kernel(const RouterForwardParams& params, RouterForwardPlan* plan) {
-  const int64_t axis = std::max(params.num_rows, params.num_cols);
   const int64_t k = params.num_experts_per_token;
   plan->kernel = RouterForwardKernel::kWarp;
-  plan->items_per_lane = axis <= 64 ? 2 : axis <= 256 ? 8 : axis <= 512 ? 16 : 32;
+  plan->items_per_lane = items_per_lane(std::max(params.num_rows, params.num_cols));
   // The border check needs rank K + 1 of each axis, so that the sorts must be wider than K.
   plan->sort_width = k < 32 ? 32 : k < 64 ? 64 : k < 128 ? 128 : 256;
   plan->num_blocks = ceil_div<int64_t>(params.num_tokens, RouterWarpTuning::kWarpsPerBlock);
+}
+
+// Bytes of a block of the unsorted kernel.
+size_t unsorted_list_bytes(const RouterForwardParams& params) {
+  using Tuning = RouterUnsortedTuning;
+  const bool has_mass = params.score == RouterScore::kSoftmaxTopK;
+  return Tuning::kWarpsPerBlock * Tuning::token_bytes(params.num_rows, params.num_cols, has_mass);
+}
+
+void plan_unsorted_kernel(const RouterForwardParams& params, RouterForwardPlan* plan) {
+  plan->kernel = RouterForwardKernel::kUnsorted;
+  plan->items_per_lane = items_per_lane(params.num_cols);
+  plan->list_bytes = unsorted_list_bytes(params);
+  plan->num_blocks = ceil_div<int64_t>(params.num_tokens, RouterUnsortedTuning::kWarpsPerBlock);
 }
 
 void plan_block_kernel(const RouterForwardParams& params, RouterForwardPlan* plan) {
@@ -93,10 +109,17 @@ RouterForwardPlan plan_router_forward(const RouterForwardParams& params, const D
   RouterForwardPlan plan{};
   plan.device = device;
   if (params.num_tokens == 0 || params.num_experts_per_token == 0) return plan;
+  const int64_t axis = std::max(params.num_rows, params.num_cols);
   const bool fits_warp = params.num_experts_per_token <= RouterWarpTuning::kMaxExperts &&
-                         std::max(params.num_rows, params.num_cols) <= RouterWarpTuning::kMaxAxis;
+                         axis <= RouterWarpTuning::kMaxAxis;
+  const bool fits_unsorted =
+      !params.sorted && axis <= RouterUnsortedTuning::kMaxAxis &&
+      params.num_tokens >= int64_t{RouterUnsortedTuning::kMinTokensPerSm} * device.num_sms &&
+      unsorted_list_bytes(params) <= static_cast<size_t>(device.shared_bytes_per_block);
   if (fits_warp) {
     plan_warp_kernel(params, &plan);
+  } else if (fits_unsorted) {
+    plan_unsorted_kernel(params, &plan);
   } else {
     plan_block_kernel(params, &plan);
   }

@@ -15,6 +15,17 @@ struct RouterWarpTuning {
   static constexpr int kMaxAxis = 1024;
 };
 
+struct RouterUnsortedTuning {
+  static constexpr int kWarpsPerBlock = 4;
+  static constexpr int kMaxAxis = 1024;
+  // A block per token answers sooner while an SM has only a token or two.
+  static constexpr int kMinTokensPerSm = 2;
+  // Of a token's lists in shared memory.
+  static constexpr size_t token_bytes(int64_t num_rows, int64_t num_cols, bool has_mass) {
+    return round_up<size_t>(num_rows * 12 + num_cols * (has_mass ? 10 : 6), 16);
+  }
+};
+
 struct RouterBlockTuning {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;         // at 64 registers; the workspace serves as many

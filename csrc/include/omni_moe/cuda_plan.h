@@ -37,17 +37,18 @@ struct DeviceInfo {
 // ---- Router -------------------------------------------------------------------------------------
 
 enum class RouterForwardKernel : int8_t {
-  kWarp,   // a warp per token, all in registers: few experts per token and short axes
-  kBlock,  // a block per token: any shape
+  kWarp,      // a warp per token, all in registers: few experts per token and short axes
+  kUnsorted,  // a warp per token, whose experts come in no order: many tokens and short axes
+  kBlock,     // a block per token: any shape
 };
 
 struct RouterForwardPlan {
   DeviceInfo device;
   RouterForwardKernel kernel;
-  int items_per_lane;    // kWarp: logits of an axis
+  int items_per_lane;    // kWarp, kUnsorted: logits of an axis
   int sort_width;        // kWarp: more than K
   bool lists_in_shared;  // kBlock: in shared memory, else in the workspace
-  size_t list_bytes;     // kBlock: of one block
+  size_t list_bytes;     // kBlock, kUnsorted: of one block
   int64_t num_blocks;
   size_t workspace_bytes;
 };

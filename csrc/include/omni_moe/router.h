@@ -13,6 +13,7 @@ enum class RouterScore : int8_t {
 };
 
 // Order: descending s, compared in fp32 (fp64 for kFloat64); equal s by ascending id; NaN first.
+// Unless `sorted`, the same K pairs come in an order that is free, but the same on every run.
 // Sums of finite logits that overflow keep their order: beside such logits all sums are compared as
 // halves.
 // Where a log_softmax is NaN (a NaN or +inf logit, or all logits -inf) every weight of that token
@@ -31,6 +32,7 @@ struct RouterForwardParams {
   RouterScore score;
   const bool* token_mask = nullptr;  // [T] false: masked; or null: none is
   void* workspace = nullptr;         // CUDA: plan.workspace_bytes bytes; CPU: unused
+  bool sorted = true;
 };
 
 // kLogit: grad_x[row] = Σ grad_weights over the chosen pairs in that row, grad_y likewise.
