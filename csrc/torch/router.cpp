@@ -245,7 +245,7 @@ struct OmniSoftmaxRouterBackward : Function<OmniSoftmaxRouterBackward> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list input_grads(5);
+    variable_list input_grads(6);
     if (!grads[0].defined()) return input_grads;
     const auto saved = ctx->get_saved_variables();
     std::tie(input_grads[0], input_grads[1]) = omni_softmax_router_backward(
