@@ -67,8 +67,7 @@ def main() -> int:
         }
         pytest = [sys.executable, "-m", "pytest", f"--junitxml={folder}/pytest.xml"]
         # The programs spend their time in oracles, on one core each.
-        suites = run_suites(programs, folder)
-        suites |= run_suites({"pytest": [*pytest, *pytest_arguments]}, folder)
+        suites = run_suites(programs | {"pytest": [*pytest, *pytest_arguments]}, folder)
 
     record = {
         "device": results.device_name(device),

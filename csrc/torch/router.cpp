@@ -21,11 +21,13 @@ TORCH_LIBRARY_FRAGMENT(omni_moe, m) {
       "SymInt num_cols) -> (Tensor grad_router_logits_x, Tensor grad_router_logits_y)");
 
   // The same behind log_softmax and exp: what the layer uses. Mask (T) bool; masked tokens get the
-  // ids -1 and the weights 0, and so does their gradient.
+  // ids -1 and the weights 0, and so does their gradient. `sorted` goes by keyword, because
+  // torch.export.draft_export takes a mask of None for one that the op mutates, unless it is left
+  // out behind the last argument that is given.
   m.def(
       "omni_softmax_router(Tensor router_logits_x, Tensor router_logits_y, "
       "SymInt num_experts_per_token, bool norm_topk_prob=False, Tensor? token_mask=None, "
-      "bool sorted=True) -> (Tensor routing_weights, Tensor indices)");
+      "*, bool sorted=True) -> (Tensor routing_weights, Tensor indices)");
   m.def(
       "_omni_softmax_router_backward(Tensor grad_routing_weights, Tensor router_logits_x, "
       "Tensor router_logits_y, Tensor indices, bool norm_topk_prob) "

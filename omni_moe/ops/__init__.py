@@ -91,7 +91,12 @@ def omni_softmax_router(
         ValueError: ranks, row counts, dtypes or devices disagree, or K is out of range.
     """
     return torch.ops.omni_moe.omni_softmax_router.default(
-        router_logits_x, router_logits_y, num_experts_per_token, norm_topk_prob, token_mask, sorted
+        router_logits_x,
+        router_logits_y,
+        num_experts_per_token,
+        norm_topk_prob,
+        token_mask,
+        sorted=sorted,
     )
 
 

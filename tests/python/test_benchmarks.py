@@ -188,7 +188,9 @@ def test_a_run_on_the_gpu(tmp_path, monkeypatch):
         for op in SIZES
         for pass_name in ("forward", "forward_backward")
     ]
-    decode = [replace(case, timing="graph", table="decode") for case in cases[::2]]
+    # A graph cannot hold the eager mixture of experts, whose loop waits for the device.
+    graphs = [case for case in cases[::2] if case.op != "moe"]
+    decode = [replace(case, timing="graph", table="decode") for case in graphs]
     monkeypatch.setattr(entry, "cases_for", lambda _: [*cases, *decode])
     monkeypatch.setattr(upstream, "set_path", lambda _: None)
     run = ["--device", "cuda", "--seconds", "0.01", "--no-report", "--results", str(tmp_path)]

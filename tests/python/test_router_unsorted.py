@@ -57,8 +57,8 @@ on_shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-K{
 
 ROUTERS = {
     "logits": lambda x, y, k, sorted: ops.omni_router(x, y, k, sorted),
-    "softmax": lambda x, y, k, sorted: ops.omni_softmax_router(x, y, k, False, None, sorted),
-    "softmax-topk": lambda x, y, k, sorted: ops.omni_softmax_router(x, y, k, True, None, sorted),
+    "softmax": lambda x, y, k, sorted: ops.omni_softmax_router(x, y, k, sorted=sorted),
+    "softmax-topk": lambda x, y, k, sorted: ops.omni_softmax_router(x, y, k, True, sorted=sorted),
 }
 on_routers = pytest.mark.parametrize("router", ROUTERS)
 
@@ -181,9 +181,9 @@ def test_token_mask(device):
     x, y = random_logits((many(device), 30, 40), device, torch.float32)
     mask = torch.rand(len(x), device=device) < 0.5
     mask[:2] = torch.tensor([True, False])
-    weights, indices = ops.omni_softmax_router(x, y, 200, True, mask, False)
+    weights, indices = ops.omni_softmax_router(x, y, 200, True, mask, sorted=False)
     assert (weights[~mask] == 0).all() and (indices[~mask] == -1).all()
-    want = ops.omni_softmax_router(x, y, 200, True, None, False)
+    want = ops.omni_softmax_router(x, y, 200, True, sorted=False)
     assert_bitwise(weights[mask], want[0][mask])
     assert_bitwise(indices[mask], want[1][mask])
 
