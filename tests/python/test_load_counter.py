@@ -158,7 +158,9 @@ def test_replaced_model_through_accelerate(device_map, tmp_path):
     stored.save_pretrained(tmp_path)
     with accelerate.init_empty_weights():
         model = replaced()
-    model = accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map=device_map).eval()
+    model = accelerate.load_checkpoint_and_dispatch(
+        model, tmp_path, device_map=device_map, no_split_module_classes=model._no_split_modules
+    ).eval()
     ids = torch.arange(T)[None]
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -300,8 +300,9 @@ def test_callback_counts_no_padding(tmp_path):
 
     class Probe(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            counts.extend(meter.counts.sum().item() for meter in callback._meters)
-            counts.extend(meter.entropy[1].item() for meter in callback._meters)
+            sums = [meter.sums(torch.device("cpu")) for meter in callback._meters]
+            counts.extend(chosen.sum().item() for chosen, _ in sums)
+            counts.extend(entropy[1].item() for _, entropy in sums)
 
     trainer.add_callback(callback)
     trainer.add_callback(Probe())

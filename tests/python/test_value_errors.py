@@ -264,7 +264,7 @@ def test_double_backward(op, backward):
         for name, value in given.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    out, *_ = getattr(ops, op)(*given.values())
+    out, *_ = getattr(ops, op)(**given)
     grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
     message = f"derivative for omni_moe::{backward} is not implemented"
     with pytest.raises(RuntimeError, match=message):

@@ -86,8 +86,9 @@ class ExpertLoadCallback(TrainerCallback):
             state.log_history[-1].update(values)
 
     def _values(self, device: torch.device) -> dict[str, float]:
-        counts = _sum_over_processes([meter.counts for meter in self._meters], device)
-        entropies = _sum_over_processes([meter.entropy for meter in self._meters], device)
+        sums = [meter.sums(device) for meter in self._meters]
+        counts = _sum_over_processes([counts for counts, _ in sums])
+        entropies = _sum_over_processes([entropy for _, entropy in sums])
         values = {}
         for index, (count, entropy) in enumerate(zip(counts, entropies, strict=True)):
             load = ExpertLoad.of(count)
@@ -104,36 +105,49 @@ class _Meter:
     """Sums up what one layer's router does in training; appended to as a list of its outputs."""
 
     def __init__(self, layer: OmniMoE) -> None:
-        device = layer.up_embed.weight.device
         self._layer = layer
-        self.counts = torch.zeros(layer.config.num_experts, dtype=torch.int64, device=device)
-        # The sum over the tokens, and their number.
-        self.entropy = torch.zeros(2, dtype=torch.float64, device=device)
+        # nn.DataParallel runs the layer on several devices at once, each in a thread of its own.
+        self._sums: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def reset(self) -> None:
-        self.counts.zero_()
-        self.entropy.zero_()
+        self._sums.clear()
+
+    def sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Counts of the experts; entropies of the tokens added up, and the number of tokens."""
+        num_experts = self._layer.config.num_experts
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        entropy = torch.zeros(2, dtype=torch.float64, device=device)
+        for other_counts, other_entropy in self._sums.values():
+            counts += other_counts.to(device)
+            entropy += other_entropy.to(device)
+        return counts, entropy
 
     @torch.no_grad()
     def append(self, outputs: RouterOutputs) -> None:
         if not self._layer.training:
             return
-        for name in ("counts", "entropy"):  # the model may have moved since the start
-            setattr(self, name, getattr(self, name).to(outputs.indices.device))
+        device = outputs.indices.device
+        if device not in self._sums:
+            num_experts = self._layer.config.num_experts
+            self._sums[device] = (
+                torch.zeros(num_experts, dtype=torch.int64, device=device),
+                torch.zeros(2, dtype=torch.float64, device=device),
+            )
+        counts, entropy = self._sums[device]
         mask = outputs.token_mask
-        add_expert_counts(self.counts, outputs.indices, mask)
+        add_expert_counts(counts, outputs.indices, mask)
         # The probability of an expert is a product, so the entropies of both axes add up.
         for logits in (outputs.logits_x, outputs.logits_y):
             entropies = torch.special.entr(logits.float().softmax(-1)).sum(-1)
             if mask is not None:
                 entropies = entropies.masked_fill(~mask, 0)
-            self.entropy[0] += entropies.sum()
-        self.entropy[1] += len(outputs.logits_x) if mask is None else mask.sum()
+            entropy[0] += entropies.sum()
+        entropy[1] += len(outputs.logits_x) if mask is None else mask.sum()
 
 
-def _sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+def _sum_over_processes(tensors: list[Tensor]) -> list[Tensor]:
     """Each summed over the processes, in one reduction, on the CPU."""
-    flat = torch.cat([tensor.to(device) for tensor in tensors])
+    flat = torch.cat(tensors)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flat)
     return list(flat.cpu().split([len(tensor) for tensor in tensors]))
