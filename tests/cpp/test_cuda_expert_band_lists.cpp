@@ -91,9 +91,7 @@ TEST_P(CudaExpertBands, CoverAndSchedule) {
   ASSERT_TRUE(cuda::bands_support(shape));
   cuda::BandPlan plan = cuda::plan_bands(shape);
   plan.has_weight_gradients = true;
-  const cuda::BandShape bands{static_cast<int>(c.num_tokens),
-                              static_cast<int>(c.num_experts_per_token),
-                              static_cast<int>(c.grid.size()), plan};
+  const cuda::BandShape bands = cuda::band_shape(shape, plan);
   const auto ids = ids_of(c);
   const DeviceArray device_ids(bytes_of_ids(ids, c.index_type));
   const DeviceArray memory(cuda::band_workspace_bytes(shape, plan));

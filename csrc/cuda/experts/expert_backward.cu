@@ -63,9 +63,7 @@ cudaError_t token_pass(const ExpertBackwardParams& params, bool want_weights,
 
 cudaError_t band_weights(const ExpertBackwardParams& params, const ExpertBackwardPlan& plan,
                          const BackwardWorkspace& workspace, cudaStream_t stream) {
-  const BandShape shape{static_cast<int>(params.num_tokens),
-                        static_cast<int>(params.num_experts_per_token),
-                        static_cast<int>(params.num_experts), plan.token_pass.bands};
+  const BandShape shape = band_shape(token_pass_shape(params), plan.token_pass.bands);
   const BandWorkspace lists = cut_band_workspace(shape, params.hidden_size, workspace.token_pass);
   const BandWeightGradTables tables{params.hidden_states, params.grad_expert_states,
                                     params.grad_up_weights, params.grad_down_weights};

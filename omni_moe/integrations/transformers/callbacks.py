@@ -114,13 +114,15 @@ class _Meter:
 
     def sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Counts of the experts; entropies of the tokens added up, and the number of tokens."""
-        num_experts = self._layer.config.num_experts
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        entropy = torch.zeros(2, dtype=torch.float64, device=device)
+        counts, entropy = self._zeros(device)
         for other_counts, other_entropy in self._sums.values():
             counts += other_counts.to(device)
             entropy += other_entropy.to(device)
         return counts, entropy
+
+    def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        counts = torch.zeros(self._layer.config.num_experts, dtype=torch.int64, device=device)
+        return counts, torch.zeros(2, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def append(self, outputs: RouterOutputs) -> None:
@@ -128,11 +130,7 @@ class _Meter:
             return
         device = outputs.indices.device
         if device not in self._sums:
-            num_experts = self._layer.config.num_experts
-            self._sums[device] = (
-                torch.zeros(num_experts, dtype=torch.int64, device=device),
-                torch.zeros(2, dtype=torch.float64, device=device),
-            )
+            self._sums[device] = self._zeros(device)
         counts, entropy = self._sums[device]
         mask = outputs.token_mask
         add_expert_counts(counts, outputs.indices, mask)

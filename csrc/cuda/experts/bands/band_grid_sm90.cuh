@@ -79,6 +79,15 @@ __device__ __forceinline__ int cluster_rank() { return static_cast<int>(blockIdx
 __device__ __forceinline__ int first_tile() { return static_cast<int>(blockIdx.x / kCluster); }
 __device__ __forceinline__ int tile_step() { return static_cast<int>(gridDim.x / kCluster); }
 
+// Of one of the two multiplying warpgroups; barrier 0 is __syncthreads'.
+__device__ __forceinline__ void sync_warpgroup(int consumer) {
+  if (consumer == 0) {
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+  }
+}
+
 // Gives a stage back to the loaders of both blocks, which write to both.
 __device__ __forceinline__ void release_stage(uint64_t* empty, int lane) {
   if (lane < kCluster) mbarrier_arrive_remote(empty, lane);

@@ -85,6 +85,8 @@ struct BandShape {
   }
 };
 
+BandShape band_shape(const TokenPassShape& shape, const BandPlan& plan);
+
 struct BandWorkspace {
   BandPair* pairs;     // [T, K], of the tail with the row as place
   uint16_t* places;    // [T, K] of the pairs in their bands, and one more; of the tail its column

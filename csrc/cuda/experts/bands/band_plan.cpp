@@ -10,11 +10,6 @@
 namespace omni_moe::cuda {
 namespace {
 
-BandShape band_shape_of(const TokenPassShape& shape, const BandPlan& plan) {
-  return {static_cast<int>(shape.num_tokens), static_cast<int>(shape.num_experts_per_token),
-          static_cast<int>(shape.num_experts), plan};
-}
-
 // Tasks of a token on average, where its ids are the staircase of normal logits: with K 16 there
 // are 2.7 on 64 x 64, and with K 128, 512 and 4096 on 320 x 320 there are 9.7, 20.4 and 66.7.
 double expected_tasks(const TokenPassShape& shape) {
@@ -88,8 +83,13 @@ bool bands_pay(const TokenPassShape& shape, const DeviceInfo& device) {
          kMargin * predicted_band_us(shape, device) < predicted_gather_us(shape, device);
 }
 
+BandShape band_shape(const TokenPassShape& shape, const BandPlan& plan) {
+  return {static_cast<int>(shape.num_tokens), static_cast<int>(shape.num_experts_per_token),
+          static_cast<int>(shape.num_experts), plan};
+}
+
 size_t band_workspace_bytes(const TokenPassShape& shape, const BandPlan& plan) {
-  return cut_band_workspace(band_shape_of(shape, plan), shape.hidden_size, nullptr).size;
+  return cut_band_workspace(band_shape(shape, plan), shape.hidden_size, nullptr).size;
 }
 
 }  // namespace omni_moe::cuda

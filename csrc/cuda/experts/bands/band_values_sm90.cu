@@ -99,15 +99,6 @@ __device__ __forceinline__ void load_tiles(const ValuesArgs& args, ValuesShared<
   }
 }
 
-// Two warpgroups' barriers; barrier 0 is __syncthreads'.
-__device__ __forceinline__ void sync_warpgroup(int consumer) {
-  if (consumer == 0) {
-    asm volatile("bar.sync 1, 128;" ::: "memory");
-  } else {
-    asm volatile("bar.sync 2, 128;" ::: "memory");
-  }
-}
-
 // Units of a warp's lists whose pairs are in registers when P is laid out. At 320 x 320 a warp has
 // about 22 units with K 512 and 38 with K 4096.
 constexpr int kEarlyUnits = 40;

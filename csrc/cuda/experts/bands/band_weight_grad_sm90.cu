@@ -36,15 +36,6 @@ using namespace band_grad;
 
 // ---- Multiplying warpgroups ---------------------------------------------------------------------
 
-// Of one of the two warpgroups; barrier 0 is __syncthreads'.
-__device__ __forceinline__ void sync_warpgroup(int consumer) {
-  if (consumer == 0) {
-    asm volatile("bar.sync 1, 128;" ::: "memory");
-  } else {
-    asm volatile("bar.sync 2, 128;" ::: "memory");
-  }
-}
-
 template <class T, class Tile>
 class WeightGradConsumer {
  public:
